@@ -1,0 +1,103 @@
+"""Cross-entropy over a large vocabulary without ever holding [B, T, V], forward or backward.
+
+Shapes: B batch, T length, C chunk of the length, D embed, V vocabulary. Rows are taken a chunk of the length at a time;
+the chunk's logits die before the next one's are made.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lm.sharding import constrain
+
+
+def weighted_nll(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array,
+                 chunk: int = 1024, z: float = 0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Sums over positions of weight * (-log softmax(x w^T)[target] + z * logsumexp^2).
+
+  Args:
+    chunk: tokens whose logits exist at once, at most; at least one column of the batch.
+    z: coefficient of the z-loss (PaLM §5: 1e-4).
+
+  Returns:
+    (objective, nll, correct): f32 sums over B and T, weighted; objective includes the z-loss and is the only one with a
+    gradient; `correct` counts positions whose target has the largest logit. Logits and sums are f32.
+  """
+  columns = max(1, min(chunk // x_BTD.shape[0], x_BTD.shape[1]))
+  return _nll(x_BTD, w_VD, targets_BT, weights_BT.astype(jnp.float32), columns, z)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def _nll(x_BTD, w_VD, targets_BT, weights_BT, columns, z):
+  """Without a gradient wanted: one matmul a chunk."""
+  return sum_chunks(lambda *xs: _sums(_logits(xs[0], w_VD), *xs[1:], z)[0], columns, x_BTD, targets_BT, weights_BT)
+
+
+def _forward(x_BTD, w_VD, targets_BT, weights_BT, columns, z):
+  """The gradient is formed beside the value, while the chunk's logits are there: recomputing would cost a third more."""
+  def chunk(x_BCD, targets_BC, weights_BC):
+    logits_BCV = _logits(x_BCD, w_VD)
+    sums, (lse_BC, hit_BCV) = _sums(logits_BCV, targets_BC, weights_BC, z)
+    p_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
+    g_BCV = weights_BC[..., None] * (p_BCV * (1 + 2 * z * lse_BC[..., None]) - hit_BCV)
+    g_BCV = constrain(g_BCV.astype(x_BCD.dtype), 'batch', 'length', 'vocab')
+    dx_BCD = jnp.einsum('BCV,VD->BCD', g_BCV, w_VD)
+    dw_VD = jnp.einsum('BCV,BCD->VD', g_BCV, x_BCD, preferred_element_type=jnp.float32)
+    return (sums, dw_VD), dx_BCD
+  (sums, dw_VD), dx_BTD = sum_chunks(chunk, columns, x_BTD, targets_BT, weights_BT, stacked=True)
+  return sums, (dx_BTD, dw_VD.astype(w_VD.dtype))
+
+
+def _backward(columns, z, residuals, cotangents):
+  del columns, z
+  g = cotangents[0]
+  dx_BTD, dw_VD = jax.tree.map(lambda d: (d * g).astype(d.dtype), residuals)
+  return dx_BTD, dw_VD, None, None
+
+
+_nll.defvjp(_forward, _backward)
+
+
+def _logits(x_BCD, w_VD):
+  logits_BCV = jnp.einsum('BCD,VD->BCV', x_BCD, w_VD, preferred_element_type=jnp.float32)
+  return constrain(logits_BCV, 'batch', 'length', 'vocab')
+
+
+def _sums(logits_BCV, targets_BC, weights_BC, z):
+  top_BC = logits_BCV.max(-1)
+  lse_BC = top_BC + jnp.log(jnp.exp(logits_BCV - top_BC[..., None]).sum(-1))
+  hit_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])[None, None]
+  target_BC = jnp.where(hit_BCV, logits_BCV, 0.0).sum(-1)
+  nll = (weights_BC * (lse_BC - target_BC)).sum()
+  correct = (weights_BC * (target_BC >= top_BC)).sum()
+  return (nll + z * (weights_BC * lse_BC**2).sum(), nll, correct), (lse_BC, hit_BCV)
+
+
+def sum_chunks(f, columns, x_BTD, targets_BT, weights_BT, stacked=False):
+  """Sums f over chunks of the length; with `stacked`, f returns (summed, per-chunk) and the latter is laid end to end.
+
+  A remainder is padded with weight 0, so a prime length costs one partly empty chunk.
+  """
+  B, T, D = x_BTD.shape
+  n = -(-T // columns)
+  pad = n * columns - T
+  if pad:
+    x_BTD = jnp.pad(x_BTD, ((0, 0), (0, pad), (0, 0)))
+    targets_BT, weights_BT = (jnp.pad(a, ((0, 0), (0, pad))) for a in (targets_BT, weights_BT))
+  cut = lambda a: jnp.moveaxis(a.reshape(B, n, columns, *a.shape[2:]), 1, 0)
+  xs = tuple(map(cut, (x_BTD, targets_BT, weights_BT)))
+  if n == 1:
+    out = f(*(a[0] for a in xs))
+    summed, rows = out if stacked else (out, None)
+    rows = None if rows is None else rows[None]
+  else:
+    def body(carry, chunk):
+      summed, rows = f(*chunk) if stacked else (f(*chunk), None)
+      return jax.tree.map(jnp.add, carry, summed), rows
+    shapes = jax.eval_shape(f, *(a[0] for a in xs))
+    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0] if stacked else shapes)
+    summed, rows = jax.lax.scan(body, zero, xs)
+  if not stacked:
+    return summed
+  return summed, jnp.moveaxis(rows, 0, 1).reshape(B, n * columns, D)[:, :T]

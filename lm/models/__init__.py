@@ -1,0 +1,1 @@
+"""Language models: each family is a module with `specs(c)`, `apply(params, c, ids_BT, ...)` and `init_cache(c, B, S)`."""

@@ -1,0 +1,313 @@
+"""Decoder-only transformers: GPT-2, GPT-3, Llama-2/3, SmolLM2, PaLM and Chinchilla are values of one `Config`.
+
+Shapes: B batch, T query length, S key length, D embed, N query heads, K key/value heads, H head dim, F mlp, V vocab,
+L layers. Parameters are f32 and stacked over layers ('blocks/attn/q' is [L, D, N, H]); activations have `c.dtype`.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from lm import nn, params
+from lm.errors import ConfigError
+from lm.params import Spec
+from lm.sharding import constrain
+
+
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+  """Probabilities of dropping: the embedding, attention probabilities, each block's two outputs, a classifier's input."""
+
+  embedding: float = 0.0
+  attention: float = 0.0
+  hidden: float = 0.0
+  classifier: float = 0.0
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if not 0 <= getattr(self, field.name) < 1:
+        raise ConfigError(f'dropout.{field.name}={getattr(self, field.name)}; expected 0 <= rate < 1')
+
+
+@dataclasses.dataclass(frozen=True)
+class Init:
+  """Standard deviations at the start; `scheme` 'fan_in' replaces `std` for kernels (PaLM §5)."""
+
+  scheme: Literal['normal', 'fan_in'] = 'normal'
+  std: float = 0.02
+  tokens: float = 0.02
+  positions: float = 0.02
+  residual: float = 0.02  # the two projections that write to the residual stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """The shape of one decoder. Defaults are GPT-2's choices at 124M."""
+
+  vocab: int = 50257
+  length: int = 1024  # most positions; a learned table has this many rows
+  layers: int = 12
+  embed: int = 768
+  heads: int = 12
+  kv_heads: int = 12  # fewer than heads: grouped-query; 1: multi-query attention
+  head_dim: int = 64
+  mlp: int = 3072
+  positions: Literal['learned', 'rotary', 'relative'] = 'learned'  # relative: Transformer-XL's
+  rope_theta: float = 10000.0
+  norm: Literal['layer', 'rms'] = 'layer'
+  norm_eps: float = 1e-5
+  norm_bias: bool = True
+  activation: Literal['gelu_tanh', 'gelu_erf', 'swiglu'] = 'gelu_tanh'
+  bias: bool = True  # of the projections
+  parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)) with one norm (PaLM §2)
+  tied: bool = True  # the output matrix is the embedding
+  logit_scale: float = 1.0
+  dropout: Dropout = Dropout()
+  init: Init = Init()
+  dtype: Literal['float32', 'bfloat16'] = 'float32'
+  scan_layers: bool = True  # compile one block, not L; off runs faster on a CPU
+  remat: Literal['none', 'dots', 'full'] = 'none'  # what a block recomputes in the backward pass
+
+  def __post_init__(self):
+    for name in ('vocab', 'length', 'layers', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp'):
+      if getattr(self, name) < 1:
+        raise ConfigError(f'model.{name}={getattr(self, name)}; expected at least 1')
+    if self.heads % self.kv_heads:
+      raise ConfigError(f'model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}')
+    if self.positions == 'rotary' and self.head_dim % 2:
+      raise ConfigError(f'model.head_dim={self.head_dim} is odd; rotary positions turn pairs of dimensions')
+
+
+@struct.dataclass
+class Cache:
+  """Keys and values of the tokens so far; slots fill from the left. Per-layer tuples, so that no step copies all.
+
+  Attributes:
+    keys, values: L arrays [B, S, K, H].
+    segments_BS: int32, 0 = empty or padding.
+    length: int32 scalar, slots in use.
+  """
+
+  keys: tuple[jax.Array, ...]
+  values: tuple[jax.Array, ...]
+  segments_BS: jax.Array
+  length: jax.Array
+
+
+def specs(c: Config) -> params.Tree:
+  """The parameter tree of one decoder."""
+  D, N, K, H, F = c.embed, c.heads, c.kv_heads, c.head_dim, c.mlp
+  inner, outer_o, outer_down = params.Normal(c.init.std), *(params.Normal(c.init.residual),) * 2
+  if c.init.scheme == 'fan_in':
+    inner, outer_o, outer_down = params.FanIn(1), params.FanIn(2), params.FanIn(1)
+  attn = {
+      'q': Spec((D, N, H), ('embed', 'heads', 'head_dim'), inner),
+      'k': Spec((D, K, H), ('embed', 'kv_heads', 'head_dim'), inner),
+      'v': Spec((D, K, H), ('embed', 'kv_heads', 'head_dim'), inner),
+      'o': Spec((N, H, D), ('heads', 'head_dim', 'embed'), outer_o),
+  }
+  mlp = {'up': Spec((D, F), ('embed', 'mlp'), inner), 'down': Spec((F, D), ('mlp', 'embed'), outer_down)}
+  if c.activation == 'swiglu':
+    mlp['gate'] = Spec((D, F), ('embed', 'mlp'), inner)
+  if c.positions == 'relative':
+    attn |= {
+        'relative': Spec((D, N, H), ('embed', 'heads', 'head_dim'), inner),
+        'content_bias': Spec((N, H), ('heads', 'head_dim'), params.zeros),
+        'position_bias': Spec((N, H), ('heads', 'head_dim'), params.zeros),
+    }
+  if c.bias:
+    attn |= {f'{n}_bias': Spec(attn[n].shape[1:], attn[n].axes[1:], params.zeros) for n in 'qkv'}
+    attn['o_bias'] = Spec((D,), ('embed',), params.zeros)
+    mlp |= {f'{n}_bias': Spec(mlp[n].shape[1:], mlp[n].axes[1:], params.zeros) for n in tuple(mlp)}
+  norm = {'scale': Spec((D,), ('embed',), params.ones)}
+  if c.norm_bias:
+    norm['bias'] = Spec((D,), ('embed',), params.zeros)
+  block = {'attn_norm': norm, 'attn': attn, 'mlp': mlp}
+  if not c.parallel:
+    block['mlp_norm'] = norm
+  tree = {
+      'embed': {'tokens': Spec((c.vocab, D), ('vocab', 'embed'), params.Normal(c.init.tokens))},
+      'blocks': params.stack(c.layers, block),
+      'final_norm': norm,
+  }
+  if c.positions == 'learned':
+    tree['embed']['positions'] = Spec((c.length, D), (None, 'embed'), params.Normal(c.init.positions))
+  if not c.tied:
+    tree['unembed'] = Spec((c.vocab, D), ('vocab', 'embed'), params.Normal(c.init.std))
+  return tree
+
+
+def apply(
+    p: params.Tree,
+    c: Config,
+    ids_BT: jax.Array,
+    *,
+    positions_BT: jax.Array | None = None,
+    segments_BT: jax.Array | None = None,
+    cache: Cache | None = None,
+    key: jax.Array | None = None,
+    attend: Callable[..., jax.Array] = nn.attend,
+) -> Any:
+  """Hidden states after the final norm, [B, T, D] in `c.dtype`; with a cache the pair (x_BTD, cache).
+
+  Args:
+    p: tree of `specs(c)`; 'blocks' may also be a list of per-layer trees (`params.unstack`), which decoding prefers.
+    ids_BT: int32 token ids.
+    positions_BT: default 0..T-1, or behind the cache's tokens of the same row.
+    segments_BT: ids >= 1 of packed documents, 0 = padding; None = one document a row.
+    cache: from `init_cache`; the new tokens take its next T slots and see all earlier ones of their segment.
+    key: turns dropout on.
+    attend: any function with the contract of `nn.attend`.
+  """
+  T = ids_BT.shape[1]
+  if positions_BT is None:
+    positions_BT = jnp.arange(T)[None] if cache is None else _next_positions(cache, segments_BT, ids_BT)
+  if cache is None:
+    mask = nn.Mask(q_segments_BT=segments_BT, k_segments_BS=segments_BT)
+  else:
+    segments_BT = jnp.ones_like(ids_BT) if segments_BT is None else segments_BT
+    seen_BS = jax.lax.dynamic_update_slice_in_dim(cache.segments_BS, segments_BT, cache.length, axis=1)
+    mask = nn.Mask(start=cache.length, q_segments_BT=segments_BT, k_segments_BS=seen_BS)
+  x_BTD = _embed(p['embed'], c, ids_BT, positions_BT, _fold(key, c.layers))
+  run = functools.partial(_block, c=c, positions_BT=positions_BT, mask=mask, attend=attend)
+  if cache is None:
+    x_BTD = _blocks(p['blocks'], c, x_BTD, run, key)
+    return _norm(x_BTD, p['final_norm'], c)
+  keys, values = [], []
+  for i, layer in enumerate(_layers(p['blocks'])):
+    x_BTD, (k, v) = run(layer, x_BTD, _fold(key, i), (cache.keys[i], cache.values[i], cache.length))
+    keys.append(k)
+    values.append(v)
+  cache = Cache(tuple(keys), tuple(values), seen_BS, cache.length + T)
+  return _norm(x_BTD, p['final_norm'], c), cache
+
+
+def head(p: params.Tree, c: Config) -> jax.Array:
+  """The output matrix w_VD in `c.dtype`, logit scale included: logits_BTV = x_BTD @ w_VD.T, to be taken in f32."""
+  w_VD = p['embed']['tokens'] if c.tied else p['unembed']
+  return (w_VD if c.logit_scale == 1.0 else w_VD * c.logit_scale).astype(c.dtype)
+
+
+def logits(p: params.Tree, c: Config, x_BTD: jax.Array) -> jax.Array:
+  """[..., V] f32; for sampling and tests: losses take `head` and work in chunks."""
+  return jnp.einsum('...D,VD->...V', x_BTD, head(p, c), preferred_element_type=jnp.float32)
+
+
+def init_cache(c: Config, B: int, S: int) -> Cache:
+  """An empty cache of S slots; a learned position table bounds how many are of use."""
+  slot = lambda: tuple(jnp.zeros((B, S, c.kv_heads, c.head_dim), c.dtype) for _ in range(c.layers))
+  return Cache(slot(), slot(), jnp.zeros((B, S), jnp.int32), jnp.int32(0))
+
+
+def _fold(key, i):
+  return None if key is None else jax.random.fold_in(key, i)
+
+
+def _next_positions(cache, segments_BT, ids_BT):
+  """Position = number of earlier real tokens in the row, so left padding shifts nothing."""
+  real_BT = jnp.ones_like(ids_BT) if segments_BT is None else (segments_BT > 0).astype(jnp.int32)
+  before_B1 = (cache.segments_BS > 0).sum(1, keepdims=True)
+  return jnp.maximum(before_B1 + jnp.cumsum(real_BT, 1) - 1, 0)
+
+
+def _embed(p, c, ids_BT, positions_BT, key):
+  x_BTD = p['tokens'][ids_BT].astype(c.dtype)
+  if c.positions == 'learned':
+    x_BTD = x_BTD + jnp.broadcast_to(p['positions'][positions_BT].astype(c.dtype), x_BTD.shape)
+  return constrain(nn.dropout(x_BTD, c.dropout.embedding, key), 'batch', 'length', 'embed')
+
+
+def _layers(blocks):
+  return blocks if isinstance(blocks, (list, tuple)) else params.unstack(blocks)
+
+
+def _blocks(blocks, c, x_BTD, run, key):
+  """All L blocks in order, scanned or unrolled, rematerialised as `c.remat` says."""
+  step = lambda layer, x, i: run(layer, x, _fold(key, i))[0]
+  if c.remat != 'none':
+    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == 'dots' else None
+    step = jax.checkpoint(step, policy=policy)
+  if c.scan_layers and not isinstance(blocks, (list, tuple)):
+    return jax.lax.scan(lambda x, li: (step(li[0], x, li[1]), None), x_BTD, (blocks, jnp.arange(c.layers)))[0]
+  for i, layer in enumerate(_layers(blocks)):
+    x_BTD = step(layer, x_BTD, jnp.int32(i))
+  return x_BTD
+
+
+def _block(p, x_BTD, key, cache=None, *, c, positions_BT, mask, attend):
+  """One block: (x_BTD, (k_BSKH, v_BSKH))."""
+  keys = (None, None, None) if key is None else jax.random.split(key, 3)
+  y_BTD = _norm(x_BTD, p['attn_norm'], c)
+  a_BTD, kv = _attention(p['attn'], y_BTD, keys[0], cache, c, positions_BT, mask, attend)
+  a_BTD = nn.dropout(a_BTD, c.dropout.hidden, keys[1])
+  if c.parallel:
+    m_BTD = nn.dropout(_mlp(p['mlp'], y_BTD, c), c.dropout.hidden, keys[2])
+    x_BTD = x_BTD + a_BTD + m_BTD
+  else:
+    x_BTD = x_BTD + a_BTD
+    x_BTD = x_BTD + nn.dropout(_mlp(p['mlp'], _norm(x_BTD, p['mlp_norm'], c), c), c.dropout.hidden, keys[2])
+  return constrain(x_BTD, 'batch', 'length', 'embed'), kv
+
+
+def _attention(p, y_BTD, key, cache, c, positions_BT, mask, attend):
+  q_BTNH = _bias(nn.dot(p['q'], y_BTD, 'BTD,DNH->BTNH'), p, 'q_bias')
+  k_BSKH = _bias(nn.dot(p['k'], y_BTD, 'BTD,DKH->BTKH'), p, 'k_bias')
+  v_BSKH = _bias(nn.dot(p['v'], y_BTD, 'BTD,DKH->BTKH'), p, 'v_bias')
+  if c.positions == 'rotary':
+    q_BTNH, k_BSKH = (nn.rotary(x, positions_BT, c.rope_theta) for x in (q_BTNH, k_BSKH))
+  if cache is not None:
+    old_k, old_v, length = cache
+    k_BSKH, v_BSKH = (jax.lax.dynamic_update_slice_in_dim(old, new, length, axis=1)
+                      for old, new in ((old_k, k_BSKH), (old_v, v_BSKH)))
+  q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
+  bias_BNTS = None
+  if c.positions == 'relative':
+    q_BTNH, bias_BNTS = _relative(p, q_BTNH, k_BSKH.shape[1], mask.start)
+  x_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS=bias_BNTS, rate=c.dropout.attention, key=key)
+  return _bias(nn.dot(p['o'], x_BTNH, 'BTNH,NHD->BTD'), p, 'o_bias'), (k_BSKH, v_BSKH)
+
+
+def _relative(p, q_BTNH, S, start):
+  """Transformer-XL scores (arXiv:1901.02860 §3.3): (q + u)·k + (q + v)·W r(i - j). -> (q + u, the second term)."""
+  B, T, N, H = q_BTNH.shape
+  distance_ST = jnp.arange(S - 1, -T, -1)  # i - j + (S - T) for the skewed layout below, largest first
+  content, position = (p[n].astype(q_BTNH.dtype)[None, None] for n in ('content_bias', 'position_bias'))
+  r_XNH = nn.dot(p['relative'], nn.sinusoids(distance_ST, p['relative'].shape[0])[None].astype(q_BTNH.dtype),
+                 'BXD,DNH->BXNH')[0]
+  rel_BNTX = jnp.einsum('BTNH,XNH->BNTX', q_BTNH + position, r_XNH, preferred_element_type=jnp.float32)
+  # Query t sits in slot start + t; key s is start + t - s back, which is column S - 1 - (start + t - s) of X.
+  column_TS = S - 1 - (start + jnp.arange(T)[:, None] - jnp.arange(S)[None])
+  index = jnp.broadcast_to(jnp.clip(column_TS, 0, S + T - 2), (B, N, T, S))
+  return q_BTNH + content, jnp.take_along_axis(rel_BNTX, index, axis=-1) * H**-0.5
+
+
+def _mlp(p, y_BTD, c):
+  up_BTF = _bias(nn.dot(p['up'], y_BTD, 'BTD,DF->BTF'), p, 'up_bias')
+  if c.activation == 'swiglu':
+    up_BTF = up_BTF * jax.nn.silu(_bias(nn.dot(p['gate'], y_BTD, 'BTD,DF->BTF'), p, 'gate_bias'))
+  else:
+    up_BTF = jax.nn.gelu(up_BTF, approximate=c.activation == 'gelu_tanh')
+  up_BTF = constrain(up_BTF, 'batch', 'length', 'mlp')
+  return _bias(nn.dot(p['down'], up_BTF, 'BTF,FD->BTD'), p, 'down_bias')
+
+
+def _bias(x, p, name):
+  """x + p[name] where the tree has it; one place that spells the broadcast."""
+  if name not in p:
+    return x
+  return x + jnp.expand_dims(p[name].astype(x.dtype), (0, 1))
+
+
+def _norm(x_BTD, p, c):
+  return (nn.layer_norm if c.norm == 'layer' else nn.rms_norm)(x_BTD, p['scale'], p.get('bias'), c.norm_eps)
+
+
+def residual_std(layers: int, std: float = 0.02) -> float:
+  """GPT-2 §2.3: projections into the residual stream start smaller, by 1/sqrt of the 2L residual additions."""
+  return std / math.sqrt(2 * layers)

@@ -1,0 +1,126 @@
+"""The layers that models are written in: pure functions of arrays, nothing is stored.
+
+Shapes: B batch, T query length, S key length, D model, N query heads, K key/value heads (N = K * G), H head dim,
+R rotary half (H // 2). Norms and softmax are computed in f32 whatever the activations' dtype, and cast back.
+"""
+
+import functools
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from lm import params
+
+NEVER = -1e30  # a logit that softmax turns into zero; finite, so that a row with no key stays finite
+
+
+@functools.singledispatch
+def dot(w: jax.Array, x: jax.Array, equation: str) -> jax.Array:
+  """einsum(equation, x, w) in x's dtype. Dispatches on the type of `w`: a LoRA leaf registers its own rule here."""
+  return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
+  """(x - mean) / sqrt(var + eps) * scale + bias over the last axis; f32 inside (arXiv:1607.06450)."""
+  y = x.astype(jnp.float32)
+  y = y - y.mean(-1, keepdims=True)
+  y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+  return _affine(y, scale, bias).astype(x.dtype)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
+  """x / sqrt(mean(x^2) + eps) * scale (+ bias) over the last axis; f32 inside (arXiv:1910.07467)."""
+  y = x.astype(jnp.float32)
+  y = y * jax.lax.rsqrt(jnp.square(y).mean(-1, keepdims=True) + eps)
+  return _affine(y, scale, bias).astype(x.dtype)
+
+
+def _affine(y, scale, bias):
+  scale, bias = jax.tree.map(lambda p: jnp.expand_dims(p, range(y.ndim - 1)), (scale, bias))
+  return y * scale if bias is None else y * scale + bias
+
+
+def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Array:
+  """Rotates dimension pairs (i, i + H/2) by position * theta^(-2i/H): the half-split layout of HF Llama
+  (arXiv:2104.09864). f32 inside."""
+  half = x_BTNH.shape[-1] // 2
+  freq_R = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle_BT1R = positions_BT[..., None, None].astype(jnp.float32) * jnp.expand_dims(freq_R, (0, 1, 2))
+  sin, cos = jnp.sin(angle_BT1R), jnp.cos(angle_BT1R)
+  a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
+
+
+def sinusoids(positions: jax.Array, width: int) -> jax.Array:
+  """[..., width] of sin then cos of position * 10000^(-2i/width) (arXiv:1706.03762 §3.5, halves concatenated)."""
+  half = width // 2
+  freq = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions[..., None].astype(jnp.float32) * jnp.expand_dims(freq, range(positions.ndim))
+  return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+  """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); identity without a key."""
+  if rate == 0.0 or key is None:
+    return x
+  return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros_like(x))
+
+
+@struct.dataclass
+class Mask:
+  """Which keys each query may see; the parts are and-ed. Order is by slot (place in the row), not by position.
+
+  Attributes:
+    causal: query t sees slots s <= start + t.
+    window: at most this many slots back, the query's own included; None = no bound.
+    start: slot of query 0 (scalar): a Python 0 unless decoding into a cache.
+    q_segments_BT, k_segments_BS: ids >= 1 of packed documents, 0 = padding; a query sees its own segment only. None =
+      one segment. A query of segment 0 sees no key: its output is finite and means nothing.
+  """
+
+  causal: bool = struct.field(pytree_node=False, default=True)
+  window: int | None = struct.field(pytree_node=False, default=None)
+  start: int | jax.Array = 0
+  q_segments_BT: jax.Array | None = None
+  k_segments_BS: jax.Array | None = None
+
+  def block(self, rows: slice, columns: slice) -> jax.Array | None:
+    """bool [B or 1, t, s] of the given queries and keys; None where every pair is visible by construction."""
+    q_t, k_s = jnp.arange(rows.start, rows.stop), jnp.arange(columns.start, columns.stop)
+    behind_ts = self.start + q_t[:, None] - k_s[None, :]
+    parts = []
+    if self.causal and not (isinstance(self.start, int) and self.start + rows.start >= columns.stop - 1):
+      parts.append((behind_ts >= 0)[None])
+    if self.window is not None:
+      parts.append((behind_ts < self.window)[None])
+    if self.q_segments_BT is not None:
+      q_Bt1, k_B1s = self.q_segments_BT[:, rows, None], self.k_segments_BS[:, None, columns]
+      parts.append((q_Bt1 == k_B1s) & (q_Bt1 > 0))
+    return functools.reduce(jnp.logical_and, parts) if parts else None
+
+  def all(self, queries: int, keys: int) -> jax.Array | None:
+    """The whole mask, bool [B or 1, T, S]."""
+    return self.block(slice(0, queries), slice(0, keys))
+
+
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, bias_BNTS: jax.Array | None = None,
+           scale: float | None = None, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+  """Reference attention, softmax(q k^T * scale + bias) v -> [B, T, N, H] (arXiv:1706.03762 eq. 1).
+
+  Holds the whole [B, N, T, S]. N must be a multiple of K: each key head serves N // K query heads (arXiv:2305.13245).
+  `scale` defaults to H ** -0.5; `rate` is dropout on the probabilities. Logits and softmax are f32.
+  Any function of this signature can stand in for it (see `lm.kernels.attention`).
+  """
+  B, T, N, H = q_BTNH.shape
+  S, K = k_BSKH.shape[1:3]
+  q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+  logits = jnp.einsum('BTKGH,BSKH->BKGTS', q_BTKGH, k_BSKH, preferred_element_type=jnp.float32)
+  logits = logits * (H**-0.5 if scale is None else scale)
+  if bias_BNTS is not None:
+    logits = logits + bias_BNTS.reshape(bias_BNTS.shape[0], K, N // K, T, S).astype(jnp.float32)
+  mask_BTS = mask.all(T, S)
+  if mask_BTS is not None:
+    logits = jnp.where(mask_BTS[:, None, None], logits, NEVER)
+  probs = dropout(jax.nn.softmax(logits), rate, key).astype(v_BSKH.dtype)
+  return jnp.einsum('BKGTS,BSKH->BTKGH', probs, v_BSKH).reshape(B, T, N, H)
