@@ -14,27 +14,34 @@ def override(config: Any, *assignments: str) -> Any:
   """Applies each 'dotted.path=literal' and returns the new config.
 
   A literal is Python's (`1e-3`, `True`, `('a', 'b')`, `None`); text that is not one is a string where the field takes
-  one. An int is accepted for a float field, nothing else is converted.
+  one. An int is accepted for a float field, nothing else is converted. `__post_init__` sees all assignments at once, so
+  their order does not matter; of two to one field the last counts.
 
   Raises:
     ConfigError: unknown field (naming the nearest), wrong type (naming both), or a value that `__post_init__` refuses.
   """
+  edits = []
   for item in assignments:
     path, equals, text = item.partition('=')
     if not equals:
       raise ConfigError(f'--set {item}: no "="; expected path.to.field=value')
-    config = _put(config, path.strip().split('.'), text.strip(), item)
-  return config
+    edits.append((path.strip().split('.'), text.strip(), item))
+  return _put(config, edits)
 
 
 def replace(config: Any, **changes: Any) -> Any:
   """`dataclasses.replace` whose keywords may be dotted with double underscores: `replace(c, optim__lr=1e-4)`."""
+  values, groups = {}, {}
   for name, value in changes.items():
     head, _, rest = name.partition('__')
     if head not in {f.name for f in dataclasses.fields(config)}:
       raise ConfigError(f'{type(config).__name__} has no field {head!r}')
-    config = dataclasses.replace(config, **{head: replace(getattr(config, head), **{rest: value}) if rest else value})
-  return config
+    if rest:
+      groups.setdefault(head, {})[rest] = value
+    else:
+      values[head] = value
+  values |= {head: replace(values.get(head, getattr(config, head)), **inner) for head, inner in groups.items()}
+  return dataclasses.replace(config, **values)
 
 
 def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
@@ -77,36 +84,37 @@ def from_json(cls: type, data: dict[str, Any]) -> Any:
       raise ConfigError(f'{cls.__name__} has no field {name!r}{_nearest(name, fields)}')
   values = {}
   for name, value in data.items():
-    if dataclasses.is_dataclass(hints[name]) and isinstance(value, dict):
-      values[name] = from_json(hints[name], value)
-    else:
-      values[name] = _check(_tuples(value), hints[name], f'{cls.__name__}.{name}')
+    values[name] = _check(_tuples(value), hints[name], f'{cls.__name__}.{name}')
   try:
     return cls(**values)
   except TypeError as error:
     raise ConfigError(f'{cls.__name__}: {error}') from error
 
 
-def _put(config, keys, text, item):
-  if not dataclasses.is_dataclass(config):
-    raise ConfigError(f'--set {item}: {keys[0]!r} lies below a value that has no fields')
+def _put(config, edits):
+  """`config` after [(path of keys, text, the whole assignment)]."""
+  by_field = {}
+  for keys, text, item in edits:
+    by_field.setdefault(keys[0], []).append((keys[1:], text, item))
+  hints = typing.get_type_hints(type(config))
   names = [f.name for f in dataclasses.fields(config)]
-  if keys[0] not in names:
-    raise ConfigError(f'--set {item}: {type(config).__name__} has no field {keys[0]!r}{_nearest(keys[0], names)}')
-  old = getattr(config, keys[0])
-  if keys[1:]:
-    new = _put(old, keys[1:], text, item)
-  elif dataclasses.is_dataclass(old):
-    raise ConfigError(f'--set {item}: {keys[0]!r} is a group; set one of its fields: '
-                      + ', '.join(f.name for f in dataclasses.fields(old)))
-  else:
-    new = _parse(text, typing.get_type_hints(type(config))[keys[0]], f'--set {item}')
+  new = {}
+  for name, inner in by_field.items():
+    if name not in names:
+      raise ConfigError(f'--set {inner[0][2]}: {type(config).__name__} has no field {name!r}{_nearest(name, names)}')
+    old = getattr(config, name)
+    for keys, _, item in inner:
+      if keys and not dataclasses.is_dataclass(old):
+        raise ConfigError(f'--set {item}: {keys[0]!r} lies below a value that has no fields')
+      if not keys and dataclasses.is_dataclass(old):
+        raise ConfigError(f'--set {item}: {name!r} is a group; set one of its fields: '
+                          + ', '.join(f.name for f in dataclasses.fields(old)))
+    _, text, item = inner[-1]
+    new[name] = _put(old, inner) if dataclasses.is_dataclass(old) else _parse(text, hints[name], f'--set {item}')
   try:
-    return dataclasses.replace(config, **{keys[0]: new})  # reruns __post_init__
+    return dataclasses.replace(config, **new)  # reruns __post_init__
   except ConfigError as error:
-    if str(error).startswith('--set'):
-      raise
-    raise ConfigError(f'--set {item}: {error}') from error
+    raise ConfigError(f'--set {" --set ".join(item for _, _, item in edits)}: {error}') from error
 
 
 def _nearest(name, names):
@@ -153,6 +161,8 @@ def _check(value, hint, where):
   kind = _kinds(hint)[0]
   if kind is float and type(value) is int:
     return float(value)
+  if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+    return from_json(kind, value)
   if kind is tuple and isinstance(value, tuple):
     args = typing.get_args(hint)
     if args and args[-1] is Ellipsis:
@@ -166,4 +176,8 @@ def _check(value, hint, where):
 
 
 def _name(hint):
-  return ' or '.join(k.__name__ for k in _kinds(hint))
+  if typing.get_origin(hint) in (typing.Union, types.UnionType):
+    return ' or '.join(map(_name, typing.get_args(hint)))
+  if typing.get_origin(hint) is typing.Literal:
+    return ' or '.join(map(repr, typing.get_args(hint)))
+  return 'None' if hint is type(None) else _kinds(hint)[0].__name__

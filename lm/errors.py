@@ -38,3 +38,9 @@ class Preempted(Error):
   """SIGTERM arrived and the state was saved; starting again resumes (EX_TEMPFAIL)."""
 
   code = 75
+
+
+class Interrupted(Error):
+  """Ctrl-C, after the state was saved."""
+
+  code = 130

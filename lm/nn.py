@@ -99,6 +99,12 @@ class Mask:
       parts.append((q_Bt1 == k_B1s) & (q_Bt1 > 0))
     return functools.reduce(jnp.logical_and, parts) if parts else None
 
+  def cut(self, rows: slice, columns: slice) -> 'Mask':
+    """The mask of a block of queries and keys, as a mask of its own."""
+    pick = lambda x, part: None if x is None else x[:, part]
+    return self.replace(start=self.start + rows.start - columns.start, q_segments_BT=pick(self.q_segments_BT, rows),
+                        k_segments_BS=pick(self.k_segments_BS, columns))
+
   def all(self, queries: int, keys: int) -> jax.Array | None:
     """The whole mask, bool [B or 1, T, S]."""
     return self.block(slice(0, queries), slice(0, keys))

@@ -60,12 +60,13 @@ def objective(terms: dict[str, Term], weights: dict[str, jax.Array]) -> jax.Arra
   return sum(t.scale * _mean(t.total, weights[name]) for name, t in terms.items())
 
 
-def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 1
+def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, microbatches: int = 1
               ) -> Callable[[State, Any, jax.Array], tuple[State, Metrics]]:
   """step(state, batch, key) -> (state, metrics), to be jitted with the state donated.
 
   The key is folded with the step and the microbatch, so a resumed run draws what the straight run drew. A step whose
-  objective or gradient is not finite leaves parameters and optimizer as they were.
+  objective or gradient is not finite leaves parameters and optimizer as they were; `tx` sees to that (`optim.make`): it
+  is told the gradient's norm and whether all is finite.
 
   Metrics, f32 scalars: the loss's own (mean over the global batch), 'objective', 'grad_norm', 'skipped'.
   """
@@ -75,11 +76,9 @@ def make_step(loss: Loss, tx: optax.GradientTransformation, microbatches: int = 
     grads, value, metrics = gradient(state.params, batch, key)
     norm = optax.global_norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params)
-    new = optax.apply_updates(state.params, updates)
-    keep = lambda a, b: jax.tree.map(lambda x, y: jnp.where(finite, x, y), a, b)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, norm=norm, ok=finite)
     skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
-    state = State(state.step + 1, keep(new, state.params), state.frozen, keep(opt_state, state.opt_state), skipped)
+    state = State(state.step + 1, optax.apply_updates(state.params, updates), state.frozen, opt_state, skipped)
     return state, metrics | {'objective': value, 'grad_norm': norm, 'skipped': skipped.astype(jnp.float32)}
   return step
 

@@ -103,7 +103,8 @@ class Cache:
 def specs(c: Config) -> params.Tree:
   """The parameter tree of one decoder."""
   D, N, K, H, F = c.embed, c.heads, c.kv_heads, c.head_dim, c.mlp
-  inner, outer_o, outer_down = params.Normal(c.init.std), *(params.Normal(c.init.residual),) * 2
+  inner = params.Normal(c.init.std)
+  outer_o = outer_down = params.Normal(c.init.residual)
   if c.init.scheme == 'fan_in':
     inner, outer_o, outer_down = params.FanIn(1), params.FanIn(2), params.FanIn(1)
   attn = {

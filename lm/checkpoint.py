@@ -1,0 +1,338 @@
+"""Checkpoints: asynchronous, sharded, sealed (see `lm.seal`), restored onto any mesh and any number of hosts.
+
+A step directory is one Orbax tree of the state's leaves as nested dicts of strings: 'params/blocks/attn/q',
+'opt_state/0/mu/blocks/attn/q', 'step'. Holes (None) and containers (tuples, named tuples) are not stored: they come
+from the abstract state of whoever restores. Everything else about a step (metrics, metadata, leaf shapes) is in its seal.
+`Saver`, `restore` and `restore_params` are collective: every process calls them, on one shared file system.
+"""
+
+from collections.abc import Iterator
+from concurrent import futures
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import pathlib
+import re
+import shutil
+import socket
+import tempfile
+from typing import Any, Self
+
+from flax import traverse_util
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+import orbax.checkpoint as ocp
+
+from lm import params, seal
+from lm.errors import CheckpointError, ConfigError
+
+FORMAT = 1
+_SHOWN = 4  # differences listed in one message
+_WRITABLE = 'expected a writable directory; choose another --workdir'
+_NONE, _BROKEN = -1, -2  # what process 0 broadcasts instead of a step
+
+Tree = params.Tree
+Path = str | os.PathLike
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Save every `every` steps; keep the `keep` newest and the `keep_best` best by `metric` ('min' or 'max')."""
+
+  every: int = 1000
+  keep: int = 2
+  keep_best: int = 1
+  metric: str = 'val_loss'
+  mode: str = 'min'
+
+  def __post_init__(self):
+    for name, least in (('every', 1), ('keep', 1), ('keep_best', 0)):
+      if getattr(self, name) < least:
+        raise ConfigError(f'checkpoint.{name}: {getattr(self, name)}; expected at least {least}')
+    if self.mode not in ('min', 'max'):
+      raise ConfigError(f'checkpoint.mode: {self.mode!r}; expected "min" or "max"')
+
+
+class Saver:
+  """Writes sealed steps into one directory. A context manager; leaving it waits for the save under way.
+
+  `start` is the step that this run continues from (None: from nothing). Opening removes what an interrupted run left
+  behind and moves sealed steps newer than `start`, which this run will write again, into `abandoned/`.
+  A save that fails in the background raises CheckpointError at the next `save`, `poll`, `wait` or `close`.
+  """
+
+  def __init__(self, directory: Path, c: Config, start: int | None, log: seal.Log = print):
+    self._directory, self._c, self._log = _absolute(directory), c, log
+    self._newest = -1 if start is None else start
+    self._pending: futures.Future | None = None
+    with _failing(f'--workdir: cannot open {self._directory} for saving', _WRITABLE):
+      self._directory.mkdir(parents=True, exist_ok=True)
+      if jax.process_index() == 0:
+        seal.clean(self._directory, log)
+        seal.abandon(self._directory, self._newest, log)
+    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    self._thread = futures.ThreadPoolExecutor(1, 'seal')
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind, error, trace):
+    try:
+      self.close()
+    except CheckpointError as failure:
+      if error is None:
+        raise
+      self._log(f'error: {failure}')  # the error that ended the run stays the one that is raised
+
+  def save(self, step: int, state: Tree, meta: dict, metrics: dict[str, float], finite: bool = True) -> bool:
+    """Starts saving `state` and returns once the state may be donated; sealing and pruning follow in the background.
+
+    Waits first for the save before this one. `meta` must be plain JSON.
+
+    Returns:
+      Whether a save began: not where the state is not `finite`, and not where this step is the newest saved already.
+
+    Raises:
+      CheckpointError: this save or the one before failed, or `step` is older than the newest.
+    """
+    self.poll()
+    if not finite or step == self._newest:
+      return False
+    if step < self._newest:
+      raise CheckpointError(f'{self._directory}: save of step {step}, but step {self._newest} is there; '
+                            'expected a newer step; restore the older step first')
+    self.wait()
+    leaves = params.flatten(state)
+    record = {'format_version': FORMAT, 'step': step, 'meta': meta, 'metrics': {k: float(v) for k, v in metrics.items()},
+              'leaves': {path: _kind(x) for path, x in leaves.items()}}
+    record = json.loads(json.dumps(record))
+    with self._saving(step):
+      self._orbax.save(self._directory / str(step), args=ocp.args.PyTreeSave(_nest(leaves)))
+    self._newest = step
+    self._pending = self._thread.submit(self._finish, step, record)
+    return True
+
+  def poll(self) -> None:
+    """Raises the failure of a save that has ended, if there is one; never waits. Call it every step."""
+    if self._pending is not None and self._pending.done():
+      self.wait()
+
+  def wait(self) -> None:
+    """Returns when the last save is sealed and old steps are pruned (on process 0; elsewhere: when it is written)."""
+    pending, self._pending = self._pending, None
+    if pending is not None:
+      with self._saving(self._newest):
+        pending.result()
+
+  def close(self) -> None:
+    try:
+      self.wait()
+    finally:
+      self._thread.shutdown()
+      self._orbax.close()
+
+  def _finish(self, step, record):
+    c = self._c
+    self._orbax.wait_until_finished()
+    if jax.process_index() == 0:
+      seal.write(self._directory, step, record)
+      seal.prune(self._directory, seal.metrics(self._directory, c.metric), c.keep, c.keep_best, c.mode)
+
+  def _saving(self, step):
+    return _failing(f'--workdir: saving {self._directory / str(step)} failed',
+                    f'older steps are intact ({seal.steps(self._directory)}); mend the disk and start again')
+
+
+def restore(directory: Path, abstract_state: Tree, step: int | None = None,
+            log: seal.Log = print) -> tuple[int, Tree, dict] | None:
+  """(step, state, meta) of the newest intact step, or of `step`; None where nothing was ever sealed.
+
+  Args:
+    abstract_state: `jax.ShapeDtypeStruct`s, each with the sharding to restore onto (none: this process's first device).
+    step: this one or none; otherwise damaged steps are passed over and named in one line of `log`.
+
+  Raises:
+    CheckpointError: steps exist and none is intact, or `step` is missing or damaged.
+    ConfigError: leaves differ from the checkpoint's in shape, dtype or name; nothing is cast.
+  """
+  directory = _absolute(directory)
+  chosen = _agree(directory, step, log)
+  if chosen is None:
+    return None
+  record = _read(directory, chosen)
+  wanted = params.flatten(abstract_state)
+  stored = record['leaves']
+  _refuse(directory / str(chosen), _differences(wanted, stored, {p: p for p in wanted})
+          + [f'{p} {_show(stored[p])} is in the checkpoint only' for p in stored if p not in wanted])
+  leaves = _load(directory / str(chosen), wanted)
+  return chosen, jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[p] for p in wanted]), record['meta']
+
+
+def restore_params(directory: Path, abstract_params: Tree, pattern: str = '', step: int | None = None,
+                   log: seal.Log = print) -> Tree:
+  """The parameters of a checkpoint whose path matches `pattern` (`re.search`); None elsewhere: `params.join` fills it.
+
+  Takes a leaf from either half of the state, trainable or frozen; reads no other array. `step` as in `restore`.
+
+  Raises:
+    CheckpointError: there is no intact checkpoint.
+    ConfigError: a matching leaf is missing there, or has another shape or dtype; or no leaf matches.
+  """
+  directory = _absolute(directory)
+  chosen = _agree(directory, step, log)
+  if chosen is None:
+    raise CheckpointError(f'{directory}: no checkpoint; expected at least one sealed step; name another directory')
+  stored = _read(directory, chosen)['leaves']
+  wanted = {p: x for p, x in params.flatten(abstract_params).items() if re.search(pattern, p)}
+  if not wanted:
+    raise ConfigError(f'{directory}: no parameter matches {pattern!r}; expected a regular expression for one of '
+                      + ', '.join(list(params.flatten(abstract_params))[:_SHOWN]))
+  homes = {p: f'frozen/{p}' if f'frozen/{p}' in stored else f'params/{p}' for p in wanted}
+  _refuse(directory / str(chosen), _differences(wanted, stored, homes))
+  leaves = _load(directory / str(chosen), {homes[p]: x for p, x in wanted.items()})
+  return params.map_with_path(lambda p, _: leaves[homes[p]] if p in wanted else None, abstract_params)
+
+
+def steps(directory: Path) -> list[int]:
+  """The sealed steps, ascending; not verified."""
+  return seal.steps(_absolute(directory))
+
+
+def best(directory: Path, metric: str, mode: str = 'min') -> int | None:
+  """The sealed step with the best finite `metric`; None where no step has it."""
+  return next(iter(seal.ranked(seal.metrics(_absolute(directory), metric), mode)), None)
+
+
+def read_meta(directory: Path, step: int) -> dict[str, Any]:
+  """The `meta` that `step` was saved with."""
+  return _read(_absolute(directory), step)['meta']
+
+
+def preflight(directory: Path, nbytes: int, c: Config) -> None:
+  """Refuses, before anything is compiled, a directory that cannot take checkpoints of `nbytes` each.
+
+  Raises:
+    CheckpointError: not a directory, not writable, or less free space than 1.2 times all the steps kept plus one;
+      the sealed steps already there count as free.
+  """
+  directory = _absolute(directory)
+  with _failing(f'--workdir: cannot write into {directory}', _WRITABLE):
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory) as probe:
+      probe.write(b'probe')
+      probe.flush()
+      os.fsync(probe.fileno())
+    free = shutil.disk_usage(directory).free + seal.size(directory)
+  need = int(1.2 * nbytes * (c.keep + c.keep_best + 1))
+  if free < need:
+    raise CheckpointError(f'--workdir: {free / 2**20:,.0f} MiB free for {directory}; expected {need / 2**20:,.0f} MiB (1.2 '
+                          f'x {c.keep + c.keep_best + 1} checkpoints); free space, or lower checkpoint.keep')
+
+
+@contextlib.contextmanager
+def lock(workdir: Path) -> Iterator[None]:
+  """Holds `workdir/lock` (flock) so that one job writes there; the kernel frees it however the process ends.
+
+  Raises:
+    CheckpointError: another process holds it; the message names its host and pid.
+  """
+  if jax.process_index() != 0:
+    yield
+    return
+  path = _absolute(workdir) / 'lock'
+  with _failing(f'--workdir: cannot lock {path}', _WRITABLE):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = path.open('a+')
+  with file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+      file.seek(0)
+      raise CheckpointError(f'--workdir: {path.parent} is in use by {file.read().strip() or "another process"}; expected '
+                            'no other run; wait for it or choose another --workdir') from error
+    file.truncate(0)
+    file.write(f'host {socket.gethostname()} pid {os.getpid()}\n')
+    file.flush()
+    yield
+
+
+@contextlib.contextmanager
+def _failing(where: str, action: str):
+  """Turns any failure inside into a CheckpointError of one line."""
+  try:
+    yield
+  except CheckpointError:
+    raise
+  except Exception as error:
+    raise CheckpointError(f'{where}: {type(error).__name__}: {" ".join(str(error).split())[:400]}; {action}') from error
+
+
+def _absolute(directory: Path) -> pathlib.Path:
+  return pathlib.Path(os.path.abspath(directory))
+
+
+def _agree(directory: pathlib.Path, step: int | None, log: seal.Log) -> int | None:
+  """The step that all processes restore: process 0 looks and verifies, the others are told."""
+  chosen, failure = _BROKEN, CheckpointError(f'{directory}: process 0 found no intact checkpoint; see its message')
+  if jax.process_index() == 0:
+    try:
+      found = seal.newest_intact(directory, step, log)
+      chosen = _NONE if found is None else found
+    except CheckpointError as error:
+      failure = error
+  chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
+  if chosen == _BROKEN:
+    raise failure
+  return None if chosen == _NONE else chosen
+
+
+def _read(directory, step):
+  record = seal.read(directory, step)
+  if record['format_version'] != FORMAT:
+    raise CheckpointError(f'{directory / str(step)}: format {record["format_version"]}; expected {FORMAT}; '
+                          'use the version of this package that wrote it')
+  return record
+
+
+def _kind(x) -> list:
+  return [str(x.dtype), list(x.shape)]
+
+
+def _show(kind) -> str:
+  return f'{kind[0]}{kind[1]}'
+
+
+def _differences(wanted: dict, stored: dict, homes: dict[str, str]) -> list[str]:
+  lines = []
+  for path, x in wanted.items():
+    have = stored.get(homes[path])
+    if have is None:
+      lines.append(f'{homes[path]} {_show(_kind(x))} is not in the checkpoint')
+    elif have != _kind(x):
+      lines.append(f'{homes[path]} is {_show(have)} in the checkpoint, {_show(_kind(x))} in this config')
+  return lines
+
+
+def _refuse(where: pathlib.Path, differences: list[str]) -> None:
+  if differences:
+    more = f' and {len(differences) - _SHOWN} more' if len(differences) > _SHOWN else ''
+    raise ConfigError(f'{where}: {"; ".join(differences[:_SHOWN])}{more}; expected the same leaves; set the config as it '
+                      'was, or take over the fitting parameters alone with init_from in a new --workdir')
+
+
+def _nest(leaves: dict[str, Any]) -> dict[str, Any]:
+  return traverse_util.unflatten_dict(leaves, sep='/')
+
+
+def _load(path: pathlib.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+  """{path: array} of the given leaves alone, each on its sharding."""
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  item = _nest({p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None) or here)
+                for p, x in leaves.items()})
+  args = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
+                                partial_restore=True)
+  with _failing(f'{path}: cannot be restored', 'restore an older step'), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+    return params.flatten(orbax.restore(path, args=args))

@@ -1,0 +1,286 @@
+"""Batches as a pure function of (config, seed, step): nothing to save but the step, whatever the number of hosts.
+
+Shapes: B rows of the global batch, T + 1 tokens a row.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+import pathlib
+from typing import Any, Literal
+
+import grain
+import jax
+import numpy as np
+
+from lm.data import corpora, packing, records
+from lm.errors import ConfigError, DataError
+from lm.text import tokenizer as tokenizers
+
+ENDLESS = 2**40  # rows or steps; grain wants a length
+Arrays = dict[str, np.ndarray]  # the fields of `packing.Batch`
+Pick = tuple[int, packing.Row]  # (number of the dataset, planned row)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What is read, and how it is cut into rows.
+
+  Attributes:
+    corpus: one or several of: a prepared dataset (directory with manifest.json), a .txt or .jsonl file, a directory or
+      glob of them. Raw text is tokenised into the cache directory on first use.
+    weights: share of the rows that each corpus gives; () = by its training tokens.
+    tokenizer: a path (see `lm.text.tokenizer.load`), 'byte', 'char' (built from the raw text), or '' = the one kept
+      with the prepared corpus.
+    length: T, targets a row; rows hold T + 1 tokens.
+    batch: rows of the global batch.
+    isolate: documents packed into one row do not see each other, and their first tokens are no targets.
+    packing: 'stream' (windows over the joined documents) or 'fit' (whole documents).
+    split: how raw text is split, see `records.Split`; a prepared dataset has its own.
+    validation_fraction: of the raw text.
+    threads: batches built ahead, 0 = none; the result does not depend on it.
+  """
+
+  corpus: str | tuple[str, ...] = ''
+  weights: tuple[float, ...] = ()
+  tokenizer: str = ''
+  length: int = 1024
+  batch: int = 8
+  isolate: bool = False
+  packing: Literal['stream', 'fit'] = 'stream'
+  split: Literal['hash', 'tail'] = 'hash'
+  validation_fraction: float = 0.05
+  threads: int = 2
+
+  def __post_init__(self):
+    for name, low in (('length', 1), ('batch', 1), ('threads', 0)):
+      if getattr(self, name) < low:
+        raise ConfigError(f'data.{name}={getattr(self, name)}; expected at least {low}')
+    if self.packing not in ('stream', 'fit'):
+      raise ConfigError(f"data.packing={self.packing!r}; expected 'stream' or 'fit'")
+    if self.weights and (len(self.weights) != len(self.corpora) or min(self.weights) <= 0):
+      raise ConfigError(f'data.weights={self.weights}; expected one positive number for each of the '
+                        f'{len(self.corpora)} corpora')
+    records.Split(self.split, self.validation_fraction)
+
+  @property
+  def corpora(self) -> tuple[str, ...]:
+    return (self.corpus,) if isinstance(self.corpus, str) else self.corpus
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+  """Opened datasets and the plan of their training rows; made by `prepare`."""
+
+  config: Config
+  seed: int
+  tokenizer: tokenizers.Tokenizer
+  datasets: tuple[records.Dataset, ...]
+  plans: tuple[packing.Stream | packing.Fit, ...]
+
+  def tokens(self, split: str = 'train') -> int:
+    return sum(d.tokens(split) for d in self.datasets)
+
+  def utf8_bytes(self, split: str = 'validation') -> int:
+    """Bytes of the text: bits per byte = nats per token * tokens / bytes / ln 2."""
+    return sum(d.utf8_bytes(split) for d in self.datasets)
+
+  @property
+  def rows_per_epoch(self) -> int:
+    return sum(plan.rows for plan in self.plans)
+
+  @property
+  def weights(self) -> tuple[float, ...]:
+    raw = self.config.weights or tuple(d.tokens('train') for d in self.datasets)
+    return tuple(w / sum(raw) for w in raw)
+
+  @property
+  def fingerprint(self) -> dict[str, Any]:
+    """All that decides the batches, json-able; neither hosts nor threads do."""
+    c = self.config
+    return {'datasets': [d.sha256 for d in self.datasets], 'tokenizer': self.tokenizer.sha256, 'seed': self.seed,
+            'weights': list(self.weights), 'length': c.length, 'batch': c.batch, 'packing': c.packing,
+            'isolate': c.isolate}
+
+  @functools.cached_property
+  def picks(self) -> grain.MapDataset:
+    """Row of the run -> (dataset, row of that dataset), mixed in proportion to `weights`: rows are equal in tokens."""
+    return grain.MapDataset.mix([grain.MapDataset.range(ENDLESS).map(functools.partial(_tag, i))
+                                 for i in range(len(self.plans))], self.weights)
+
+
+def _tag(dataset, row):
+  return dataset, row
+
+
+def prepare(c: Config, cache_dir: str | os.PathLike, *, seed: int = 0) -> Data:
+  """Opens the corpora, tokenising raw text into `cache_dir` first where that was not done before.
+
+  Raises:
+    ConfigError: a tokenizer that does not belong to a prepared corpus.
+    DataError: nothing to read, or something damaged.
+  """
+  if seed < 0:
+    raise ConfigError(f'seed={seed}; expected at least 0')
+  if not c.corpora or not all(c.corpora):
+    raise ConfigError('data.corpus is empty; expected a prepared dataset or text; set data.corpus=PATH')
+  sources = [records.Dataset(p) if _is_prepared(p) else corpora.find(p) for p in c.corpora]
+  tokenizer = _tokenizer(c, sources)
+  datasets = tuple(s if isinstance(s, records.Dataset) else _tokenised(s, tokenizer, c, pathlib.Path(cache_dir))
+                   for s in sources)
+  for d in datasets:
+    if d.manifest['tokenizer']['sha256'] != tokenizer.sha256:
+      raise ConfigError(f'data.tokenizer={c.tokenizer!r}: not the tokenizer that {d.path} was prepared with (sha256 '
+                        f"differs); set data.tokenizer='' to use that one, or prepare the corpus again")
+  plans = tuple(packing.plan(c.packing, d.lengths['train'], c.length, seed) for d in datasets)
+  return Data(c, seed, tokenizer, datasets, plans)
+
+
+def _is_prepared(path: str) -> bool:
+  return os.path.isdir(path) and any(n == 'manifest.json' or '.array_record' in n for n in os.listdir(path))
+
+
+def _tokenizer(c, sources):
+  if c.tokenizer not in ('', 'char'):
+    return tokenizers.load(c.tokenizer)
+  for s in sources:
+    if isinstance(s, records.Dataset):
+      return s.tokenizer()
+  if not c.tokenizer:
+    raise ConfigError("data.tokenizer is empty; raw text needs one; set data.tokenizer to a path, 'byte' or 'char'")
+  return tokenizers.char(d.text for s in sources for d in s)
+
+
+def _tokenised(files: corpora.Files, tokenizer, c: Config, cache_dir: pathlib.Path) -> records.Dataset:
+  split = records.Split(c.split, c.validation_fraction)
+  source = files.source()
+  head = records.provenance(tokenizer, split, source)
+  out = cache_dir / hashlib.sha256(json.dumps(head, sort_keys=True).encode()).hexdigest()[:16]
+  if not (out / 'manifest.json').exists():
+    logging.getLogger(__name__).info('tokenising %s into %s', ', '.join(s['name'] for s in source[:3]), out)
+  return records.write(files, tokenizer, out, split=split, source=source)
+
+
+def check(data: Data, vocab: int) -> None:
+  """Does the data fit a model of `vocab` ids? Call it before anything is compiled.
+
+  Raises:
+    ConfigError: `vocab` is smaller than the tokenizer's, or larger than that rounded up to a multiple of 128.
+    DataError: a corpus without a training row, or fewer rows than one batch.
+  """
+  size = data.tokenizer.vocab_size
+  most = -(-size // 128) * 128
+  if not size <= vocab <= most:
+    raise ConfigError(f'model.vocab={vocab}: the tokenizer has {size} ids; expected {size} to {most}; set '
+                      f'model.vocab={size}')
+  c = data.config
+  for d, plan in zip(data.datasets, data.plans, strict=True):
+    if not plan.rows:
+      raise DataError(f'{d.path}: {d.tokens("train")} training tokens in {len(d.lengths["train"])} documents; expected '
+                      f'at least data.length={c.length}; shorten data.length, give more text, or (few documents) set '
+                      "data.split='tail'")
+  if data.rows_per_epoch < c.batch:
+    raise DataError(f'corpus: {data.rows_per_epoch} rows of {c.length} tokens, less than one batch of '
+                    f'data.batch={c.batch}; lower data.batch or data.length, or give more text')
+
+
+def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
+  """Raises ConfigError that lists the fields in which the data of a saved run differs from this run's."""
+  differing = [f'{k}: {saved.get(k)!r} -> {now.get(k)!r}' for k in sorted(saved.keys() | now.keys())
+               if saved.get(k) != now.get(k)]
+  if differing:
+    raise ConfigError(f'data differs from the saved run ({"; ".join(differing)}); expected the same; restore the '
+                      'settings or choose another --workdir')
+
+
+def host_batch(data: Data, step: int) -> Arrays:
+  """The whole global batch of one step as numpy arrays [B, T + 1]: what `train_batches` must equal."""
+  return _train_arrays(data, np.arange(data.config.batch), step)
+
+
+def train_batches(data: Data, sharding: jax.sharding.Sharding, start_step: int = 0) -> Iterator[packing.Batch]:
+  """Endless global batches from `start_step` on; each host builds only the rows that its devices hold."""
+  return _batches(functools.partial(_train_arrays, data), ENDLESS, data.config.batch, data, sharding, start_step)
+
+
+def eval_steps(data: Data, split: str, batch: int) -> int:
+  """Number of batches that `eval_batches` gives."""
+  return -(-sum(p.rows for p in _eval_plans(data, split)) // batch)
+
+
+def eval_batches(data: Data, split: str, batch: int, sharding: jax.sharding.Sharding) -> Iterator[packing.Batch]:
+  """The split once, in order, in batches of `batch` rows; the last is filled up with empty rows (segment 0).
+
+  Raises:
+    DataError: the split has no target.
+  """
+  plans = _eval_plans(data, split)
+  ends = np.cumsum([p.rows for p in plans])
+  if not ends[-1]:
+    raise DataError(f'{", ".join(str(d.path) for d in data.datasets)}: nothing to evaluate in {split!r}; expected at '
+                    'least 2 tokens; raise data.validation_fraction')
+  nothing = packing.Row(np.zeros((0, 3), np.int64), data.config.length + 1)
+
+  def arrays(rows, step):
+    picks = []
+    for row in (step * batch + rows).tolist():
+      d = int(np.searchsorted(ends, row, 'right'))
+      picks.append((d, plans[d].row(row - int(ends[d]) + plans[d].rows)) if d < len(plans) else (0, nothing))
+    return _fill(data, split, picks)
+  return _batches(arrays, eval_steps(data, split, batch), batch, data, sharding, 0)
+
+
+def _eval_plans(data, split):
+  c = data.config
+  return [packing.plan(c.packing, d.lengths[split], c.length, shuffle=False) for d in data.datasets]
+
+
+def _train_arrays(data: Data, rows: np.ndarray, step: int) -> Arrays:
+  picks = (data.picks[step * data.config.batch + row] for row in rows.tolist())
+  return _fill(data, 'train', [(d, data.plans[d].row(row)) for d, row in picks])
+
+
+def _fill(data: Data, split: str, picks: list[Pick]) -> Arrays:
+  """Reads the tokens of the planned rows, all rows of a dataset in one go."""
+  layouts = [row.layout(data.config.isolate) for _, row in picks]
+  segments_BT, positions_BT, mask_BT = (np.stack(x) for x in zip(*layouts, strict=True))
+  ids_BT = np.zeros_like(segments_BT)
+  for i, dataset in enumerate(data.datasets):
+    mine_B = np.array([d == i for d, _ in picks])
+    spans = [row.spans for d, row in picks if d == i and len(row.spans)]
+    if spans:
+      ids_BT[mine_B[:, None] & (segments_BT > 0)] = dataset.read(split, np.concatenate(spans))
+  return {'ids_BT': ids_BT, 'segments_BT': segments_BT, 'positions_BT': positions_BT, 'mask_BT': mask_BT}
+
+
+def _batches(arrays: Callable[[np.ndarray, int], Arrays], steps: int, batch: int, data: Data,
+             sharding: jax.sharding.Sharding, start: int) -> Iterator[packing.Batch]:
+  shape = (batch, data.config.length + 1)
+  try:
+    places = sharding.addressable_devices_indices_map(shape)
+  except ValueError as error:
+    raise ConfigError(f'batch={batch}: cannot be divided over the devices ({error}); choose a multiple of mesh.data * '
+                      'mesh.fsdp') from error
+  rows = np.unique(np.concatenate([np.arange(batch)[index[0]] for index in places.values()]))
+
+  def put(local_BT):
+    def part(index):
+      start, stop, _ = index[0].indices(batch)
+      at = int(np.searchsorted(rows, start))
+      return local_BT[at:at + stop - start, index[1]]
+    return jax.make_array_from_callback(shape, sharding, part)
+
+  def run():
+    ahead = grain.ReadOptions(num_threads=data.config.threads, prefetch_buffer_size=2 * data.config.threads)
+    iterator = iter(grain.MapDataset.range(steps).map(functools.partial(arrays, rows)).to_iter_dataset(ahead))
+    iterator.set_state({'next_index': start})
+    try:
+      for local in iterator:
+        yield packing.Batch(**{name: put(x) for name, x in local.items()})
+    finally:
+      iterator.close()
+  return run()

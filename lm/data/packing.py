@@ -1,0 +1,158 @@
+"""Rows of T + 1 tokens out of documents, as pure functions of the row number.
+
+Shapes: B rows, T + 1 tokens a row (`length` = T targets); T in a suffix stands for those T + 1. A row is planned here
+as spans of documents; whoever holds the tokens fills it (`lm.data.loader`). One invariant holds everywhere: in one
+epoch, and in one pass over an evaluation split, a token is the target of at most one row.
+"""
+
+import functools
+from typing import NamedTuple
+
+from flax import struct
+import jax
+import numpy as np
+
+from lm.errors import ConfigError
+
+OPEN_ROWS = 64  # 'fit' looks for room in this many rows at a time; full search gains < 2 % (measured fill 0.98)
+
+
+@struct.dataclass
+class Batch:
+  """What a loss gets; all [B, T + 1].
+
+  Attributes:
+    ids_BT: int32 token ids, 0 where padded.
+    segments_BT: int32, 1, 2, ... per document of the row (one segment a row when not isolating), 0 = padding.
+    positions_BT: int32, from 0 in each segment.
+    mask_BT: bool, this token counts as a target; never the first of a row or (isolating) of a document.
+  """
+
+  ids_BT: jax.Array
+  segments_BT: jax.Array
+  positions_BT: jax.Array
+  mask_BT: jax.Array
+
+
+class Row(NamedTuple):
+  """Plan of one row: int64 spans [pieces, 3] of (document, start, stop), in order, then padding up to `width`."""
+
+  spans: np.ndarray
+  width: int
+
+  def layout(self, isolate: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(segments_T int32, positions_T int32, mask_T bool); `isolate` makes every span a segment of its own."""
+    counts = self.spans[:, 2] - self.spans[:, 1]
+    used = int(counts.sum())
+    counts = counts if isolate else np.array([used])
+    segments_T, positions_T = np.zeros((2, self.width), np.int32)
+    segments_T[:used] = np.repeat(np.arange(1, len(counts) + 1), counts)
+    positions_T[:used] = np.arange(used) - np.repeat(np.cumsum(counts) - counts, counts)
+    return segments_T, positions_T, (segments_T > 0) & (positions_T > 0)
+
+
+class Stream:
+  """Windows of T + 1 tokens, every T tokens, over the documents one after another (GPT-2, GPT-3, PaLM).
+
+  Training: each epoch permutes the documents, joins the last to the first, starts at a random token of that circle and
+  permutes the windows; every token is a target once, but for fewer than T dropped. Evaluation (`shuffle=False`): file
+  order from the first token, the last row padded, every token but the first is a target once.
+
+  Args:
+    lengths: tokens of each document, all > 0.
+    length: T.
+    seed: of the permutations.
+    shuffle: training or evaluation.
+  """
+
+  def __init__(self, lengths: np.ndarray, length: int, seed: int = 0, shuffle: bool = True):
+    self.lengths, self.length, self.seed, self.shuffle = np.asarray(lengths, np.int64), length, seed, shuffle
+    self.total = int(self.lengths.sum())
+    self.rows = self.total // length if shuffle else -(-max(self.total - 1, 0) // length)
+    self._epoch = functools.lru_cache(2)(self._plan)  # two: prefetching threads straddle an epoch's end
+
+  def _plan(self, epoch):
+    if not self.shuffle:
+      order, offset, rows = np.arange(len(self.lengths)), 0, np.arange(self.rows)
+    else:
+      rng = np.random.default_rng((self.seed, epoch))
+      order = rng.permutation(len(self.lengths))
+      offset, rows = int(rng.integers(self.total)), rng.permutation(self.rows)
+    return order, np.concatenate([[0], np.cumsum(self.lengths[order])]), offset, rows
+
+  def row(self, number: int) -> Row:
+    """Row `number` of the endless run of epochs."""
+    epoch, k = divmod(number, self.rows)
+    order, ends, offset, rows = self._epoch(epoch)
+    start = offset + int(rows[k]) * self.length
+    stop = start + self.length + 1
+    if self.shuffle:
+      start, stop = start % self.total, start % self.total + self.length + 1
+      parts = [_spans(ends, start, min(stop, self.total)), _spans(ends, 0, stop - self.total)]
+    else:
+      parts = [_spans(ends, start, min(stop, self.total))]
+    spans = np.concatenate(parts)
+    spans[:, 0] = order[spans[:, 0]]
+    return Row(spans, self.length + 1)
+
+
+def _spans(ends: np.ndarray, start: int, stop: int) -> np.ndarray:
+  """Tokens [start, stop) of the concatenation as (document, start, stop) rows; none where stop <= start."""
+  if stop <= start:
+    return np.zeros((0, 3), np.int64)
+  first = np.searchsorted(ends, start, 'right') - 1
+  last = np.searchsorted(ends, stop, 'left')
+  begin = ends[first:last]
+  return np.stack([np.arange(first, last), np.maximum(start - begin, 0),
+                   np.minimum(stop, ends[first + 1:last + 1]) - begin], axis=1)
+
+
+class Fit:
+  """Whole documents, first fit into rows of T + 1; for fine-tuning.
+
+  A document longer than a row is cut into windows that overlap by one token, so that every token with a predecessor
+  in its document is a target once an epoch. Documents are placed once, in an order drawn from the seed; an epoch
+  permutes the rows. Arguments as for `Stream`.
+  """
+
+  def __init__(self, lengths: np.ndarray, length: int, seed: int = 0, shuffle: bool = True):
+    self.length, self.seed, self.shuffle = length, seed, shuffle
+    lengths = np.asarray(lengths, np.int64)
+    order = np.random.default_rng(seed).permutation(len(lengths)) if shuffle else np.arange(len(lengths))
+    self._spans, self._starts = _first_fit(order, lengths, length + 1)
+    self.rows = len(self._starts) - 1
+    self._epoch = functools.lru_cache(2)(
+        lambda epoch: np.random.default_rng((seed, epoch)).permutation(self.rows) if shuffle else np.arange(self.rows))
+
+  def row(self, number: int) -> Row:
+    """Row `number` of the endless run of epochs."""
+    epoch, k = divmod(number, self.rows)
+    at = int(self._epoch(epoch)[k])
+    return Row(self._spans[self._starts[at]:self._starts[at + 1]], self.length + 1)
+
+
+def _first_fit(order: np.ndarray, lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+  """(spans of all rows [pieces, 3], where each row begins in them [rows + 1])."""
+  rows: list[list[tuple[int, int, int]]] = []
+  room = np.zeros(OPEN_ROWS, np.int64)  # slot i % OPEN_ROWS holds row i
+  for document in order.tolist():
+    total = int(lengths[document])
+    for start in range(0, max(total - 1, 1), width - 1):
+      stop = min(start + width, total)
+      fits = np.roll(room, -len(rows)) >= stop - start  # oldest first
+      at = int(np.argmax(fits)) + len(rows) - OPEN_ROWS
+      if not fits.any():
+        at = len(rows)
+        rows.append([])
+        room[at % OPEN_ROWS] = width
+      rows[at].append((document, start, stop))
+      room[at % OPEN_ROWS] -= stop - start
+  spans = np.array([s for row in rows for s in row], np.int64).reshape(-1, 3)
+  return spans, np.concatenate([[0], np.cumsum([len(row) for row in rows], dtype=np.int64)])
+
+
+def plan(packing: str, lengths: np.ndarray, length: int, seed: int = 0, shuffle: bool = True) -> Stream | Fit:
+  """The packing by name: 'stream' or 'fit'."""
+  if packing not in ('stream', 'fit'):
+    raise ConfigError(f"packing={packing!r}; expected 'stream' or 'fit'")
+  return (Stream if packing == 'stream' else Fit)(lengths, length, seed, shuffle)

@@ -1,0 +1,239 @@
+"""Hugging Face model folders (config.json and safetensors), both ways: GPT2LMHeadModel and LlamaForCausalLM.
+
+`lm.models.tables` says which tensor is which parameter. Nothing here runs code of a model: pickles are refused.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import struct
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors import numpy as st
+
+from lm import params
+from lm.errors import CheckpointError, ConfigError
+from lm.models import decoder, tables
+from lm.text import tokenizer
+
+_SUMS = 'SHA256SUMS'  # as `sha256sum` writes it; verified where a folder has one
+_FLOATS = ('F32', 'F16', 'BF16')
+_PICKLES = ('.bin', '.pt', '.pth', '.ckpt')
+_NEUTRAL = (  # fields of every config that change nothing in the forward pass of these models
+    '_name_or_path|transformers_version|(torch_)?dtype|use_cache|_?attn_implementation.*|(bos|eos|pad|sep)_token_id|'
+    'decoder_start_token_id|tokenizer_class|prefix|task_specific_params|problem_type|finetuning_task|id2label|label2id|'
+    'num_labels|return_dict|output_(attentions|hidden_states|past)|torchscript|use_bfloat16|do_sample|(max|min)_length')
+
+
+def load(folder: str | os.PathLike) -> tuple[decoder.Config, params.Tree]:
+  """(config, parameters) of a folder; parameters are f32 NumPy arrays of `decoder.specs(config)`.
+
+  Reads model.safetensors or the shards of model.safetensors.index.json, of f32, f16 or bf16. A vocabulary padded
+  beyond config.json's vocab_size keeps its rows: the config then counts them.
+
+  Raises:
+    ConfigError: an architecture or an option of config.json that the decoder lacks.
+    CheckpointError: damaged or missing files; a tensor that is missing, unknown, or of another shape.
+  """
+  folder = pathlib.Path(folder)
+  where = folder / 'config.json'
+  fields = tables.Fields(where, _json(where))
+  kind = fields.take('model_type', str)
+  family = tables.FAMILIES.get(kind)
+  if family is None:
+    raise fields.error('model_type', kind, ' or '.join(map(repr, tables.FAMILIES)))
+  fields.fixed('architectures', [family.architecture])
+  fields.drop(_NEUTRAL)
+  c = family.read(fields)
+  fields.done()
+  tensors = _tensors(folder)
+  if not any(name.startswith(family.prefix) for name in tensors):
+    tensors = {name if name in family.copies else family.prefix + name: x for name, x in tensors.items()}
+  for copy, original in family.copies.items():
+    if c.tied and copy in tensors and original in tensors:
+      if not np.array_equal(tensors[copy].read(), tensors[original].read()):
+        raise CheckpointError(f'{folder}: tensor {copy} differs from {original}; expected a copy, as config.json ties '
+                              'them; set tie_word_embeddings to false there')
+      del tensors[copy]
+  return tables.fill(c, family.rows, tensors, folder, family.ignored)
+
+
+def save(folder: str | os.PathLike, c: decoder.Config, p: params.Tree, tokenizer_dir: str | os.PathLike | None = None,
+         shard_bytes: int = 4 << 30) -> None:
+  """Writes a folder that transformers loads, with f32 weights; it appears whole or not at all.
+
+  Args:
+    folder: new, or empty.
+    p: arrays of `decoder.specs(c)`.
+    tokenizer_dir: its files are written beside, and its begin, end and padding ids into config.json.
+    shard_bytes: most bytes of a weight file, unless one tensor is larger.
+
+  Raises:
+    ConfigError: no architecture of theirs computes this config, or the tokenizer has more ids than the model.
+    CheckpointError: the parameters do not fit the config, or the folder cannot be written.
+  """
+  kind, family = tables.family(c)
+  specs = decoder.specs(c)
+  want, have = ({path: x.shape for path, x in params.flatten(tree).items()} for tree in (specs, p))
+  for path in want | have:
+    if want.get(path) != have.get(path):
+      raise CheckpointError(f'{folder}: parameter {path} has shape {have.get(path)}; expected {want.get(path)}; merge '
+                            'what was added to the model, or take the config that its parameters were made with')
+  text = None if tokenizer_dir is None else tokenizer.load(tokenizer_dir)
+  if text is not None and text.vocab_size > c.vocab:
+    raise ConfigError(f'{tokenizer_dir}: {text.vocab_size} ids; expected at most model.vocab={c.vocab}; name the '
+                      'tokenizer that the model was trained with')
+  fields = {'architectures': [family.architecture], 'model_type': kind, 'dtype': 'float32', 'vocab_size': c.vocab,
+            'tie_word_embeddings': c.tied, 'initializer_range': c.init.std}
+  fields |= {f'{role}_token_id': getattr(text, f'{role}_id', None) for role in ('bos', 'eos', 'pad')}
+  with _new_folder(pathlib.Path(os.path.abspath(folder))) as tmp:
+    _write_json(tmp / 'config.json', fields | family.write(c))
+    if text is not None:
+      text.save(tmp)
+    _write_tensors(tmp, list(tables.instances(family.rows, specs)), params.flatten(p), shard_bytes)
+
+
+def _tensors(folder: pathlib.Path) -> dict[str, tables.Tensor]:
+  """Every tensor of the folder's safetensors, opened but not read."""
+  index, files = None, ['model.safetensors']
+  if not (folder / files[0]).is_file():
+    if not (folder / 'model.safetensors.index.json').is_file():
+      pickles = sorted(f.name for f in folder.iterdir() if f.suffix in _PICKLES)
+      found = f'{pickles[0]} is a pickle, which can run code' if pickles else 'no weights'
+      raise CheckpointError(f'{folder}: {found}; expected model.safetensors; save the model again with transformers')
+    index = _json(folder / 'model.safetensors.index.json').get('weight_map')
+    files = sorted(set(index.values())) if isinstance(index, dict) and all(
+        isinstance(file, str) for file in index.values()) else ['']
+    for file in files:
+      if not re.fullmatch(r'[A-Za-z0-9_-][A-Za-z0-9._-]*\.safetensors', file):
+        raise CheckpointError(f'{folder}/model.safetensors.index.json: file name {file[:80]!r}; expected a safetensors '
+                              'file of the same folder; copy the index again')
+  tensors, home = {}, {}
+  for file in files:
+    for name, tensor in _open(folder / file).items():
+      if name in tensors:
+        raise CheckpointError(f'{folder}: tensor {name} is in {home[name]} and in {file}; expected it once; copy again')
+      tensors[name], home[name] = tensor, file
+  if index is not None and index != home:
+    name = next(n for n in index | home if index.get(n) != home.get(n))
+    raise CheckpointError(f'{folder}/model.safetensors.index.json: tensor {name} in {index.get(name)}; expected '
+                          f'{home.get(name)}, where it lies; copy the folder again')
+  return tensors
+
+
+def _open(path: pathlib.Path) -> dict[str, tables.Tensor]:
+  try:
+    _verify(path)
+    file = safetensors.safe_open(path, framework='np')
+    with path.open('rb') as f:
+      header = f.read(struct.unpack('<Q', f.read(8))[0])
+    json.loads(header, object_pairs_hook=_unique)  # the library keeps the last of two equal names
+  except (OSError, ValueError, safetensors.SafetensorError) as error:
+    raise CheckpointError(f'{path}: {_line(error)}; expected a whole safetensors file; copy it again') from error
+  return {name: tables.Tensor(tuple(file.get_slice(name).get_shape()), functools.partial(_read, file, name, path))
+          for name in file.keys()}  # noqa: SIM118 (not a dict)
+
+
+def _read(file, name, path):
+  kind = file.get_slice(name).get_dtype()
+  if kind not in _FLOATS:
+    raise CheckpointError(f'{path}: tensor {name} is {kind}; expected {", ".join(_FLOATS)}; save the model unquantised')
+  return np.asarray(file.get_tensor(name), np.float32)
+
+
+def _unique(pairs):
+  if len(out := dict(pairs)) != len(pairs):
+    raise ValueError('a name stands twice in the header')
+  return out
+
+
+def _verify(path: pathlib.Path) -> None:
+  """Compares a weight file with the folder's SHA256SUMS, where there is one that lists it."""
+  sums = path.with_name(_SUMS)
+  lines = sums.read_text(errors='replace').splitlines() if sums.is_file() else []
+  want = {name: digest for digest, _, name in (line.partition('  ') for line in lines)}.get(path.name)
+  if want is not None and want != _sha256(path):
+    raise CheckpointError(f'{path}: sha256 is not that of {_SUMS}; expected {want[:16]}...; copy the file again')
+
+
+def _sha256(path: pathlib.Path) -> str:
+  with path.open('rb') as f:
+    return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def _json(path: pathlib.Path) -> dict[str, Any]:
+  try:
+    data = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError) as error:
+    raise CheckpointError(f'{path}: {_line(error)}; expected a JSON object; copy the folder again') from error
+  if not isinstance(data, dict):
+    raise CheckpointError(f'{path}: {type(data).__name__}; expected a JSON object; copy the folder again')
+  return data
+
+
+def _line(error: Exception) -> str:
+  return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
+
+
+def _write_json(path: pathlib.Path, data: dict[str, Any]) -> None:
+  path.write_text(json.dumps(data, indent=2, sort_keys=True) + '\n')
+
+
+def _write_tensors(folder, instances, flat, shard_bytes) -> None:
+  shards, size = [[]], 0
+  for item in instances:
+    nbytes = 4 * math.prod(item[1].shape(item[3]))
+    if shards[-1] and size + nbytes > shard_bytes:
+      shards.append([])
+      size = 0
+    shards[-1].append(item)
+    size += nbytes
+  names = [f'model-{i + 1:05}-of-{len(shards):05}.safetensors' for i in range(len(shards))]
+  if len(shards) == 1:
+    names = ['model.safetensors']
+  else:
+    home = {item[0]: name for name, shard in zip(names, shards, strict=True) for item in shard}
+    total = 4 * sum(x.size for x in flat.values())
+    _write_json(folder / 'model.safetensors.index.json', {'metadata': {'total_size': total}, 'weight_map': home})
+  for name, shard in zip(names, shards, strict=True):
+    tensors = {theirs: row.merge([np.asarray(flat[path][index], np.float32) for path in row.paths])
+               for theirs, row, index, _ in shard}
+    st.save_file(tensors, folder / name, metadata={'format': 'pt'})
+  (folder / _SUMS).write_text(''.join(f'{_sha256(folder / name)}  {name}\n' for name in names))
+
+
+@contextlib.contextmanager
+def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A temporary folder that takes the name `folder` when the block ends well, and goes away otherwise."""
+  tmp = folder.with_name(f'{folder.name}.tmp{os.getpid()}')
+  try:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+      raise CheckpointError(f'{folder}: exists and is not empty; expected a new folder; choose another name')
+    tmp.mkdir(parents=True)
+    yield tmp
+    for path in (*tmp.iterdir(), tmp):
+      _sync(path)
+    tmp.rename(folder)
+    _sync(folder.parent)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise CheckpointError(f'{folder}: {_line(error)}; expected a folder that can be written; mend it or choose another'
+                          ) from error
+  finally:
+    shutil.rmtree(tmp, ignore_errors=True)
+
+
+def _sync(path: pathlib.Path) -> None:
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)

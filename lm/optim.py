@@ -1,0 +1,258 @@
+"""Optimizers: which leaves learn, at what rate, and by which rule.
+
+`make` gives an optax transformation over the trainable half of a parameter tree (None in the holes). AdamW is written
+out here rather than chained, so that a step holds no tree but the gradient, the moments and the parameters, and goes
+through memory once for each it writes: `optax.chain(clip_by_global_norm, adamw)` stores a scaled copy of the gradient,
+and a caller who wants to drop a non-finite step stores copies of everything. Values equal optax's (tests).
+L is the leading axis of stacked layers.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+import re
+from typing import Any, Literal
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from lm import params
+from lm.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """One optimizer and its learning rate over the run. Patterns are regular expressions searched for in the path.
+
+  Attributes:
+    name: 'adam_no_bias_correction' is BERT's and ELECTRA's Adam (weight decay decoupled as in AdamW). 'muon' takes the
+      matrices of stacked blocks by Muon, at update sizes that match AdamW's (arXiv:2502.16982), the rest by AdamW.
+    lr: the peak; a multiplier of `multipliers` scales it.
+    schedule: see `schedule`.
+    steps: updates in the whole run.
+    warmup: updates before the peak.
+    decay_steps: updates the decay takes, 0 = all after the warm-up. 'linear' and 'cosine' decay right after the warm-up
+      and then stay at `min_lr`; 'wsd' and 'inverse_sqrt' hold the peak and decay over the last `decay_steps`.
+    min_lr: where the decay ends, absolute.
+    weight_decay: decoupled and times the learning rate: p <- p - lr * (update + weight_decay * p).
+    no_decay: leaves without weight decay; by default norms and biases.
+    clip: largest global norm of the gradient; 0 = no bound.
+    multipliers: (pattern, factor) of the learning rate, first match wins; a factor may be a tuple of one per layer.
+    freeze: leaves that do not train; '' = none.
+    microbatches: parts in which a step takes its batch.
+  """
+
+  name: Literal['adamw', 'adam_no_bias_correction', 'muon'] = 'adamw'
+  lr: float = 1e-3
+  schedule: Literal['constant', 'linear', 'cosine', 'wsd', 'inverse_sqrt', 'bert_linear', 'electra_linear'] = 'cosine'
+  steps: int = 1000
+  warmup: int = 0
+  decay_steps: int = 0
+  min_lr: float = 0.0
+  b1: float = 0.9
+  b2: float = 0.95
+  eps: float = 1e-8
+  weight_decay: float = 0.1
+  no_decay: str = r'(scale|bias)$'
+  clip: float = 1.0
+  multipliers: tuple[tuple[str, float | tuple[float, ...]], ...] = ()
+  freeze: str = ''
+  microbatches: int = 1
+
+  def __post_init__(self):
+    for name in ('lr', 'min_lr', 'eps', 'weight_decay', 'clip'):
+      _check(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, 'a finite number, at least 0')
+    for name in ('b1', 'b2'):
+      _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, '0 <= value < 1')
+    _check('steps', self.steps, self.steps >= 1, 'at least 1')
+    _check('microbatches', self.microbatches, self.microbatches >= 1, 'at least 1')
+    _check('warmup', self.warmup, 0 <= self.warmup <= self.steps, f'0 to optim.steps={self.steps}')
+    left = self.steps - self.warmup
+    _check('decay_steps', self.decay_steps, 0 <= self.decay_steps <= left, f'0 to optim.steps - optim.warmup = {left}')
+    _check('min_lr', self.min_lr, self.min_lr <= self.lr, f'at most optim.lr={self.lr}')
+    for name, pattern in (('no_decay', self.no_decay), ('freeze', self.freeze),
+                          *(('multipliers', pattern) for pattern, _ in self.multipliers)):
+      try:
+        re.compile(pattern)
+      except re.error as error:
+        raise ConfigError(f'optim.{name}: {pattern!r} is no regular expression ({error}); correct it') from error
+    for _, factor in self.multipliers:
+      for f in factor if isinstance(factor, tuple) else (factor,):
+        _check('multipliers', f, 0 <= f < math.inf, 'finite factors, at least 0')
+
+
+def schedule(c: Config) -> Callable[[int | jax.Array], jax.Array]:
+  """lr(step), f32 scalar, where step counts the updates made before this one; constant outside 0..c.steps.
+
+  With w = warmup, the rate is a ramp min(1, (step + 1) / (w + 1)) (nanoGPT's: never 0) times
+
+  - constant: lr
+  - linear, cosine: lr down to min_lr over `decay_steps` after the warm-up, then min_lr (GPT-2, GPT-3, Llama)
+  - wsd: lr, then linearly to min_lr over the last `decay_steps` (SmolLM2)
+  - inverse_sqrt: lr * sqrt(s / step) from step s = steps - decay_steps on; at least min_lr. PaLM §5: lr 1e-2, s 10,000.
+
+  Two schedules follow their released code instead, with the decay counted from step 0 over all `steps`:
+
+  - bert_linear: lr * step / w before step w, then lr * (1 - step / steps): BERT, DeBERTa; drops at step w
+  - electra_linear: lr * (1 - step / steps) * min(1, step / w)
+  """
+  decay = c.decay_steps or c.steps - c.warmup
+  start = c.warmup if c.schedule in ('linear', 'cosine') else c.steps - decay
+
+  def rate(step: int | jax.Array) -> jax.Array:
+    t = jnp.clip(jnp.asarray(step, jnp.float32), 0, c.steps)
+    between = lambda weight: c.min_lr + (c.lr - c.min_lr) * weight
+    if c.schedule in ('bert_linear', 'electra_linear'):
+      ramp, falling = jnp.minimum(1, t / max(c.warmup, 1)), between(1 - t / c.steps)
+      if c.schedule == 'electra_linear':
+        return falling * ramp if c.warmup else falling
+      return jnp.where(t < c.warmup, c.lr * ramp, falling)
+    ramp = jnp.minimum(1, (t + 1) / (c.warmup + 1))
+    done = jnp.clip((t - start) / max(decay, 1), 0, 1)
+    if c.schedule == 'cosine':
+      return ramp * between(0.5 * (1 + jnp.cos(jnp.pi * done)))
+    if c.schedule == 'inverse_sqrt':
+      return ramp * jnp.maximum(c.lr * jnp.sqrt(max(start, 1) / jnp.maximum(t, max(start, 1))), c.min_lr)
+    return ramp * (c.lr if c.schedule == 'constant' else between(1 - done))
+  return rate
+
+
+def trainable_mask(c: Config, tree: params.Tree) -> params.Tree:
+  """Tree of bools for `params.split`: False where `c.freeze` matches the path.
+
+  Raises:
+    ConfigError: the pattern matches no leaf, or all of them.
+  """
+  if not c.freeze:
+    return jax.tree.map(lambda _: True, tree)
+  frozen = params.match(tree, c.freeze)
+  if not any(jax.tree.leaves(frozen)):
+    raise ConfigError(f'optim.freeze: {c.freeze!r} matches no parameter; expected part of a path such as '
+                      f'{next(iter(params.flatten(tree)))!r}')
+  if all(jax.tree.leaves(frozen)):
+    raise ConfigError(f'optim.freeze: {c.freeze!r} matches every parameter; leave one to train')
+  return jax.tree.map(lambda f: not f, frozen)
+
+
+def make(c: Config, specs: params.Tree) -> optax.GradientTransformationExtraArgs:
+  """The transformation for trees with the paths of `specs` (Specs or arrays); None leaves have no optimizer state.
+
+  `update(grads, state, params, norm=None, ok=None)`: `norm` is the gradient's global norm where the caller has it;
+  where the bool scalar `ok` is False, updates are 0 and the state stays, whatever the gradients hold.
+
+  Raises:
+    ConfigError: a multiplier that matches no leaf, or has not one factor a layer; Muon without a matrix to take.
+  """
+  if c.lr == 0:
+    warnings.warn('optim.lr: 0; no parameter will change; expected a positive rate', stacklevel=2)
+  leaves = params.flatten(specs)
+  factors = {path: _factor(c, path, leaf.shape) for path, leaf in leaves.items()}
+  for pattern, _ in c.multipliers:
+    if not any(re.search(pattern, path) for path in leaves):
+      raise ConfigError(f'optim.multipliers: {pattern!r} matches no parameter; expected part of a path such as '
+                        f'{next(iter(leaves))!r}')
+  adam = _adam(c, factors)
+  return adam if c.name != 'muon' else _muon(c, factors, _matrices(leaves), adam)
+
+
+def _check(name, value, right, expected):
+  if not right:
+    raise ConfigError(f'optim.{name}: {value}; expected {expected}')
+
+
+def _factor(c, path, shape):
+  """The leaf's learning-rate multiplier: a float, or an array [L, 1, ...]."""
+  factor = next((f for pattern, f in c.multipliers if re.search(pattern, path)), 1.0)
+  if not isinstance(factor, tuple):
+    return factor
+  if not shape or shape[0] != len(factor):
+    raise ConfigError(f'optim.multipliers: {len(factor)} factors for {path} of shape {shape}; expected one a layer')
+  return np.asarray(factor, np.float32).reshape(-1, *(1,) * (len(shape) - 1))
+
+
+def _decay(c, path):
+  return 0.0 if re.search(c.no_decay, path) else c.weight_decay
+
+
+def _clip(c, grads, norm):
+  """What to multiply the gradient by so that its global norm is at most `c.clip`."""
+  if not c.clip:
+    return 1.0
+  return jnp.minimum(1.0, c.clip / (optax.tree.norm(grads) if norm is None else norm))
+
+
+def _adam(c: Config, factors: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+  """Clipped AdamW (arXiv:1711.05101 alg. 2); one pass over memory a leaf and output."""
+  rate_at = schedule(c)
+
+  def init(tree):
+    zeros = lambda: jax.tree.map(jnp.zeros_like, tree)
+    return optax.ScaleByAdamState(jnp.int32(0), zeros(), zeros())
+
+  def update(grads, state, tree, *, norm=None, ok=None):
+    keep = lambda new, old: new if ok is None else jnp.where(ok, new, old)
+    clip, rate, count = _clip(c, grads, norm), rate_at(state.count), state.count + 1
+    # Scalars, so that the loops below hold one multiplication each for clipping and bias correction.
+    unbias1, unbias2 = (1.0, 1.0) if c.name == 'adam_no_bias_correction' else (
+        1 / (1 - c.b1**count), 1 / (1 - c.b2**count))
+    mu = jax.tree.map(lambda m, g: keep(c.b1 * m + (1 - c.b1) * (clip * g), m), state.mu, grads)
+    # Not square(g): the compiler would share it with the norm's square, and store it.
+    nu = jax.tree.map(lambda v, g: keep(c.b2 * v + (1 - c.b2) * (clip * g) * (clip * g), v), state.nu, grads)
+
+    def step(path, p, m, v):
+      direction = m * unbias1 / (jnp.sqrt(v * unbias2) + c.eps) + _decay(c, path) * p
+      return keep(-rate * factors[path] * direction, jnp.zeros_like(p))
+    return params.map_with_path(step, tree, mu, nu), optax.ScaleByAdamState(keep(count, state.count), mu, nu)
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _matrices(specs: dict[str, Any]) -> dict[str, optax.contrib.MuonDimensionNumbers]:
+  """The leaves for Muon: matrices of stacked layers that read from or write to the residual stream ('embed').
+
+  Heads and head_dim count as one axis; layers are orthogonalised one by one.
+  """
+  found = {}
+  for path, spec in specs.items():
+    axes = [i for i, axis in enumerate(getattr(spec, 'axes', ())) if axis not in ('layers', 'stage')]
+    if len(axes) < 2 or len(axes) == len(spec.axes):
+      continue
+    if spec.axes[axes[0]] == 'embed':
+      found[path] = optax.contrib.MuonDimensionNumbers(tuple(axes[:1]), tuple(axes[1:]))
+    elif spec.axes[axes[-1]] == 'embed':
+      found[path] = optax.contrib.MuonDimensionNumbers(tuple(axes[:-1]), tuple(axes[-1:]))
+  if not found:
+    raise ConfigError("optim.name: 'muon', but no leaf is a matrix of stacked layers with an 'embed' axis; "
+                      'give `make` the Specs, or choose adamw')
+  return found
+
+
+def _muon(c, factors, matrices, adam) -> optax.GradientTransformationExtraArgs:
+  """Muon (optax.contrib) for `matrices`, `adam` for the others; both see the gradient clipped by its global norm."""
+  muon = optax.contrib.muon(
+      schedule(c), weight_decay=c.weight_decay,
+      weight_decay_mask=lambda tree: params.map_with_path(lambda path, _: _decay(c, path) > 0, tree),
+      consistent_rms=0.2,
+      muon_weight_dimension_numbers=lambda tree: params.map_with_path(lambda path, _: matrices[path], tree))
+
+  def halves(tree):
+    return params.split(tree, params.map_with_path(lambda path, _: path in matrices, tree))
+
+  def init(tree):
+    mine, rest = halves(tree)
+    return {'muon': muon.init(mine), 'adam': adam.init(rest)}
+
+  def update(grads, state, tree, *, norm=None, ok=None):
+    norm = optax.tree.norm(grads) if norm is None and c.clip else norm
+    clip = _clip(c, grads, norm)
+    (my_grads, rest_grads), (mine, rest) = halves(grads), halves(tree)
+    updates, new = muon.update(jax.tree.map(lambda g: clip * g, my_grads), state['muon'], mine)
+    updates = params.map_with_path(lambda path, u: factors[path] * u, updates)
+    if ok is not None:
+      updates = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros_like(u)), updates)
+      new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state['muon'])
+    rest_updates, adam_state = adam.update(rest_grads, state['adam'], rest, norm=norm, ok=ok)
+    return params.join(updates, rest_updates), {'muon': new, 'adam': adam_state}
+  return optax.GradientTransformationExtraArgs(init, update)

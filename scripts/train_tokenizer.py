@@ -1,0 +1,68 @@
+r"""Trains a tokenizer on text files and says how well it does.
+
+  python -m scripts.train_tokenizer --vocab=16000 --out=tokenizers/en.model --text=corpora/sotu.jsonl
+  python -m scripts.train_tokenizer --kind=bpe --vocab=32000 --out=tokenizers/mixed.model --text='corpora/*.jsonl'
+  python -m scripts.train_tokenizer --kind=char --out=tokenizers/shakespeare --text=shakespeare.txt
+
+unigram: SentencePiece, the best default; encodes several times faster than bpe. bpe: trains ten times faster.
+char: one id per character, for tiny experiments. The same files and flags give the same bytes. unigram and bpe models
+give every text back exactly (newlines, tabs, emoji, any script), except the character U+2581.
+
+Exit status: 0 done, 2 a flag is wrong, 3 a file is missing or damaged.
+"""
+
+import itertools
+import os
+
+from absl import flags
+import tqdm
+
+from experiments import cli
+from lm.data import corpora
+from lm.errors import ConfigError
+from lm.text import tokenizer as tokenizers
+
+_TEXT = flags.DEFINE_list('text', [], '.txt and .jsonl files, directories or globs, comma-separated.')
+_KIND = flags.DEFINE_enum('kind', 'unigram', ['unigram', 'bpe', 'char'], 'What to train.')
+_VOCAB = flags.DEFINE_integer('vocab', 16000, 'Number of ids, control symbols and 256 bytes included (not for char).',
+                              lower_bound=300)
+_OUT = flags.DEFINE_string('out', '', 'The .model file to write (char: a directory).')
+_CONTROL = flags.DEFINE_list('control_symbols', [], 'Extra control symbols, e.g. "<|user|>,<|assistant|>,[MASK]": they '
+                             'get ids from 4 on, and text that spells them stays text.')
+_COVERAGE = flags.DEFINE_float('character_coverage', 0.9995, 'Share of the characters that get an id of their own; the '
+                               'rest are spelled in bytes.', lower_bound=0.9, upper_bound=1.0)
+_MAX_LINES = flags.DEFINE_integer('max_lines', 0, 'Train on a random sample of this many lines; 0 = all of them.',
+                                  lower_bound=0)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of that sample.', lower_bound=0)
+
+CHECKED = 1000  # documents measured afterwards
+
+
+def main(_: list[str]) -> None:
+  for flag in (_TEXT, _OUT):
+    if not flag.value:
+      raise ConfigError(f'--{flag.name}: not given; expected --text=PATHS --out=FILE.model; see --help')
+  files = corpora.Files(tuple(p for path in _TEXT.value for p in corpora.find(path).paths))
+  texts = (d.text for d in tqdm.tqdm(files, desc='reading', unit=' documents', disable=None))
+  if _KIND.value == 'char':
+    tokenizer = tokenizers.char(texts)
+    tokenizer.save(_OUT.value)
+  else:
+    if not _OUT.value.endswith('.model'):
+      raise ConfigError(f'--out={_OUT.value}: expected a name ending in .model; e.g. --out={_OUT.value}.model')
+    tokenizer = tokenizers.train_sentencepiece(
+        texts, _OUT.value, _VOCAB.value, _KIND.value, control_symbols=_CONTROL.value,
+        character_coverage=_COVERAGE.value, max_lines=_MAX_LINES.value, seed=_SEED.value)
+  count = size = inexact = 0
+  for document in itertools.islice(files, CHECKED):
+    ids = tokenizer.encode(document.text)
+    count, size = count + len(ids), size + len(document.text.encode())
+    inexact += tokenizer.decode(ids) != document.text
+  print(f'{_OUT.value}: {tokenizer.vocab_size:,} ids, {size / max(count, 1):.2f} bytes per token, {inexact} of the '
+        f'first {CHECKED:,} documents not given back exactly, sha256 {tokenizer.sha256[:16]}')
+  print(f'next: python -m scripts.prepare_corpus --text={",".join(_TEXT.value)} --tokenizer={_OUT.value} --out='
+        + (os.path.dirname(_OUT.value) or '.'))
+
+
+if __name__ == '__main__':
+  cli.guard(main, __doc__)

@@ -1,0 +1,308 @@
+"""Learning-rate schedules against published values, and each optimizer against optax's own, option by option."""
+
+import dataclasses
+import math
+import typing
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lm import config, optim, params, sharding
+from lm.errors import ConfigError
+from lm.params import Spec
+
+SPECS = {
+    'embed': Spec((11, 8), ('vocab', 'embed')),
+    'blocks': params.stack(3, {
+        'norm': {'scale': Spec((8,), ('embed',), params.ones)},
+        'q': Spec((8, 2, 4), ('embed', 'heads', 'head_dim')),
+        'q_bias': Spec((2, 4), ('heads', 'head_dim')),
+        'o': Spec((2, 4, 8), ('heads', 'head_dim', 'embed')),
+        'up': Spec((8, 12), ('embed', 'mlp')),
+    }),
+}
+
+
+def random_tree(seed=0, scale=0.02):
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(lambda s: jnp.asarray(scale * rng.standard_normal(s.shape, np.float32)), SPECS)
+
+
+def gradients(n):
+  """n gradient trees of very different norms, so that some are clipped and some are not."""
+  return [random_tree(i + 1, 0.02 * 10.0 ** (i % 4 - 1)) for i in range(n)]
+
+
+def update_once(tx, tree, grads, **extra):
+  return jax.jit(lambda g, p, extra: tx.update(g, tx.init(p), p, **extra))(grads, tree, extra)
+
+
+def run(tx, tree, grads):
+  update, state = jax.jit(tx.update), jax.jit(tx.init)(tree)
+  for g in grads:
+    updates, state = update(g, state, tree)
+    tree = optax.apply_updates(tree, updates)
+  return tree, state
+
+
+def assert_close(a, b, rtol=1e-6, atol=1e-7):
+  assert jax.tree.structure(a) == jax.tree.structure(b)
+  jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol, atol), a, b)
+
+
+def decay_mask(pattern):
+  return lambda tree: jax.tree.map(lambda m: not m, params.match(tree, pattern))
+
+
+# --- schedules
+
+
+@pytest.mark.parametrize('c, golden', [
+    # nanoGPT's get_lr, it 0..; BERT's and ELECTRA's create_optimizer, by global step.
+    (dict(lr=6e-4, schedule='cosine', steps=600_000, warmup=2000, min_lr=6e-5),
+     {0: 2.9985e-7, 1000: 3.00150e-4, 1999: 5.99700e-4, 2000: 6e-4, 301_000: 3.3e-4, 600_000: 6e-5, 700_000: 6e-5}),
+    (dict(lr=1e-4, schedule='bert_linear', steps=1_000_000, warmup=10_000),
+     {0: 0, 1: 1e-8, 5000: 5e-5, 9999: 9.999e-5, 10_000: 9.9e-5, 500_000: 5e-5, 1_000_000: 0, 1_100_000: 0}),
+    (dict(lr=5e-4, schedule='electra_linear', steps=1_000_000, warmup=10_000),
+     {0: 0, 5000: 2.4875e-4, 10_000: 4.95e-4, 100_000: 4.5e-4, 500_000: 2.5e-4, 1_000_001: 0}),
+    # PaLM: 1e-2 for 10k steps, then 1 / sqrt(step).
+    (dict(lr=1e-2, schedule='inverse_sqrt', steps=255_000, decay_steps=245_000),
+     {0: 1e-2, 9999: 1e-2, 10_000: 1e-2, 40_000: 5e-3, 250_000: 2e-3}),
+    # The same name with a warm-up, as fairseq has it.
+    (dict(lr=1e-3, schedule='inverse_sqrt', steps=10_000, warmup=400), {199: 1e-3 * 200 / 401, 400: 1e-3, 1600: 5e-4}),
+    # GPT-3 in steps of 0.5M tokens: warm-up 375M, 10% at 260B, flat to 300B.
+    (dict(lr=6e-4, schedule='cosine', steps=600_000, warmup=750, decay_steps=519_250, min_lr=6e-5),
+     {750: 6e-4, 260_375: 3.3e-4, 520_000: 6e-5, 560_000: 6e-5, 600_000: 6e-5}),
+    # SmolLM2: flat to 1.6M, then linear to 0.
+    (dict(lr=3e-3, schedule='wsd', steps=2_000_000, warmup=2000, decay_steps=400_000),
+     {2000: 3e-3, 1_600_000: 3e-3, 1_800_000: 1.5e-3, 2_000_000: 0, 2_000_001: 0}),
+    (dict(lr=1e-3, schedule='linear', steps=110, warmup=10, min_lr=1e-4),
+     {9: 1e-3 * 10 / 11, 10: 1e-3, 60: 5.5e-4, 111: 1e-4}),
+    (dict(lr=1e-3, schedule='constant', steps=10, warmup=1), {0: 5e-4, 1: 1e-3, 99: 1e-3}),
+    (dict(lr=1e-3, schedule='linear', steps=10, warmup=10), {0: 1e-3 / 11, 10: 1e-3, 99: 1e-3}),  # erratum: 0 / 0
+])
+def test_published_learning_rates(c, golden):
+  rate = optim.schedule(optim.Config(**c))
+  for step, want in golden.items():
+    np.testing.assert_allclose(rate(step), want, rtol=1e-6, atol=1e-11, err_msg=str(step))
+    np.testing.assert_allclose(jax.jit(rate)(jnp.int32(step)), want, rtol=1e-6, atol=1e-11)
+
+
+@pytest.mark.parametrize('name', typing.get_args(typing.get_type_hints(optim.Config)['schedule']))
+@pytest.mark.parametrize('warmup, decay', [(0, 0), (7, 0), (7, 20), (50, 0)])
+def test_a_schedule_stays_in_its_range_and_is_flat_outside_the_run(name, warmup, decay):
+  c = optim.Config(lr=1e-3, schedule=name, steps=50, warmup=warmup, decay_steps=decay, min_lr=0.0)
+  rates = np.asarray(optim.schedule(c)(np.arange(-3, 60)))
+  assert (rates >= 0).all() and (rates <= np.float32(c.lr)).all()
+  assert (rates[:3] == rates[3]).all() and (rates[53:] == rates[53]).all()
+  after = rates[3 + warmup:]
+  assert (np.diff(after) <= 1e-9).all(), 'rises again'
+
+
+def test_optax_agrees_on_cosine_and_linear():
+  c = optim.Config(lr=6e-4, schedule='cosine', steps=600, warmup=0, min_lr=6e-5)
+  theirs = optax.cosine_decay_schedule(6e-4, 600, 0.1), optax.linear_schedule(6e-4, 6e-5, 600)
+  for ours, other in zip((c, dataclasses.replace(c, schedule='linear')), theirs, strict=True):
+    for step in (0, 1, 17, 300, 599, 600, 900):
+      np.testing.assert_allclose(optim.schedule(ours)(step), other(step), rtol=1e-5)
+
+
+# --- AdamW
+
+
+@pytest.mark.parametrize('change', [
+    {}, {'clip': 0.0}, {'clip': 1e-3}, {'clip': 1e9}, {'weight_decay': 0.0}, {'no_decay': '^$'},
+    {'no_decay': 'embed|q$'}, {'b1': 0.0}, {'b2': 0.0, 'clip': 0.0}, {'b2': 0.999}, {'eps': 1e-3},
+    {'schedule': 'constant'}, {'schedule': 'wsd', 'decay_steps': 3},
+], ids=str)
+def test_adamw_is_optax_adamw(change):
+  c = optim.Config(lr=1e-2, steps=8, warmup=2, **change)
+  tree = random_tree()
+  theirs = optax.adamw(optim.schedule(c), c.b1, c.b2, c.eps, weight_decay=c.weight_decay, mask=decay_mask(c.no_decay))
+  if c.clip:
+    theirs = optax.chain(optax.clip_by_global_norm(c.clip), theirs)
+  want, _ = run(theirs, tree, gradients(8))
+  got, state = run(optim.make(c, SPECS), tree, gradients(8))
+  assert_close(got, want)
+  assert state.count == 8
+
+
+def test_adam_without_bias_correction_is_berts():
+  """google-research/bert optimization.py: m / (sqrt(v) + eps) + decay * p, all times the rate."""
+  c = optim.Config(name='adam_no_bias_correction', schedule='constant', lr=1e-2, b2=0.999, eps=1e-6, weight_decay=0.01)
+  tree = {'kernel': jnp.array([1.0, -2.0]), 'norm': {'bias': jnp.array([0.5])}}
+  p, m, v = {'kernel': np.array([1.0, -2.0]), 'bias': np.array([0.5])}, 0, 0
+  got, _ = run(optim.make(c, tree), tree, [{'kernel': jnp.array([0.3, 0.4]), 'norm': {'bias': jnp.array([-0.1])}}] * 3)
+  for name, g, decay in (('kernel', np.array([0.3, 0.4]), 0.01), ('bias', np.array([-0.1]), 0)):
+    m = v = 0
+    for _ in range(3):
+      m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+      p[name] = p[name] - 1e-2 * (m / (np.sqrt(v) + 1e-6) + decay * p[name])
+  np.testing.assert_allclose(got['kernel'], p['kernel'], rtol=1e-5)
+  np.testing.assert_allclose(got['norm']['bias'], p['bias'], rtol=1e-5)
+
+
+def test_defaults_decay_no_norm_and_no_bias():
+  c = optim.Config(lr=0.1, schedule='constant', weight_decay=0.5)
+  tree = jax.tree.map(jnp.ones_like, random_tree())
+  got, _ = run(optim.make(c, SPECS), tree, [jax.tree.map(jnp.zeros_like, tree)])
+  moved = {path for path, x in params.flatten(got).items() if (x != 1).all()}
+  assert moved == {'embed', 'blocks/q', 'blocks/o', 'blocks/up'}
+
+
+def test_multipliers_scale_the_first_match_and_layers_one_by_one():
+  c = optim.Config(lr=1e-2, schedule='constant', multipliers=(('blocks/q$', (0.25, 0.5, 1.0)), ('blocks/q', 3.0),
+                                                              ('embed', 0.0)))
+  tree = random_tree()
+  g = gradients(1)[0]
+  step = lambda c: params.flatten(update_once(optim.make(c, SPECS), tree, g)[0])
+  base, got = step(dataclasses.replace(c, multipliers=())), step(c)
+  for path, u in base.items():
+    factor = {'blocks/q': np.array([0.25, 0.5, 1.0]).reshape(3, 1, 1, 1), 'blocks/q_bias': 3.0, 'embed': 0.0}
+    np.testing.assert_allclose(got[path], u * factor.get(path, 1.0), rtol=1e-6, err_msg=path)
+
+
+def test_a_given_norm_is_used():
+  c = optim.Config(clip=1.0)
+  tree, g = random_tree(), gradients(1)[0]
+  tx = optim.make(c, SPECS)
+  _, state = update_once(tx, tree, g, norm=4.0)
+  assert_close(state.mu, jax.tree.map(lambda g: 0.1 * g / 4, g))
+  assert_close(update_once(tx, tree, g, norm=optax.tree.norm(g)), update_once(tx, tree, g))
+
+
+# --- holes, bad steps, sharding: for every optimizer
+
+ALL = pytest.mark.parametrize('name', ['adamw', 'adam_no_bias_correction', 'muon'])
+
+
+@ALL
+def test_frozen_leaves_have_no_state_and_change_nothing_else(name):
+  c = optim.Config(name=name, freeze='embed|norm', clip=0.0)
+  tree = random_tree()
+  mask = optim.trainable_mask(c, SPECS)
+  assert params.flatten(mask) == {p: not ('embed' in p or 'norm' in p) for p in params.flatten(SPECS)}
+  train, _ = params.split(tree, mask)
+  got, state = run(optim.make(c, SPECS), train, (params.split(g, mask)[0] for g in gradients(3)))
+  want, _ = run(optim.make(c, SPECS), tree, gradients(3))
+  assert_close(got, params.split(want, mask)[0])
+  assert not any('embed' in path or 'norm' in path for path in params.flatten(state))
+
+
+@ALL
+def test_a_refused_step_changes_nothing(name):
+  tx = optim.make(optim.Config(name=name), SPECS)
+  tree = random_tree()
+  good = gradients(3)
+  bad = jax.tree.map(lambda g: g.at[(0,) * g.ndim].set(jnp.nan), good[0])
+  update = jax.jit(lambda g, s, p, ok: tx.update(g, s, p, norm=optax.tree.norm(g), ok=ok))
+  _, state = update(good[0], tx.init(tree), tree, True)
+  updates, after = update(bad, state, tree, False)
+  assert all((u == 0).all() for u in jax.tree.leaves(updates))
+  jax.tree.map(np.testing.assert_array_equal, after, state)
+  assert_close(update(good[1], state, tree, True), jax.jit(tx.update)(good[1], state, tree))
+
+
+@ALL
+def test_moments_live_where_their_parameters_do(name):
+  mesh = sharding.make_mesh(sharding.Config(data=1, fsdp=4, tensor=2))
+  tx = optim.make(optim.Config(name=name), SPECS)
+  specs = {'blocks': SPECS['blocks']}
+  state = jax.eval_shape(tx.init, params.abstract(specs))
+  placed = params.flatten(sharding.like(state, specs, mesh))
+  moments = [s.spec for path, s in placed.items() if path.endswith('blocks/up')]
+  assert len(moments) == (1 if name == 'muon' else 2)
+  assert set(moments) == {sharding.spec_of(('layers', 'embed', 'mlp'))}
+
+
+def test_the_update_stores_no_copy_of_the_tree():
+  """Clipping, masks, the learning rate and a refused step all fold into the loops that write p, m and v."""
+  c = optim.Config(multipliers=(('big', 0.5),))
+  tree = {'big': jnp.zeros((4, 256, 256)), 'more': jnp.zeros((4, 256, 256))}
+  tx = optim.make(c, tree)
+
+  def step(tree, state, grads):
+    norm = optax.tree.norm(grads)
+    updates, state = tx.update(grads, state, tree, norm=norm, ok=jnp.isfinite(norm))
+    return optax.apply_updates(tree, updates), state, norm
+  compiled = jax.jit(step, donate_argnums=(0, 1)).lower(tree, tx.init(tree), tree).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < tree['big'].nbytes / 2
+
+
+# --- Muon
+
+
+def test_muon_orthogonalises_each_layer_and_leaves_the_rest_to_adamw():
+  c = optim.Config(name='muon', lr=1e-2, schedule='constant', weight_decay=0.0, clip=0.0)
+  tree, g = random_tree(), gradients(1)[0]
+  tx = optim.make(c, SPECS)
+  got, _ = update_once(tx, tree, g)
+  want, _ = update_once(optim.make(dataclasses.replace(c, name='adamw'), SPECS), tree, g)
+  for path in ('embed', 'blocks/norm/scale', 'blocks/q_bias'):
+    np.testing.assert_array_equal(params.flatten(got)[path], params.flatten(want)[path])
+  for name, rows, columns in (('q', 8, 8), ('o', 8, 8), ('up', 8, 12)):
+    size = 0.2 * math.sqrt(max(rows, columns))  # of each singular value: AdamW's root mean square is about 0.2
+    for layer, gradient in zip(got['blocks'][name], g['blocks'][name], strict=True):
+      values = np.linalg.svd(np.asarray(layer).reshape(rows, columns), compute_uv=False) / (1e-2 * size)
+      assert (0.3 < values).all() and (values < 1.4).all(), (name, values)
+      u, _, v = np.linalg.svd(np.asarray(gradient).reshape(rows, columns), full_matrices=False)
+      assert np.trace(u.T @ -np.asarray(layer).reshape(rows, columns) @ v.T) > 0.5 * 1e-2 * size * rows
+
+
+def test_muon_on_a_stack_is_optax_muon_on_each_matrix():
+  c = optim.Config(name='muon', lr=1e-2, steps=5, weight_decay=0.3, clip=0.0)
+  tree = random_tree()
+  got, _ = run(optim.make(c, SPECS), tree, gradients(5))
+  flat = {'q': (8, 8), 'o': (8, 8), 'up': (8, 12)}
+  theirs = optax.contrib.muon(optim.schedule(c), weight_decay=c.weight_decay, consistent_rms=0.2)
+  for layer in range(3):
+    pick = lambda t, layer=layer: {n: t['blocks'][n][layer].reshape(s) for n, s in flat.items()}
+    want, _ = run(theirs, pick(tree), (pick(g) for g in gradients(5)))
+    assert_close(pick(got), want, rtol=1e-4, atol=1e-6)
+
+
+# --- refusals
+
+
+@pytest.mark.parametrize('change, where', [
+    (dict(lr=-1e-3), 'optim.lr: -0.001'), (dict(lr=math.nan), 'optim.lr: nan'), (dict(lr=math.inf), 'optim.lr: inf'),
+    (dict(warmup=-5), 'optim.warmup: -5'), (dict(warmup=11, steps=10), 'optim.warmup: 11'),
+    (dict(steps=0), 'optim.steps'), (dict(b1=1.0), 'optim.b1'), (dict(b2=-0.1), 'optim.b2'),
+    (dict(b2=math.nan), 'optim.b2'), (dict(eps=-1.0), 'optim.eps'), (dict(weight_decay=-0.1), 'optim.weight_decay'),
+    (dict(clip=-1.0), 'optim.clip'), (dict(clip=math.nan), 'optim.clip'),
+    (dict(decay_steps=11, steps=10), 'optim.decay_steps'), (dict(decay_steps=-1), 'optim.decay_steps'),
+    (dict(lr=1e-4, min_lr=1e-3), 'optim.min_lr'), (dict(microbatches=0), 'optim.microbatches'),
+    (dict(freeze='('), 'optim.freeze'), (dict(no_decay='*'), 'optim.no_decay'),
+    (dict(multipliers=(('[', 1.0),)), 'optim.multipliers'), (dict(multipliers=(('a', -1.0),)), 'optim.multipliers'),
+    (dict(multipliers=(('a', (1.0, math.nan)),)), 'optim.multipliers'),
+], ids=str)
+def test_a_value_out_of_range_is_named(change, where):
+  with pytest.raises(ConfigError, match=where):
+    optim.Config(**change)
+
+
+@pytest.mark.parametrize('use, where', [
+    (lambda c: optim.trainable_mask(c(freeze='nothing'), SPECS), "optim.freeze: 'nothing' matches no parameter"),
+    (lambda c: optim.trainable_mask(c(freeze='.'), SPECS), 'matches every parameter'),
+    (lambda c: optim.make(c(multipliers=(('nothing', 1.0),)), SPECS), 'optim.multipliers'),
+    (lambda c: optim.make(c(multipliers=(('blocks', (1.0, 2.0)),)), SPECS), '2 factors for blocks/norm/scale'),
+    (lambda c: optim.make(c(name='muon'), {'embed': SPECS['embed']}), 'optim.name'),
+    (lambda c: optim.make(c(name='muon'), {'blocks': {'q': jnp.zeros((3, 8, 8))}}), 'optim.name'),
+])
+def test_a_pattern_that_does_not_fit_the_tree_is_refused(use, where):
+  with pytest.raises(ConfigError, match=where):
+    use(optim.Config)
+
+
+def test_a_rate_of_zero_is_allowed_with_a_warning():
+  with pytest.warns(UserWarning, match='optim.lr: 0'):
+    optim.make(optim.Config(lr=0.0), SPECS)
+
+
+def test_set_takes_the_nested_tuples():
+  c = config.override(optim.Config(), "multipliers=(('embed', 0.1), ('blocks', (1, 0.5)))")
+  assert c.multipliers == (('embed', 0.1), ('blocks', (1.0, 0.5)))
+  assert config.from_json(optim.Config, config.to_json(c)) == c

@@ -1,0 +1,185 @@
+"""Round trips, determinism, and: no text ever makes a control id."""
+
+import json
+
+import numpy as np
+import pytest
+
+from lm.errors import ConfigError, DataError
+from lm.text import tokenizer as tokenizers
+
+TEXTS = ['The quick brown fox jumps over the lazy dog.\nIt had 1,234 reasons.\n\n\tIndented, and  twice spaced. \n',
+         '天地玄黄，宇宙洪荒。\n日月盈昃，辰宿列张。寒来暑往，秋收冬藏。\n',
+         'def f(x):\n    return {x: 1}  # 你好 😀\r\n'] * 20
+NASTY = ['', ' ', '\n', '\n\n\n', '\t', ' lead', 'trail ', '\r\n', 'a\0b', '😀👍🏽', 'é e\u0301',
+         '\u3000全角', '\ufeffbom', '\u2028',
+         '<s></s><pad><unk><|user|>', '<0x0A>', '[CLS] [MASK] [SEP]', '<|endoftext|>', '<|pad|>', '\u2585', '12345']
+
+
+def small_hf(folder):
+  """A byte-level BPE tokenizer.json with special tokens, and a word-level one whose words are special tokens."""
+  import tokenizers as hf
+  bpe = hf.Tokenizer(hf.models.BPE())
+  bpe.pre_tokenizer, bpe.decoder = hf.pre_tokenizers.ByteLevel(add_prefix_space=False), hf.decoders.ByteLevel()
+  trainer = hf.trainers.BpeTrainer(vocab_size=400, special_tokens=['<|endoftext|>', '<|user|>'], show_progress=False,
+                                   initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet())
+  bpe.train_from_iterator(TEXTS, trainer)
+  folder.mkdir()
+  bpe.save(str(folder / 'tokenizer.json'))
+  return bpe
+
+
+@pytest.fixture(scope='module')
+def kinds(tmp_path_factory):
+  root = tmp_path_factory.mktemp('tokenizers')
+  bpe = small_hf(root / 'hf')
+  model = json.loads(bpe.to_str())['model']
+  (root / 'gpt2').mkdir()
+  (root / 'gpt2' / 'encoder.json').write_text(json.dumps(model['vocab']))
+  merges = [' '.join(m) if isinstance(m, list) else m for m in model['merges']]
+  (root / 'gpt2' / 'vocab.bpe').write_text('#version: 0.2\n' + '\n'.join(merges) + '\n')
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *'abcdefghijklmnopqrstuvwxyz[]<>|/', '##a', '##b', '##he']
+  (root / 'wordpiece').mkdir()
+  (root / 'wordpiece' / 'vocab.txt').write_text('\n'.join(words) + '\n')
+  return {
+      'byte': tokenizers.byte(), 'char': tokenizers.char([*TEXTS, *NASTY]),
+      'unigram': tokenizers.train_sentencepiece(TEXTS, root / 'u.model', 340, control_symbols=['<|user|>', '[MASK]']),
+      'bpe': tokenizers.train_sentencepiece(TEXTS, root / 'b.model', 400, 'bpe', control_symbols=['<|user|>']),
+      'hf': tokenizers.load(root / 'hf'), 'gpt2': tokenizers.load(root / 'gpt2' / 'vocab.bpe'),
+      'wordpiece': tokenizers.load(root / 'wordpiece')}
+
+
+EXACT = ['byte', 'char', 'unigram', 'bpe', 'hf', 'gpt2']
+KINDS = [*EXACT, 'wordpiece']
+
+
+@pytest.mark.parametrize('kind', EXACT)
+def test_gives_text_back_exactly(kinds, kind):
+  for text in {*TEXTS, *NASTY}:
+    ids = kinds[kind].encode(text)
+    assert ids.dtype == np.int32
+    assert kinds[kind].decode(ids) == text
+
+
+def random_texts(tokenizer, n=200):
+  rng = np.random.default_rng(0)
+  parts = [*tokenizer.control, *NASTY, 'the ', '你', ' ', 'a']
+  return [''.join(rng.choice(parts, rng.integers(1, 8))) for _ in range(n)]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_text_never_makes_a_control_id(kinds, kind):
+  tokenizer = kinds[kind]
+  if kind != 'char':
+    assert tokenizer.control
+  for text in random_texts(tokenizer):
+    if kind == 'char':
+      text = ''.join(c for c in text if c in json.loads(tokenizer.files['char.json'])['chars'])
+    ids = tokenizer.encode(text)
+    assert not np.isin(ids, list(tokenizer.control.values())).any(), text
+    assert ids.size == 0 or (ids.min() >= 0 and ids.max() < tokenizer.vocab_size)
+
+
+def test_control_words_in_a_whitespace_vocabulary_are_still_text(tmp_path):
+  import tokenizers as hf
+  model = hf.Tokenizer(hf.models.WordLevel({'[UNK]': 0, '[CLS]': 1, 'a': 2}, unk_token='[UNK]'))
+  model.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+  model.add_special_tokens(['[UNK]', '[CLS]'])
+  model.save(str(tmp_path / 'tokenizer.json'))
+  assert tokenizers.load(tmp_path).encode('a [CLS] a').tolist() == [2, 0, 0, 2]
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_saved_tokenizer_is_the_same(kinds, kind, tmp_path):
+  kinds[kind].save(tmp_path)
+  again = tokenizers.load(tmp_path)
+  for field in ('sha256', 'kind', 'vocab_size', 'control', 'bos_id', 'eos_id', 'pad_id'):
+    assert getattr(again, field) == getattr(kinds[kind], field)
+  assert again.encode(TEXTS[0]).tolist() == kinds[kind].encode(TEXTS[0]).tolist()
+
+
+def test_sha256_tells_tokenizers_apart(kinds):
+  assert len({t.sha256 for t in kinds.values()}) == len(kinds)
+
+
+def test_document_is_bracketed_by_bos_and_eos(kinds):
+  assert kinds['byte'].document('é').tolist() == [0xC3, 0xA9, 256]
+  assert kinds['unigram'].document('x')[[0, -1]].tolist() == [2, 1]
+  assert kinds['gpt2'].document('x').tolist() == [*kinds['gpt2'].encode('x'), kinds['gpt2'].eos_id]
+  assert kinds['wordpiece'].document('a')[[0, -1]].tolist() == [2, 3]
+  assert kinds['char'].document('The').tolist() == kinds['char'].encode('The').tolist()
+
+
+def test_decode_skips_control_ids_and_ids_of_a_padded_head(kinds):
+  assert kinds['unigram'].decode([2, *kinds['unigram'].encode('fox'), 1, 100000]) == 'fox'
+  assert kinds['byte'].decode([104, 105, 256, 257, 300, -1]) == 'hi'
+
+
+def test_sentencepiece_training_is_deterministic_and_lays_out_the_control_ids(kinds, tmp_path):
+  again = tokenizers.train_sentencepiece(TEXTS, tmp_path / 'x.model', 340, control_symbols=['<|user|>', '[MASK]'])
+  assert again.sha256 == kinds['unigram'].sha256
+  assert again.control == {'<pad>': 0, '</s>': 1, '<s>': 2, '<|user|>': 4, '[MASK]': 5}
+  assert again.encode('a\nb').tolist().count(6) == 1  # a newline is one token
+
+
+def test_sentencepiece_trains_on_lines_of_any_length_and_with_tabs(tmp_path):
+  text = 'zq\t' * 30000  # one line of 90 kB, every piece of it beside a tab: the trainer alone would drop it all
+  tokenizer = tokenizers.train_sentencepiece([text], tmp_path / 'x.model', 265)
+  assert len(tokenizer.encode('zqzqzq')) <= 6
+
+
+def test_sample_of_lines_depends_on_the_seed_only(tmp_path):
+  def train(seed):
+    lines = [f'line {i} of {i * i}' for i in range(1000)]
+    return tokenizers.train_sentencepiece(lines, tmp_path / 'x.model', 279, max_lines=200, seed=seed).sha256
+  assert train(1) == train(1)
+
+
+@pytest.mark.parametrize('kwargs', [{'vocab': 5000}, {'vocab': 10}, {'vocab': 300, 'model_type': 'word'},
+                                    {'vocab': 300, 'max_lines': 9}])
+def test_untrainable_is_a_config_error(kwargs, tmp_path):
+  with pytest.raises(ConfigError, match='vocab|model_type|max_lines'):
+    tokenizers.train_sentencepiece(['ab'], tmp_path / 'x.model', **kwargs)
+
+
+def test_char_names_the_character_it_lacks():
+  with pytest.raises(DataError, match=r'character 2: U\+0078'):
+    tokenizers.char('ab').encode('abx')
+  with pytest.raises(DataError, match='empty'):
+    tokenizers.char('')
+
+
+def test_lone_surrogate_is_a_data_error(kinds):
+  for tokenizer in kinds.values():
+    with pytest.raises(DataError, match='surrogate'):
+      tokenizer.encode('a\ud800')
+
+
+def test_gpt2_pretokenizer_splits_as_published(kinds):
+  ids = kinds['gpt2'].encode("don't  stop")
+  pieces = [kinds['gpt2'].decode([i]) for i in ids]
+  assert "'t" in (pieces[3] + pieces[4], pieces[3]) and not any(p.strip() and p.endswith(' ') for p in pieces)
+
+
+@pytest.mark.parametrize(('name', 'content'), [
+    ('x.model', b'junk'), ('tokenizer.json', b'{'), ('vocab.txt', b'\xff'), ('char.json', b'{"chars": "ba"}'),
+    ('vocab.json', b'{}'), ('x.zip', b''), ('README', b'')])
+def test_damaged_or_unknown_file_is_a_data_error(tmp_path, name, content):
+  (tmp_path / name).write_bytes(content)
+  with pytest.raises(DataError, match=str(tmp_path)):
+    tokenizers.load(tmp_path / name)
+
+
+def test_nothing_there_is_a_data_error(tmp_path):
+  with pytest.raises(DataError, match='no tokenizer inside'):
+    tokenizers.load(tmp_path)
+  with pytest.raises(DataError, match='no such file'):
+    tokenizers.load(tmp_path / 'missing.model')
+
+
+def test_roles_come_from_the_file_beside_tokenizer_json(tmp_path):
+  small_hf(tmp_path / 'hf')
+  (tmp_path / 'hf' / 'tokenizer_config.json').write_text(json.dumps(
+      {'bos_token': '<|user|>', 'eos_token': {'content': '<|endoftext|>'}}))
+  tokenizer = tokenizers.load(tmp_path / 'hf' / 'tokenizer.json')
+  assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0)
