@@ -77,5 +77,5 @@ def fail(error: Error) -> None:
 def _help(argv):
   if {'--help', '-h', '--helpfull', '-help'} & set(argv):
     print(sys.modules['__main__'].__doc__)
-    print(flags.FLAGS.main_module_help())
+    print('\n'.join(filter(None, (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(__name__)))))
     sys.exit(0)

@@ -2,7 +2,7 @@
 
 A step directory is one Orbax tree of the state's leaves as nested dicts of strings: 'params/blocks/attn/q',
 'opt_state/0/mu/blocks/attn/q', 'step'. Holes (None) and containers (tuples, named tuples) are not stored: they come
-from the abstract state of whoever restores. Everything else about a step (metrics, metadata, leaf shapes) is in its seal.
+from the abstract state of whoever restores. What else there is (metrics, metadata, leaf shapes) is in the step's seal.
 `Saver`, `restore` and `restore_params` are collective: every process calls them, on one shared file system.
 """
 
@@ -73,7 +73,9 @@ class Saver:
       if jax.process_index() == 0:
         seal.clean(self._directory, log)
         seal.abandon(self._directory, self._newest, log)
-    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    # Created in the background, a directory that cannot be leaves threads that hold up the exit for many minutes.
+    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler(), async_options=ocp.options.AsyncOptions(
+        create_directories_asynchronously=False))
     self._thread = futures.ThreadPoolExecutor(1, 'seal')
 
   def __enter__(self) -> Self:
@@ -106,9 +108,9 @@ class Saver:
                             'expected a newer step; restore the older step first')
     self.wait()
     leaves = params.flatten(state)
-    record = {'format_version': FORMAT, 'step': step, 'meta': meta, 'metrics': {k: float(v) for k, v in metrics.items()},
-              'leaves': {path: _kind(x) for path, x in leaves.items()}}
-    record = json.loads(json.dumps(record))
+    record = json.loads(json.dumps({
+        'format_version': FORMAT, 'step': step, 'meta': meta, 'metrics': {k: float(v) for k, v in metrics.items()},
+        'leaves': {path: _kind(x) for path, x in leaves.items()}}))
     with self._saving(step):
       self._orbax.save(self._directory / str(step), args=ocp.args.PyTreeSave(_nest(leaves)))
     self._newest = step
@@ -164,9 +166,7 @@ def restore(directory: Path, abstract_state: Tree, step: int | None = None,
     return None
   record = _read(directory, chosen)
   wanted = params.flatten(abstract_state)
-  stored = record['leaves']
-  _refuse(directory / str(chosen), _differences(wanted, stored, {p: p for p in wanted})
-          + [f'{p} {_show(stored[p])} is in the checkpoint only' for p in stored if p not in wanted])
+  _match(directory / str(chosen), wanted, record['leaves'], partial=False)
   leaves = _load(directory / str(chosen), wanted)
   return chosen, jax.tree.unflatten(jax.tree.structure(abstract_state), [leaves[p] for p in wanted]), record['meta']
 
@@ -191,8 +191,9 @@ def restore_params(directory: Path, abstract_params: Tree, pattern: str = '', st
     raise ConfigError(f'{directory}: no parameter matches {pattern!r}; expected a regular expression for one of '
                       + ', '.join(list(params.flatten(abstract_params))[:_SHOWN]))
   homes = {p: f'frozen/{p}' if f'frozen/{p}' in stored else f'params/{p}' for p in wanted}
-  _refuse(directory / str(chosen), _differences(wanted, stored, homes))
-  leaves = _load(directory / str(chosen), {homes[p]: x for p, x in wanted.items()})
+  there = {homes[p]: x for p, x in wanted.items()}
+  _match(directory / str(chosen), there, stored, partial=True)
+  leaves = _load(directory / str(chosen), there)
   return params.map_with_path(lambda p, _: leaves[homes[p]] if p in wanted else None, abstract_params)
 
 
@@ -228,8 +229,8 @@ def preflight(directory: Path, nbytes: int, c: Config) -> None:
     free = shutil.disk_usage(directory).free + seal.size(directory)
   need = int(1.2 * nbytes * (c.keep + c.keep_best + 1))
   if free < need:
-    raise CheckpointError(f'--workdir: {free / 2**20:,.0f} MiB free for {directory}; expected {need / 2**20:,.0f} MiB (1.2 '
-                          f'x {c.keep + c.keep_best + 1} checkpoints); free space, or lower checkpoint.keep')
+    raise CheckpointError(f'--workdir: {free / 2**20:,.0f} MiB free for {directory}; expected {need / 2**20:,.0f} MiB '
+                          f'(1.2 x {c.keep + c.keep_best + 1} checkpoints); free space, or lower checkpoint.keep')
 
 
 @contextlib.contextmanager
@@ -251,8 +252,9 @@ def lock(workdir: Path) -> Iterator[None]:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
       file.seek(0)
-      raise CheckpointError(f'--workdir: {path.parent} is in use by {file.read().strip() or "another process"}; expected '
-                            'no other run; wait for it or choose another --workdir') from error
+      holder = file.read().strip() or 'another process'
+      raise CheckpointError(f'--workdir: {path.parent} is in use by {holder}; expected no other run there; '
+                            'wait for it or choose another --workdir') from error
     file.truncate(0)
     file.write(f'host {socket.gethostname()} pid {os.getpid()}\n')
     file.flush()
@@ -297,30 +299,21 @@ def _read(directory, step):
   return record
 
 
-def _kind(x) -> list:
-  return [str(x.dtype), list(x.shape)]
+def _kind(x: Any) -> str:
+  return f'{x.dtype}{list(x.shape)}'
 
 
-def _show(kind) -> str:
-  return f'{kind[0]}{kind[1]}'
-
-
-def _differences(wanted: dict, stored: dict, homes: dict[str, str]) -> list[str]:
-  lines = []
-  for path, x in wanted.items():
-    have = stored.get(homes[path])
-    if have is None:
-      lines.append(f'{homes[path]} {_show(_kind(x))} is not in the checkpoint')
-    elif have != _kind(x):
-      lines.append(f'{homes[path]} is {_show(have)} in the checkpoint, {_show(_kind(x))} in this config')
-  return lines
-
-
-def _refuse(where: pathlib.Path, differences: list[str]) -> None:
-  if differences:
-    more = f' and {len(differences) - _SHOWN} more' if len(differences) > _SHOWN else ''
-    raise ConfigError(f'{where}: {"; ".join(differences[:_SHOWN])}{more}; expected the same leaves; set the config as it '
-                      'was, or take over the fitting parameters alone with init_from in a new --workdir')
+def _match(where: pathlib.Path, wanted: dict[str, Any], stored: dict[str, str], partial: bool) -> None:
+  """Refuses leaves that are not stored as wanted and, unless `partial`, stored ones that are not wanted."""
+  kinds = {path: _kind(x) for path, x in wanted.items()}
+  lines = [f'{path} is {stored[path]} in the checkpoint, {kind} in this config' if path in stored else
+           f'{path} {kind} is not in the checkpoint' for path, kind in kinds.items() if stored.get(path) != kind]
+  if not partial:
+    lines += [f'{path} {kind} is in the checkpoint only' for path, kind in stored.items() if path not in kinds]
+  if lines:
+    more = f' and {len(lines) - _SHOWN} more' if len(lines) > _SHOWN else ''
+    raise ConfigError(f'{where}: {"; ".join(lines[:_SHOWN])}{more}; expected the same leaves; set the config as it '
+                      'was, or take over parameters alone with init_from in a new --workdir')
 
 
 def _nest(leaves: dict[str, Any]) -> dict[str, Any]:
@@ -334,5 +327,6 @@ def _load(path: pathlib.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[s
                 for p, x in leaves.items()})
   args = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
                                 partial_restore=True)
-  with _failing(f'{path}: cannot be restored', 'restore an older step'), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
-    return params.flatten(orbax.restore(path, args=args))
+  with _failing(f'{path}: cannot be restored', 'restore an older step'):
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
+      return params.flatten(orbax.restore(path, args=args))

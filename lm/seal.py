@@ -6,9 +6,8 @@ when the step is pruned. A kill between any two system calls leaves every sealed
 
     checkpoints/
       400/  400.sha256.json          a sealed step; the seal holds {files, leaves, meta, metrics, ...} and its own hash
-      410.orbax-checkpoint-tmp/      unfinished save     \
-      390.deleted/                   unfinished deletion  > `clean` removes these
-      420/                           finished, not sealed /
+      410.orbax-checkpoint-tmp/      unfinished save: `clean` removes it
+      390/                           without a seal, saved or deleted half way: `clean` removes it
       abandoned/                     steps that a restart from an older step left behind; never read, never deleted
 """
 
@@ -30,7 +29,7 @@ SUFFIX = '.sha256.json'
 ABANDONED = 'abandoned'
 _STEP = r'(0|[1-9][0-9]{0,17})'
 _SEAL = re.compile(_STEP + r'\.sha256\.json')
-_LEFTOVER = re.compile(_STEP + r'\.(orbax-checkpoint-tmp.*|deleted|sha256\.json\.tmp)')
+_LEFTOVER = re.compile(_STEP + r'\.(orbax-checkpoint-tmp.*|sha256\.json\.tmp)')
 _ORBAX = re.compile(r'_.*|d|manifest\.ocdbt|ocdbt\.process_[0-9]+|array_metadatas|commit_success\.txt')
 
 Log = Callable[[str], None]
@@ -62,7 +61,8 @@ def write(directory: pathlib.Path, step: int, record: dict) -> None:
   files = _files(folder)
   for path in [*files.values(), *(p for p in folder.rglob('*') if p.is_dir()), folder]:
     _fsync(path)
-  record = record | {'files': {n: [p.stat().st_size, h] for (n, p), h in zip(files.items(), _hashes(files), strict=True)}}
+  sums = zip(files.items(), _hashes(files), strict=True)
+  record = record | {'files': {name: [p.stat().st_size, sha] for (name, p), sha in sums}}
   final = path_of(directory, step)
   tmp = final.with_name(final.name + '.tmp')
   with tmp.open('w') as f:
@@ -121,10 +121,8 @@ def delete(directory: pathlib.Path, step: int) -> None:
   """Unseals the step for good, then deletes it: at no moment does a sealed step lack a file."""
   path_of(directory, step).unlink(missing_ok=True)
   _fsync(directory)
-  folder, doomed = directory / str(step), directory / f'{step}.deleted'
-  if folder.is_dir():  # renamed first: what a kill leaves of it is plainly ours to remove
-    folder.rename(doomed)
-    shutil.rmtree(doomed)
+  if (directory / str(step)).is_dir():
+    shutil.rmtree(directory / str(step))
 
 
 def newest_intact(directory: pathlib.Path, step: int | None, log: Log) -> int | None:

@@ -74,7 +74,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, microbatche
     key = jax.random.fold_in(key, state.step)
     gradient = accumulate(lambda p, b, k: loss(params.join(p, state.frozen), b, k), microbatches)
     grads, value, metrics = gradient(state.params, batch, key)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, norm=norm, ok=finite)
     skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)

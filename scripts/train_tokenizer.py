@@ -33,7 +33,6 @@ _COVERAGE = flags.DEFINE_float('character_coverage', 0.9995, 'Share of the chara
                                'rest are spelled in bytes.', lower_bound=0.9, upper_bound=1.0)
 _MAX_LINES = flags.DEFINE_integer('max_lines', 0, 'Train on a random sample of this many lines; 0 = all of them.',
                                   lower_bound=0)
-_SEED = flags.DEFINE_integer('seed', 0, 'Of that sample.', lower_bound=0)
 
 CHECKED = 1000  # documents measured afterwards
 
@@ -52,7 +51,7 @@ def main(_: list[str]) -> None:
       raise ConfigError(f'--out={_OUT.value}: expected a name ending in .model; e.g. --out={_OUT.value}.model')
     tokenizer = tokenizers.train_sentencepiece(
         texts, _OUT.value, _VOCAB.value, _KIND.value, control_symbols=_CONTROL.value,
-        character_coverage=_COVERAGE.value, max_lines=_MAX_LINES.value, seed=_SEED.value)
+        character_coverage=_COVERAGE.value, max_lines=_MAX_LINES.value)
   count = size = inexact = 0
   for document in itertools.islice(files, CHECKED):
     ids = tokenizer.encode(document.text)

@@ -1,4 +1,4 @@
-"""Checkpoints: what is restored is what was saved, on any mesh, whatever was damaged or killed; `lm.seal` has its own."""
+"""Checkpoints: what is restored is what was saved, on any mesh, whatever was damaged or killed."""
 
 import json
 import os
@@ -9,19 +9,18 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 
 from flax import struct
 import jax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 import numpy as np
 import optax
 import pytest
 
-from lm import checkpoint
-from lm import params
-from lm import seal
+from lm import checkpoint, params, seal
 from lm.errors import CheckpointError, ConfigError
 
 PATTERN = r'attn'  # the trainable half
@@ -252,8 +251,8 @@ def test_takes_over_parameters_alone(two_steps):
   mesh = mesh_of(2, 4)
   want = params.join(state_of(2).params, state_of(2).frozen)
   assert_equal(checkpoint.restore_params(two_steps, abstract_of(mesh, tree)), want)
-  some = checkpoint.restore_params(two_steps, abstract_of(mesh, tree | {'head': jax.ShapeDtypeStruct((5, 8), jnp.float32)}),
-                                   r'embed|/q$', step=2)
+  more = tree | {'head': jax.ShapeDtypeStruct((5, 8), jnp.float32)}
+  some = checkpoint.restore_params(two_steps, more, r'embed|/q$', step=2)
   assert some['head'] is None
   assert some['blocks']['attn']['b'] is None
   np.testing.assert_array_equal(some['blocks']['attn']['q'], want['blocks']['attn']['q'])
@@ -301,7 +300,7 @@ def test_failure_in_the_background_surfaces_at_the_next_call(tmp_path, monkeypat
   saver.save(2, state_of(2), {}, {})
   with pytest.raises(CheckpointError, match=rf'--workdir: saving {tmp_path}/2 failed.*No space left') as error:
     if how == 'poll':
-      while True:
+      for _ in range(1000):
         saver.poll()
         time.sleep(0.01)
     elif how == 'save':
@@ -313,14 +312,19 @@ def test_failure_in_the_background_surfaces_at_the_next_call(tmp_path, monkeypat
   assert checkpoint.restore(tmp_path, abstract_of(mesh_of(1, 1)), log=ignore)[0] == (1 if where == 'write' else 2)
 
 
-def test_orbax_failure_surfaces(tmp_path):
+def test_orbax_failure_surfaces_and_does_not_hold_up_the_exit(tmp_path):
+  threads = set(threading.enumerate())
   saver = checkpoint.Saver(tmp_path / 'c', checkpoint.Config(), None)
   (tmp_path / 'c').rmdir()
   (tmp_path / 'c').write_text('a file in the place of the directory')
-  with pytest.raises(CheckpointError, match='saving .*c/1 failed'):  # noqa: PT012  either call may be the one
+  with pytest.raises(CheckpointError, match='saving .*c/1 failed'):  # either call may be the one
     saver.save(1, state_of(1), {}, {})
     saver.wait()
   saver.close()
+  for thread in set(threading.enumerate()) - threads:
+    if not thread.daemon:
+      thread.join(5)
+      assert not thread.is_alive(), thread
 
 
 def test_the_error_that_ends_the_run_is_not_hidden_by_a_failing_save(tmp_path, monkeypatch):
@@ -371,7 +375,7 @@ def test_full_disk(small_disk):
   with pytest.raises(CheckpointError, match='MiB free'):
     checkpoint.preflight(small_disk, 2**18, checkpoint.Config())
   saver = checkpoint.Saver(small_disk / 'c', checkpoint.Config(keep=9), None)
-  with pytest.raises(CheckpointError, match=r'saving .* failed.*No space left'):  # noqa: PT012
+  with pytest.raises(CheckpointError, match=r'saving .* failed.*No space left'):
     for s in range(1, 9):
       saver.save(s, state, {}, {})
     saver.wait()

@@ -18,8 +18,9 @@ def normal(*shape, seed=0, dtype=np.float32):
 # --- dot, norms
 
 
-@pytest.mark.parametrize('equation, x, w', [('BTD,DNH->BTNH', (2, 3, 4), (4, 5, 6)), ('BTNH,NHD->BTD', (2, 3, 5, 6), (5, 6, 4)),
-                                            ('BTD,DF->BTF', (2, 3, 4), (4, 7))])
+@pytest.mark.parametrize('equation, x, w', [
+    ('BTD,DNH->BTNH', (2, 3, 4), (4, 5, 6)), ('BTNH,NHD->BTD', (2, 3, 5, 6), (5, 6, 4)),
+    ('BTD,DF->BTF', (2, 3, 4), (4, 7))])
 def test_dot_is_einsum_in_the_dtype_of_x(equation, x, w):
   x, w = normal(*x), normal(*w, seed=1)
   np.testing.assert_allclose(nn.dot(w, x, equation), np.einsum(equation, np.float64(x), np.float64(w)), 1e-5, 1e-5)
@@ -70,7 +71,8 @@ def test_rotary_turns_each_pair_by_its_angle():
   for b, t, n, i in np.ndindex(2, 5, 3, 4):
     angle = int(positions[b, t]) * 10000.0 ** (-2 * i / 8)
     z = complex(x[b, t, n, i], x[b, t, n, i + 4]) * complex(math.cos(angle), math.sin(angle))
-    np.testing.assert_allclose([got[b, t, n, i], got[b, t, n, i + 4]], [z.real, z.imag], atol=2e-3 if angle > 99 else 1e-5)
+    pair = [got[b, t, n, i], got[b, t, n, i + 4]]
+    np.testing.assert_allclose(pair, [z.real, z.imag], atol=2e-3 if angle > 99 else 1e-5)
 
 
 def test_rotary_scores_depend_on_the_distance_only():

@@ -13,13 +13,13 @@ LENGTHS = [np.array(x) for x in ([1000], [7, 1, 30, 2, 2, 64, 3, 9], [5] * 40, [
 
 def expand(row):
   """(document, position in it) of every token of the row, read off the spans one by one."""
-  return [(d, p) for d, a, b in row.spans.tolist() for p in range(a, b)]
+  return [(d, p) for d, a, b in row.tolist() for p in range(a, b)]
 
 
 def targets(row, isolate):
-  _, _, mask = row.layout(isolate)
   tokens = expand(row)
-  return [t for t, m in zip(tokens, mask, strict=False) if m]
+  _, _, mask_BT = packing.layout([row], len(tokens), isolate)
+  return [t for t, m in zip(tokens, mask_BT[0], strict=True) if m]
 
 
 @pytest.mark.parametrize('lengths', LENGTHS)
@@ -43,13 +43,21 @@ def test_stream_rows_follow_one_another_in_the_documents(lengths):
       assert (e, q) == (d, p + 1) if p + 1 < lengths[d] else q == 0
 
 
+def test_stream_permutes_documents_and_rows():
+  stream = packing.Stream(LENGTHS[2], 5, seed=0)
+  documents = [stream.row(k)[0, 0] for k in range(stream.rows)]
+  assert documents != sorted(documents) and len(set(documents)) == len(LENGTHS[2])
+  one = packing.Stream(LENGTHS[0], 10, seed=0)
+  assert len({(one.row(k)[0, 1] - one.row(k + 1)[0, 1]) % 1000 for k in range(20)}) > 10
+
+
 def test_stream_is_pure_and_epochs_differ():
   a, b = (packing.Stream(LENGTHS[0], 16, seed=5) for _ in range(2))
   numbers = [7, 200, 0, 61, 500]
-  assert [a.row(n).spans.tolist() for n in numbers] == [b.row(n).spans.tolist() for n in numbers]
-  epochs = [sorted(str(a.row(e * a.rows + k).spans.tolist()) for k in range(a.rows)) for e in range(3)]
+  assert [a.row(n).tolist() for n in numbers] == [b.row(n).tolist() for n in numbers]
+  epochs = [sorted(str(a.row(e * a.rows + k).tolist()) for k in range(a.rows)) for e in range(3)]
   assert epochs[0] != epochs[1] != epochs[2]  # one document only: the windows themselves move
-  assert a.row(0).spans.tolist() != packing.Stream(LENGTHS[0], 16, seed=6).row(0).spans.tolist()
+  assert a.row(0).tolist() != packing.Stream(LENGTHS[0], 16, seed=6).row(0).tolist()
 
 
 @pytest.mark.parametrize('lengths', LENGTHS)
@@ -65,18 +73,23 @@ def test_evaluation_covers_everything_once_in_order(lengths, T):
 @pytest.mark.parametrize('isolate', [False, True])
 def test_layout_against_a_loop(isolate):
   stream = packing.Stream(LENGTHS[1], 16, seed=2)
-  for number in range(3 * stream.rows):
-    row = stream.row(number)
-    segments, positions, mask = row.layout(isolate)
-    assert segments.dtype == positions.dtype == np.int32 and mask.dtype == bool
+  rows = [stream.row(number) for number in range(3 * stream.rows)]
+  rows[3:3] = [np.zeros((0, 3), np.int64), np.array([[0, 0, 3], [1, 0, 2]])]
+  segments, positions, mask = packing.layout(rows, 17, isolate)
+  assert segments.dtype == positions.dtype == np.int32 and mask.dtype == bool
+  for b, row in enumerate(rows):
     t = 0
-    for s, (_, a, b) in enumerate(row.spans.tolist(), 1):
-      for i in range(b - a):
-        assert segments[t] == (s if isolate else 1)
-        assert positions[t] == (i if isolate else t)
-        assert mask[t] == (i > 0 if isolate else t > 0)
+    for s, (_, start, stop) in enumerate(row.tolist(), 1):
+      for i in range(stop - start):
+        assert segments[b, t] == (s if isolate else 1)
+        assert positions[b, t] == (i if isolate else t)
+        assert mask[b, t] == (i > 0 if isolate else t > 0)
         t += 1
-    assert t == 17
+    assert not segments[b, t:].any() and not positions[b, t:].any() and not mask[b, t:].any()
+
+
+def test_layout_of_empty_rows_only():
+  assert not any(x.any() for x in packing.layout([np.zeros((0, 3), np.int64)] * 2, 5, True))
 
 
 @pytest.mark.parametrize('lengths', LENGTHS)
@@ -86,26 +99,22 @@ def test_fit_keeps_documents_whole_and_every_target_once(lengths, T, shuffle):
   fit = packing.Fit(lengths, T, seed=4, shuffle=shuffle)
   rows = [fit.row(k) for k in range(fit.rows)]
   assert all(0 < len(expand(r)) <= T + 1 for r in rows)
-  whole = collections.Counter(d for r in rows for d, a, b in r.spans.tolist() if (a, b) == (0, lengths[d]))
+  whole = collections.Counter(d for r in rows for d, a, b in r.tolist() if (a, b) == (0, lengths[d]))
   assert whole == {d: 1 for d, n in enumerate(lengths) if n <= T + 1}
   counts = collections.Counter(t for r in rows for t in targets(r, isolate=True))
   assert counts == {(d, p): 1 for d, n in enumerate(lengths) for p in range(1, n)}
   assert {t for r in rows for t in expand(r)} == {(d, p) for d, n in enumerate(lengths) for p in range(n)}
 
 
-def test_fit_fills_rows_and_pads_with_segment_zero():
+def test_fit_fills_rows():
   lengths = np.random.default_rng(0).integers(5, 60, 2000)
   fit = packing.Fit(lengths, 127, seed=0)
   assert lengths.sum() / (fit.rows * 128) > 0.95
-  segments, positions, mask = packing.Row(np.array([[0, 0, 3], [1, 0, 2]]), 8).layout(True)
-  assert segments.tolist() == [1, 1, 1, 2, 2, 0, 0, 0]
-  assert positions.tolist() == [0, 1, 2, 0, 1, 0, 0, 0]
-  assert mask.tolist() == [False, True, True, False, True, False, False, False]
 
 
 def test_fit_epochs_differ_in_order_only():
   fit = packing.Fit(LENGTHS[2], 16, seed=0)
-  first, second = ([str(fit.row(e * fit.rows + k).spans.tolist()) for k in range(fit.rows)] for e in range(2))
+  first, second = ([str(fit.row(e * fit.rows + k).tolist()) for k in range(fit.rows)] for e in range(2))
   assert first != second and sorted(first) == sorted(second)
 
 

@@ -122,17 +122,18 @@ def test_sentencepiece_training_is_deterministic_and_lays_out_the_control_ids(ki
   assert again.encode('a\nb').tolist().count(6) == 1  # a newline is one token
 
 
-def test_sentencepiece_trains_on_lines_of_any_length_and_with_tabs(tmp_path):
-  text = 'zq\t' * 30000  # one line of 90 kB, every piece of it beside a tab: the trainer alone would drop it all
-  tokenizer = tokenizers.train_sentencepiece([text], tmp_path / 'x.model', 265)
-  assert len(tokenizer.encode('zqzqzq')) <= 6
+@pytest.mark.parametrize('text', ['y' * 4096 + 'zq' * 9000, 'zq\u2585' * 300, 'zq\tzq\n' * 300])
+def test_sentencepiece_trains_on_lines_that_its_trainer_would_drop(tmp_path, text):
+  tokenizer = tokenizers.train_sentencepiece(['other ' * 50, text], tmp_path / 'x.model', 280, 'bpe')
+  assert len(tokenizer.encode('zqzqzq')) <= 4
 
 
-def test_sample_of_lines_depends_on_the_seed_only(tmp_path):
-  def train(seed):
-    lines = [f'line {i} of {i * i}' for i in range(1000)]
-    return tokenizers.train_sentencepiece(lines, tmp_path / 'x.model', 279, max_lines=200, seed=seed).sha256
-  assert train(1) == train(1)
+def test_training_on_a_sample_of_lines_is_deterministic_too(tmp_path):
+  words = np.random.default_rng(0).choice(list('abcdefghij'), (2000, 6))
+  lines = [' '.join((''.join(w), ''.join(w[:3]))) for w in words]
+  first, again, everything = (
+      tokenizers.train_sentencepiece(lines, tmp_path / 'x.model', 300, max_lines=n).sha256 for n in (200, 200, 0))
+  assert first == again != everything
 
 
 @pytest.mark.parametrize('kwargs', [{'vocab': 5000}, {'vocab': 10}, {'vocab': 300, 'model_type': 'word'},
@@ -155,10 +156,18 @@ def test_lone_surrogate_is_a_data_error(kinds):
       tokenizer.encode('a\ud800')
 
 
-def test_gpt2_pretokenizer_splits_as_published(kinds):
-  ids = kinds['gpt2'].encode("don't  stop")
-  pieces = [kinds['gpt2'].decode([i]) for i in ids]
-  assert "'t" in (pieces[3] + pieces[4], pieces[3]) and not any(p.strip() and p.endswith(' ') for p in pieces)
+def test_text_that_spells_a_special_token_is_tokenised_like_any_text(kinds):
+  import tokenizers as hf
+  plain = json.loads(kinds['hf'].files['tokenizer.json'])
+  plain['added_tokens'] = []
+  plain = hf.Tokenizer.from_str(json.dumps(plain))
+  text = 'a<|endoftext|> b <|user|>'
+  assert kinds['hf'].encode(text).tolist() == plain.encode(text).ids
+
+
+def test_gpt2_files_and_tokenizer_json_of_one_model_agree(kinds):
+  for text in {*TEXTS, *NASTY}:
+    assert kinds['gpt2'].encode(text).tolist() == kinds['hf'].encode(text).tolist()
 
 
 @pytest.mark.parametrize(('name', 'content'), [

@@ -23,7 +23,7 @@ from lm.text import tokenizer as tokenizers
 
 ENDLESS = 2**40  # rows or steps; grain wants a length
 Arrays = dict[str, np.ndarray]  # the fields of `packing.Batch`
-Pick = tuple[int, packing.Row]  # (number of the dataset, planned row)
+Pick = tuple[int, np.ndarray]  # (number of the dataset, spans of one row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -223,7 +223,7 @@ def eval_batches(data: Data, split: str, batch: int, sharding: jax.sharding.Shar
   if not ends[-1]:
     raise DataError(f'{", ".join(str(d.path) for d in data.datasets)}: nothing to evaluate in {split!r}; expected at '
                     'least 2 tokens; raise data.validation_fraction')
-  nothing = packing.Row(np.zeros((0, 3), np.int64), data.config.length + 1)
+  nothing = np.zeros((0, 3), np.int64)
 
   def arrays(rows, step):
     picks = []
@@ -246,14 +246,14 @@ def _train_arrays(data: Data, rows: np.ndarray, step: int) -> Arrays:
 
 def _fill(data: Data, split: str, picks: list[Pick]) -> Arrays:
   """Reads the tokens of the planned rows, all rows of a dataset in one go."""
-  layouts = [row.layout(data.config.isolate) for _, row in picks]
-  segments_BT, positions_BT, mask_BT = (np.stack(x) for x in zip(*layouts, strict=True))
+  segments_BT, positions_BT, mask_BT = packing.layout([spans for _, spans in picks], data.config.length + 1,
+                                                      data.config.isolate)
   ids_BT = np.zeros_like(segments_BT)
   for i, dataset in enumerate(data.datasets):
     mine_B = np.array([d == i for d, _ in picks])
-    spans = [row.spans for d, row in picks if d == i and len(row.spans)]
-    if spans:
-      ids_BT[mine_B[:, None] & (segments_BT > 0)] = dataset.read(split, np.concatenate(spans))
+    if mine_B.any():
+      spans = np.concatenate([spans for d, spans in picks if d == i])
+      ids_BT[mine_B[:, None] & (segments_BT > 0)] = dataset.read(split, spans)
   return {'ids_BT': ids_BT, 'segments_BT': segments_BT, 'positions_BT': positions_BT, 'mask_BT': mask_BT}
 
 

@@ -1,12 +1,13 @@
 """Rows of T + 1 tokens out of documents, as pure functions of the row number.
 
 Shapes: B rows, T + 1 tokens a row (`length` = T targets); T in a suffix stands for those T + 1. A row is planned here
-as spans of documents; whoever holds the tokens fills it (`lm.data.loader`). One invariant holds everywhere: in one
-epoch, and in one pass over an evaluation split, a token is the target of at most one row.
+as spans, int64 [pieces, 3] of (document, start, stop); whoever holds the tokens fills it (`lm.data.loader`). One
+invariant holds everywhere: in one epoch, and in one pass over an evaluation split, a token is the target of at most one
+row.
 """
 
+from collections.abc import Sequence
 import functools
-from typing import NamedTuple
 
 from flax import struct
 import jax
@@ -34,21 +35,24 @@ class Batch:
   mask_BT: jax.Array
 
 
-class Row(NamedTuple):
-  """Plan of one row: int64 spans [pieces, 3] of (document, start, stop), in order, then padding up to `width`."""
+def layout(rows: Sequence[np.ndarray], width: int, isolate: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """(segments_BT int32, positions_BT int32, mask_BT bool) of planned rows, each padded at its end up to `width`.
 
-  spans: np.ndarray
-  width: int
-
-  def layout(self, isolate: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(segments_T int32, positions_T int32, mask_T bool); `isolate` makes every span a segment of its own."""
-    counts = self.spans[:, 2] - self.spans[:, 1]
-    used = int(counts.sum())
-    counts = counts if isolate else np.array([used])
-    segments_T, positions_T = np.zeros((2, self.width), np.int32)
-    segments_T[:used] = np.repeat(np.arange(1, len(counts) + 1), counts)
-    positions_T[:used] = np.arange(used) - np.repeat(np.cumsum(counts) - counts, counts)
-    return segments_T, positions_T, (segments_T > 0) & (positions_T > 0)
+  `isolate` makes every span a segment of its own; otherwise a row is one segment.
+  """
+  spans = np.concatenate(rows)
+  count = spans[:, 2] - spans[:, 1]
+  pieces_B = np.array([len(row) for row in rows])
+  tokens_B = np.bincount(np.repeat(np.arange(len(rows)), pieces_B), count, len(rows))
+  used_BT = np.arange(width)[None] < tokens_B[:, None]
+  if not isolate:
+    segments_BT = used_BT.astype(np.int32)
+    return segments_BT, np.arange(width, dtype=np.int32)[None] * segments_BT, used_BT & (np.arange(width)[None] > 0)
+  number = np.arange(1, len(spans) + 1) - np.repeat(np.cumsum(pieces_B) - pieces_B, pieces_B)
+  segments_BT, positions_BT = np.zeros((2, len(rows), width), np.int32)
+  segments_BT[used_BT] = np.repeat(number, count)
+  positions_BT[used_BT] = np.arange(count.sum()) - np.repeat(np.cumsum(count) - count, count)
+  return segments_BT, positions_BT, used_BT & (positions_BT > 0)
 
 
 class Stream:
@@ -80,8 +84,8 @@ class Stream:
       offset, rows = int(rng.integers(self.total)), rng.permutation(self.rows)
     return order, np.concatenate([[0], np.cumsum(self.lengths[order])]), offset, rows
 
-  def row(self, number: int) -> Row:
-    """Row `number` of the endless run of epochs."""
+  def row(self, number: int) -> np.ndarray:
+    """Spans of row `number` of the endless run of epochs."""
     epoch, k = divmod(number, self.rows)
     order, ends, offset, rows = self._epoch(epoch)
     start = offset + int(rows[k]) * self.length
@@ -93,7 +97,7 @@ class Stream:
       parts = [_spans(ends, start, min(stop, self.total))]
     spans = np.concatenate(parts)
     spans[:, 0] = order[spans[:, 0]]
-    return Row(spans, self.length + 1)
+    return spans
 
 
 def _spans(ends: np.ndarray, start: int, stop: int) -> np.ndarray:
@@ -124,11 +128,11 @@ class Fit:
     self._epoch = functools.lru_cache(2)(
         lambda epoch: np.random.default_rng((seed, epoch)).permutation(self.rows) if shuffle else np.arange(self.rows))
 
-  def row(self, number: int) -> Row:
-    """Row `number` of the endless run of epochs."""
+  def row(self, number: int) -> np.ndarray:
+    """Spans of row `number` of the endless run of epochs."""
     epoch, k = divmod(number, self.rows)
     at = int(self._epoch(epoch)[k])
-    return Row(self._spans[self._starts[at]:self._starts[at + 1]], self.length + 1)
+    return self._spans[self._starts[at]:self._starts[at + 1]]
 
 
 def _first_fit(order: np.ndarray, lengths: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -19,7 +19,6 @@ import pathlib
 from typing import Any
 
 from array_record.python import array_record_module
-import grain
 import numpy as np
 
 from lm.data import corpora
@@ -58,14 +57,13 @@ def assign(documents: Iterable[corpora.Document], split: Split) -> Iterator[tupl
   """
   if split.kind == 'tail' and iter(documents) is documents:
     raise TypeError("split 'tail' reads the documents twice; give a list, not an iterator")
-  left = 0
-  if split.kind == 'tail':
-    left = int(sum(len(d.text) for d in documents if d.text.strip()) * (1 - split.fraction))
+  total = sum(len(d.text) for d in documents if d.text.strip()) if split.kind == 'tail' else 0
+  left = int(total * (1 - split.fraction))
   for d in documents:
     if not d.text.strip():
       yield None, d.text
     elif split.kind == 'hash':
-      bucket = int.from_bytes(hashlib.sha256(d.text.encode()).digest()[:8]) / 2**64
+      bucket = int.from_bytes(hashlib.sha256(d.text.encode(errors='surrogatepass')).digest()[:8]) / 2**64
       yield d.split or SPLITS[bucket < split.fraction], d.text
     else:
       parts = d.text[:left], d.text[left:]
@@ -218,7 +216,7 @@ class Dataset:
     self.manifest = _manifest(self.path)
     self.sha256 = corpora.sha256_file(self.path / 'manifest.json')
     self.vocab_size = self.manifest['tokenizer']['vocab_size']
-    self.lengths, self._first, self._source = {}, {}, {}
+    self.lengths, self._first, self._shard_ends, self._readers = {}, {}, {}, {}
     for name in SPLITS:
       split = self.manifest['splits'][name]
       for entry in (*split['shards'], split['index']):
@@ -226,8 +224,9 @@ class Dataset:
       index = np.load(self.path / split['index']['name'], allow_pickle=False)
       self.lengths[name] = np.bincount(index[:, 1], index[:, 0], split['documents']).astype(np.int64)
       self._first[name] = np.searchsorted(index[:, 1], np.arange(split['documents']))
-      if split['shards']:
-        self._source[name] = grain.sources.ArrayRecordDataSource([str(self.path / s['name']) for s in split['shards']])
+      self._shard_ends[name] = np.cumsum([s['records'] for s in split['shards']])
+      self._readers[name] = [self._guarded(s['name'], array_record_module.ArrayRecordReader, str(self.path / s['name']),
+                                           'readahead_buffer_size:0,max_parallelism:0') for s in split['shards']]
 
   def tokenizer(self) -> tokenizers.Tokenizer:
     return tokenizers.load(self.path / 'tokenizer')
@@ -246,6 +245,8 @@ class Dataset:
       DataError: an unreadable record, or an id beyond the vocabulary, as shard:record:position.
     """
     document, start, stop = np.asarray(spans, np.int64).reshape(-1, 3).T
+    if not len(document):
+      return np.zeros(0, np.int32)
     first, last = (self._first[split][document] + at // PIECE for at in (start, stop - 1))
     records = np.unique(_ranges(first, last + 1))
     flat, offset = self._pieces(split, records)
@@ -257,26 +258,30 @@ class Dataset:
 
   def _pieces(self, split, records):
     """(tokens of the records, one after another; where each begins)."""
-    try:
-      raw = self._source[split].__getitems__(records.tolist())
-    except Exception as error:  # riegeli's errors arrive as RuntimeError, IndexError or ValueError
-      raise DataError(f'{self.path}: {split} records {records[0]}..{records[-1]}: {str(error)[:200]!r}; expected the '
-                      'shard as it was written; copy or prepare the dataset again') from error
-    flat = np.frombuffer(b''.join(raw), self.manifest['dtype'])
-    ends = np.cumsum([len(r) for r in raw]) // flat.itemsize
-    if flat.max(initial=0) >= self.vocab_size:
-      at = int(np.argmax(flat >= self.vocab_size))
-      nth = int(np.searchsorted(ends, at, 'right'))
-      position = at - (ends[nth - 1] if nth else 0)
-      raise DataError(f'{self._where(split, int(records[nth]))}:{position}: id {flat[at]}; expected less than '
-                      f'{self.vocab_size}; prepare the dataset again')
-    return flat.astype(np.int32), np.concatenate([[0], ends[:-1]])
+    flat, offset, total = [], [], 0
+    shards = np.searchsorted(self._shard_ends[split], records, 'right')
+    for shard in np.unique(shards).tolist():
+      entry = self.manifest['splits'][split]['shards'][shard]
+      local = records[shards == shard] - (self._shard_ends[split][shard] - entry['records'])
+      raw = self._guarded(entry['name'], self._readers[split][shard].read, local.tolist())
+      ids = np.frombuffer(b''.join(raw), self.manifest['dtype'])
+      begins = np.cumsum([0, *map(len, raw)]) // ids.itemsize
+      if ids.max() >= self.vocab_size:
+        at = int(np.argmax(ids >= self.vocab_size))
+        nth = int(np.searchsorted(begins, at, 'right')) - 1
+        raise DataError(f'{self.path / entry["name"]}:{local[nth]}:{at - begins[nth]}: id {ids[at]}; expected less '
+                        f'than {self.vocab_size}; prepare the dataset again')
+      flat.append(ids.astype(np.int32))
+      offset.append(begins[:-1] + total)
+      total += len(ids)
+    return np.concatenate(flat), np.concatenate(offset)
 
-  def _where(self, split, record):
-    for shard in self.manifest['splits'][split]['shards']:
-      if record < shard['records']:
-        return f'{self.path / shard["name"]}:{record}'
-      record -= shard['records']
+  def _guarded(self, shard, f, *args):
+    try:
+      return f(*args)
+    except Exception as error:  # riegeli's errors arrive as RuntimeError, IndexError or ValueError
+      raise DataError(f'{self.path / shard}: {str(error)[:200]!r}; expected a shard as it was written; delete '
+                      f'{self.path} and prepare it again') from error
 
 
 def _ranges(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
@@ -288,8 +293,7 @@ def _ranges(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
 def _verify(file, entry, content):
   if not file.is_file():
     raise DataError(f'{file}: missing; the manifest lists it; delete {file.parent} and prepare it again')
-  size = file.stat().st_size
-  if size != entry['bytes']:
+  if (size := file.stat().st_size) != entry['bytes']:
     raise DataError(f'{file}: {size} bytes; expected {entry["bytes"]}; delete {file.parent} and prepare it again')
   if content and corpora.sha256_file(file) != entry['sha256']:
     raise DataError(f'{file}: damaged (sha256); expected the content that the manifest lists; delete {file.parent} and '

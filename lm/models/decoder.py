@@ -89,7 +89,7 @@ class Cache:
   """Keys and values of the tokens so far; slots fill from the left. Per-layer tuples, so that no step copies all.
 
   Attributes:
-    keys, values: L arrays [B, S, K, H].
+    keys, values: L arrays [B, K, S, H], the order in which attention reads them.
     segments_BS: int32, 0 = empty or padding.
     length: int32 scalar, slots in use.
   """
@@ -196,13 +196,14 @@ def head(p: params.Tree, c: Config) -> jax.Array:
 
 
 def logits(p: params.Tree, c: Config, x_BTD: jax.Array) -> jax.Array:
-  """[..., V] f32; for sampling and tests: losses take `head` and work in chunks."""
-  return jnp.einsum('...D,VD->...V', x_BTD, head(p, c), preferred_element_type=jnp.float32)
+  """[..., V] f32; for sampling and tests: losses take `head` and work in chunks. A leaf 'unembed' wins over tying."""
+  w_VD = p['unembed'] if 'unembed' in p else p['embed']['tokens']
+  return nn.dot(w_VD, x_BTD.astype(jnp.float32), '...D,VD->...V') * c.logit_scale
 
 
 def init_cache(c: Config, B: int, S: int) -> Cache:
   """An empty cache of S slots; a learned position table bounds how many are of use."""
-  slot = lambda: tuple(jnp.zeros((B, S, c.kv_heads, c.head_dim), c.dtype) for _ in range(c.layers))
+  slot = lambda: tuple(jnp.zeros((B, c.kv_heads, S, c.head_dim), c.dtype) for _ in range(c.layers))
   return Cache(slot(), slot(), jnp.zeros((B, S), jnp.int32), jnp.int32(0))
 
 
@@ -242,10 +243,10 @@ def _blocks(blocks, c, x_BTD, run, key):
 
 
 def _block(p, x_BTD, key, cache=None, *, c, positions_BT, mask, attend):
-  """One block: (x_BTD, (k_BSKH, v_BSKH))."""
+  """One block: (x_BTD, (k_BKSH, v_BKSH) or None without a cache)."""
   keys = (None, None, None) if key is None else jax.random.split(key, 3)
   y_BTD = _norm(x_BTD, p['attn_norm'], c)
-  a_BTD, kv = _attention(p['attn'], y_BTD, keys[0], cache, c, positions_BT, mask, attend)
+  a_BTD, cache = _attention(p['attn'], y_BTD, keys[0], cache, c, positions_BT, mask, attend)
   a_BTD = nn.dropout(a_BTD, c.dropout.hidden, keys[1])
   if c.parallel:
     m_BTD = nn.dropout(_mlp(p['mlp'], y_BTD, c), c.dropout.hidden, keys[2])
@@ -253,7 +254,7 @@ def _block(p, x_BTD, key, cache=None, *, c, positions_BT, mask, attend):
   else:
     x_BTD = x_BTD + a_BTD
     x_BTD = x_BTD + nn.dropout(_mlp(p['mlp'], _norm(x_BTD, p['mlp_norm'], c), c), c.dropout.hidden, keys[2])
-  return constrain(x_BTD, 'batch', 'length', 'embed'), kv
+  return constrain(x_BTD, 'batch', 'length', 'embed'), cache
 
 
 def _attention(p, y_BTD, key, cache, c, positions_BT, mask, attend):
@@ -264,14 +265,15 @@ def _attention(p, y_BTD, key, cache, c, positions_BT, mask, attend):
     q_BTNH, k_BSKH = (nn.rotary(x, positions_BT, c.rope_theta) for x in (q_BTNH, k_BSKH))
   if cache is not None:
     old_k, old_v, length = cache
-    k_BSKH, v_BSKH = (jax.lax.dynamic_update_slice_in_dim(old, new, length, axis=1)
-                      for old, new in ((old_k, k_BSKH), (old_v, v_BSKH)))
+    cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), length, axis=2)
+                  for old, new in ((old_k, k_BSKH), (old_v, v_BSKH)))
+    k_BSKH, v_BSKH = (x.swapaxes(1, 2) for x in cache)
   q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
   bias_BNTS = None
   if c.positions == 'relative':
     q_BTNH, bias_BNTS = _relative(p, q_BTNH, k_BSKH.shape[1], mask.start)
   x_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS=bias_BNTS, rate=c.dropout.attention, key=key)
-  return _bias(nn.dot(p['o'], x_BTNH, 'BTNH,NHD->BTD'), p, 'o_bias'), (k_BSKH, v_BSKH)
+  return _bias(nn.dot(p['o'], x_BTNH, 'BTNH,NHD->BTD'), p, 'o_bias'), cache
 
 
 def _relative(p, q_BTNH, S, start):

@@ -9,6 +9,7 @@ import functools
 import json
 import math
 import os
+import tempfile
 from typing import Any
 
 from gguf import constants, quants
@@ -19,6 +20,7 @@ from lm import params
 from lm.errors import CheckpointError, ConfigError
 from lm.models import decoder, tables
 from lm.models.tables import Row
+from lm.text import tokenizer
 
 _NUMBERS = {0: 'u1', 1: 'i1', 2: '<u2', 3: '<i2', 4: '<u4', 5: '<i4', 6: '<f4', 7: '?', 10: '<u8', 11: '<i8', 12: '<f8'}
 _STRING, _ARRAY = 8, 9
@@ -40,11 +42,11 @@ _ROWS = (
 )
 
 
-def load(path: str | os.PathLike) -> tuple[decoder.Config, params.Tree, dict[str, bytes] | None]:
-  """(config, f32 NumPy parameters, tokenizer files) of a GGUF file.
+def load(path: str | os.PathLike) -> tuple[decoder.Config, params.Tree, tokenizer.Tokenizer | None]:
+  """(config, f32 NumPy parameters, tokenizer) of a GGUF file.
 
-  The files (tokenizer.json and tokenizer_config.json), once written to a folder, are what `tokenizer.load` and
-  transformers read; None where the file holds another kind than GPT-2's or SmolLM's byte-level BPE.
+  The tokenizer is None where the file holds another kind than GPT-2's or SmolLM's byte-level BPE. What it saves is
+  tokenizer.json and tokenizer_config.json, which transformers reads too.
 
   Raises:
     ConfigError: another architecture, or an option that the decoder lacks.
@@ -52,7 +54,7 @@ def load(path: str | os.PathLike) -> tuple[decoder.Config, params.Tree, dict[str
   """
   meta, tensors = _scan(path)
   c = _config(path, meta, tensors)
-  c, p = tables.fill(c, _ROWS, tensors, path, ignored='(?!)')
+  c, p = tables.fill(c, decoder.specs, _ROWS, tensors, path)
   for name in ('q', 'k', 'q_bias', 'k_bias'):
     if name in p['blocks']['attn']:
       p['blocks']['attn'][name] = _halves(p['blocks']['attn'][name])
@@ -90,8 +92,7 @@ def _config(path, meta: dict[str, Any], tensors: dict[str, tables.Tensor]) -> de
   return c
 
 
-def _tokenizer(path, meta: dict[str, Any], tokens: list[str]) -> dict[str, bytes] | None:
-  """tokenizer.json and tokenizer_config.json, or None."""
+def _tokenizer(path, meta: dict[str, Any], tokens: list[str]) -> tokenizer.Tokenizer | None:
   get = lambda name, default: meta.get(f'tokenizer.ggml.{name}', default)
   split = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
   if get('pre', '') == 'smollm':
@@ -117,7 +118,11 @@ def _tokenizer(path, meta: dict[str, Any], tokens: list[str]) -> dict[str, bytes
   info = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False, **roles}
   if 'tokenizer.chat_template' in meta:
     info['chat_template'] = meta['tokenizer.chat_template']  # carried for other programs; nothing here runs it
-  return {'tokenizer.json': model.to_str().encode(), 'tokenizer_config.json': json.dumps(info, indent=2).encode()}
+  with tempfile.TemporaryDirectory() as folder:
+    model.save(os.path.join(folder, 'tokenizer.json'), pretty=False)
+    with open(os.path.join(folder, 'tokenizer_config.json'), 'w', encoding='utf-8') as f:
+      json.dump(info, f, indent=2)
+    return tokenizer.load(folder)
 
 
 def _scan(path: str | os.PathLike) -> tuple[dict[str, Any], dict[str, tables.Tensor]]:

@@ -1,6 +1,6 @@
 """Hugging Face model folders (config.json and safetensors), both ways: GPT2LMHeadModel and LlamaForCausalLM.
 
-`lm.models.tables` says which tensor is which parameter. Nothing here runs code of a model: pickles are refused.
+`lm.models.hf_decoder` says which tensor is which parameter. Nothing here runs code of a model: pickles are refused.
 """
 
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ from safetensors import numpy as st
 
 from lm import params
 from lm.errors import CheckpointError, ConfigError
-from lm.models import decoder, tables
+from lm.models import decoder, hf_decoder, tables
 from lm.text import tokenizer
 
 _SUMS = 'SHA256SUMS'  # as `sha256sum` writes it; verified where a folder has one
@@ -48,9 +48,9 @@ def load(folder: str | os.PathLike) -> tuple[decoder.Config, params.Tree]:
   where = folder / 'config.json'
   fields = tables.Fields(where, _json(where))
   kind = fields.take('model_type', str)
-  family = tables.FAMILIES.get(kind)
+  family = hf_decoder.FAMILIES.get(kind)
   if family is None:
-    raise fields.error('model_type', kind, ' or '.join(map(repr, tables.FAMILIES)))
+    raise fields.error('model_type', kind, ' or '.join(map(repr, hf_decoder.FAMILIES)))
   fields.fixed('architectures', [family.architecture])
   fields.drop(_NEUTRAL)
   c = family.read(fields)
@@ -64,34 +64,33 @@ def load(folder: str | os.PathLike) -> tuple[decoder.Config, params.Tree]:
         raise CheckpointError(f'{folder}: tensor {copy} differs from {original}; expected a copy, as config.json ties '
                               'them; set tie_word_embeddings to false there')
       del tensors[copy]
-  return tables.fill(c, family.rows, tensors, folder, family.ignored)
+  return tables.fill(c, family.specs, family.rows, tensors, folder, family.ignored)
 
 
-def save(folder: str | os.PathLike, c: decoder.Config, p: params.Tree, tokenizer_dir: str | os.PathLike | None = None,
+def save(folder: str | os.PathLike, c: decoder.Config, p: params.Tree, text: tokenizer.Tokenizer | None = None,
          shard_bytes: int = 4 << 30) -> None:
   """Writes a folder that transformers loads, with f32 weights; it appears whole or not at all.
 
   Args:
     folder: new, or empty.
     p: arrays of `decoder.specs(c)`.
-    tokenizer_dir: its files are written beside, and its begin, end and padding ids into config.json.
+    text: its files are written beside, and its begin, end and padding ids into config.json.
     shard_bytes: most bytes of a weight file, unless one tensor is larger.
 
   Raises:
     ConfigError: no architecture of theirs computes this config, or the tokenizer has more ids than the model.
     CheckpointError: the parameters do not fit the config, or the folder cannot be written.
   """
-  kind, family = tables.family(c)
-  specs = decoder.specs(c)
+  kind, family = hf_decoder.family(c)
+  specs = family.specs(c)
   want, have = ({path: x.shape for path, x in params.flatten(tree).items()} for tree in (specs, p))
   for path in want | have:
     if want.get(path) != have.get(path):
       raise CheckpointError(f'{folder}: parameter {path} has shape {have.get(path)}; expected {want.get(path)}; merge '
                             'what was added to the model, or take the config that its parameters were made with')
-  text = None if tokenizer_dir is None else tokenizer.load(tokenizer_dir)
   if text is not None and text.vocab_size > c.vocab:
-    raise ConfigError(f'{tokenizer_dir}: {text.vocab_size} ids; expected at most model.vocab={c.vocab}; name the '
-                      'tokenizer that the model was trained with')
+    raise ConfigError(f'{folder}: the tokenizer has {text.vocab_size} ids; expected at most model.vocab={c.vocab}; '
+                      'give the tokenizer that the model was trained with')
   fields = {'architectures': [family.architecture], 'model_type': kind, 'dtype': 'float32', 'vocab_size': c.vocab,
             'tie_word_embeddings': c.tied, 'initializer_range': c.init.std}
   fields |= {f'{role}_token_id': getattr(text, f'{role}_id', None) for role in ('bos', 'eos', 'pad')}
@@ -99,7 +98,8 @@ def save(folder: str | os.PathLike, c: decoder.Config, p: params.Tree, tokenizer
     _write_json(tmp / 'config.json', fields | family.write(c))
     if text is not None:
       text.save(tmp)
-    _write_tensors(tmp, list(tables.instances(family.rows, specs)), params.flatten(p), shard_bytes)
+    flat = {path: np.asarray(x) for path, x in params.flatten(p).items()}
+    _write_tensors(tmp, list(tables.instances(family.rows, specs)), flat, shard_bytes)
 
 
 def _tensors(folder: pathlib.Path) -> dict[str, tables.Tensor]:
@@ -121,12 +121,13 @@ def _tensors(folder: pathlib.Path) -> dict[str, tables.Tensor]:
   for file in files:
     for name, tensor in _open(folder / file).items():
       if name in tensors:
-        raise CheckpointError(f'{folder}: tensor {name} is in {home[name]} and in {file}; expected it once; copy again')
+        raise CheckpointError(f'{folder}: tensor {name[:100]!r} is in {home[name]} and in {file}; expected it once; '
+                              'copy again')
       tensors[name], home[name] = tensor, file
   if index is not None and index != home:
     name = next(n for n in index | home if index.get(n) != home.get(n))
-    raise CheckpointError(f'{folder}/model.safetensors.index.json: tensor {name} in {index.get(name)}; expected '
-                          f'{home.get(name)}, where it lies; copy the folder again')
+    raise CheckpointError(f'{folder}/model.safetensors.index.json: tensor {name[:100]!r} in {index.get(name)}; '
+                          f'expected {home.get(name)}, where it lies; copy the folder again')
   return tensors
 
 
@@ -140,7 +141,7 @@ def _open(path: pathlib.Path) -> dict[str, tables.Tensor]:
   except (OSError, ValueError, safetensors.SafetensorError) as error:
     raise CheckpointError(f'{path}: {_line(error)}; expected a whole safetensors file; copy it again') from error
   return {name: tables.Tensor(tuple(file.get_slice(name).get_shape()), functools.partial(_read, file, name, path))
-          for name in file.keys()}  # noqa: SIM118 (not a dict)
+          for name in file.keys()}
 
 
 def _read(file, name, path):
@@ -208,6 +209,7 @@ def _write_tensors(folder, instances, flat, shard_bytes) -> None:
     tensors = {theirs: row.merge([np.asarray(flat[path][index], np.float32) for path in row.paths])
                for theirs, row, index, _ in shard}
     st.save_file(tensors, folder / name, metadata={'format': 'pt'})
+    (folder / name).chmod((folder / 'config.json').stat().st_mode)  # the library's 0600 would shut others out
   (folder / _SUMS).write_text(''.join(f'{_sha256(folder / name)}  {name}\n' for name in names))
 
 

@@ -19,7 +19,6 @@ import numpy as np
 
 from lm import params
 from lm.errors import CheckpointError, ConfigError
-from lm.models import decoder
 
 Shape = tuple[int, ...]
 
@@ -111,9 +110,10 @@ class Family(NamedTuple):
   rows: tuple[Row, ...]
   copies: Mapping[str, str]  # their tensors that repeat another one in tied models
   ignored: str  # pattern of their tensors that hold no parameter
-  read: Callable[[Fields], decoder.Config]
-  write: Callable[[decoder.Config], dict[str, Any]]
-  needs: Callable[[decoder.Config], dict[str, tuple]]  # field of ours -> the values that their model can have
+  specs: Callable[[Any], params.Tree]  # of our config
+  read: Callable[[Fields], Any]  # their config as ours
+  write: Callable[[Any], dict[str, Any]]  # and back
+  needs: Callable[[Any], dict[str, tuple]]  # field of ours -> the values that their model can have
 
 
 def instances(rows: tuple[Row, ...], specs: params.Tree) -> Iterator[tuple[str, Row, tuple, Shape]]:
@@ -130,8 +130,8 @@ def instances(rows: tuple[Row, ...], specs: params.Tree) -> Iterator[tuple[str, 
       yield row.name, row, (), shape
 
 
-def fill(c: decoder.Config, rows: tuple[Row, ...], tensors: Mapping[str, Tensor], where: str | os.PathLike,
-         ignored: str) -> tuple[decoder.Config, params.Tree]:
+def fill(c: Any, make_specs: Callable[[Any], params.Tree], rows: tuple[Row, ...], tensors: Mapping[str, Tensor],
+         where: str | os.PathLike, ignored: str = '(?!)') -> tuple[Any, params.Tree]:
   """(config, f32 parameters), once every tensor is accounted for.
 
   An embedding with more rows than `c.vocab` is a padded vocabulary: the rows stay, and the config counts them.
@@ -142,7 +142,7 @@ def fill(c: decoder.Config, rows: tuple[Row, ...], tensors: Mapping[str, Tensor]
   stored = tensors.get(rows[0].name)
   if stored is not None and len(stored.shape) == 2 and stored.shape[0] > c.vocab:
     c = dataclasses.replace(c, vocab=stored.shape[0])
-  specs = decoder.specs(c)
+  specs = make_specs(c)
   known = set()
   for name, row, _, shape in instances(rows, specs):
     want = row.shape(shape)
@@ -154,99 +154,13 @@ def fill(c: decoder.Config, rows: tuple[Row, ...], tensors: Mapping[str, Tensor]
     known.add(name)
   for name in tensors:
     if name not in known and not re.fullmatch(ignored, name):
-      raise CheckpointError(f'{where}: tensor {name} of shape {tensors[name].shape} has no place in this model; '
-                            'expected none of that name; correct the config that describes the weights')
+      raise CheckpointError(f'{where}: tensor {name[:100]!r} of shape {tensors[name].shape} has no place in this '
+                            'model; expected none of that name; correct the config that describes the weights')
   out = {path: np.empty(spec.shape, np.float32) for path, spec in params.flatten(specs).items()}
   for name, row, index, shape in instances(rows, specs):
     for path, value in zip(row.paths, row.split(tensors[name].read(), shape), strict=True):
       out[path][index] = value
   return c, traverse_util.unflatten_dict(out, sep='/')
-
-
-def family(c: decoder.Config) -> tuple[str, Family]:
-  """(model_type, family) of the architecture that computes `c`.
-
-  Raises:
-    ConfigError: there is none; names a field that stands in the way.
-  """
-  kind = 'llama' if c.positions == 'rotary' else 'gpt2'
-  found = FAMILIES[kind]
-  for name, allowed in found.needs(c).items():
-    if getattr(c, name) not in allowed:
-      raise ConfigError(f'model.{name}={getattr(c, name)!r}; expected {" or ".join(map(repr, allowed))}, all that '
-                        f'{found.architecture} can have; this config has no export')
-  return kind, found
-
-
-_GELU = {'gelu_new': 'gelu_tanh', 'gelu_pytorch_tanh': 'gelu_tanh', 'gelu': 'gelu_erf'}
-
-
-def _read_gpt2(f: Fields) -> decoder.Config:
-  for name, value in (('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False),
-                      ('reorder_and_upcast_attn', False), ('add_cross_attention', False)):
-    f.fixed(name, value)
-  f.drop('n_ctx|summary_.*|predict_special_tokens|gradient_checkpointing')
-  D, N, L = f.take('n_embd', int), f.take('n_head', int), f.take('n_layer', int)
-  if D % N:
-    raise f.error('n_head', N, f'a divisor of n_embd={D}')
-  activation = f.take('activation_function', str, 'gelu_new')
-  if activation not in _GELU:
-    raise f.error('activation_function', activation, ' or '.join(_GELU))
-  std = f.take('initializer_range', float, 0.02)
-  return decoder.Config(
-      vocab=f.take('vocab_size', int), length=f.take('n_positions', int), layers=L, embed=D, heads=N, kv_heads=N,
-      head_dim=D // N, mlp=f.take('n_inner', int, 4 * D), activation=_GELU[activation],
-      norm_eps=f.take('layer_norm_epsilon', float, 1e-5), tied=f.take('tie_word_embeddings', bool, True),
-      dropout=decoder.Dropout(f.take('embd_pdrop', float, 0.1), f.take('attn_pdrop', float, 0.1),
-                              f.take('resid_pdrop', float, 0.1)),
-      init=decoder.Init(std=std, tokens=std, positions=std, residual=decoder.residual_std(L, std)))
-
-
-def _write_gpt2(c: decoder.Config) -> dict[str, Any]:
-  return {'n_positions': c.length, 'n_embd': c.embed, 'n_layer': c.layers, 'n_head': c.heads, 'n_inner': c.mlp,
-          'activation_function': 'gelu' if c.activation == 'gelu_erf' else 'gelu_new', 'layer_norm_epsilon': c.norm_eps,
-          'embd_pdrop': c.dropout.embedding, 'attn_pdrop': c.dropout.attention, 'resid_pdrop': c.dropout.hidden}
-
-
-def _read_llama(f: Fields) -> decoder.Config:
-  f.fixed('hidden_act', 'silu')
-  f.fixed('rope_interleaved', False)
-  f.drop('pretraining_tp|is_llama_config|transformers\\.js_config')
-  D, N = f.take('hidden_size', int), f.take('num_attention_heads', int)
-  bias = f.take('attention_bias', bool, False)
-  if f.take('mlp_bias', bool, False) != bias:
-    raise f.error('mlp_bias', not bias, f'{bias} like attention_bias: all projections have a bias here, or none')
-  std, eps = f.take('initializer_range', float, 0.02), f.take('rms_norm_eps', float)
-  dropout = decoder.Dropout(attention=f.take('attention_dropout', float, 0.0))
-  return decoder.Config(
-      vocab=f.take('vocab_size', int), length=f.take('max_position_embeddings', int),
-      layers=f.take('num_hidden_layers', int), embed=D, heads=N, kv_heads=f.take('num_key_value_heads', int, N),
-      head_dim=f.take('head_dim', int, max(D // N, 1)), mlp=f.take('intermediate_size', int), positions='rotary',
-      rope_theta=_rope_theta(f), norm='rms', norm_eps=eps, norm_bias=False, activation='swiglu',
-      bias=bias, tied=f.take('tie_word_embeddings', bool, False), dropout=dropout,
-      init=decoder.Init(std=std, tokens=std, positions=std, residual=std))
-
-
-def _rope_theta(f: Fields) -> float:
-  """From `rope_theta` (transformers 4) or `rope_parameters` (5); any scaling of the frequencies is refused."""
-  theta, inner = f.take('rope_theta', float, None), f.group('rope_parameters')
-  f.fixed('rope_scaling', {'rope_type': 'default'}, {'type': 'default'})
-  inner.fixed('rope_type', 'default')
-  inner.fixed('type', 'default')
-  inner.fixed('partial_rotary_factor', 1.0)
-  inner_theta = inner.take('rope_theta', float, theta or 10000.0)
-  inner.done()
-  if theta not in (None, inner_theta) or inner_theta <= 0:
-    raise f.error('rope_theta', theta, f'a positive number, equal to rope_parameters.rope_theta={inner_theta}')
-  return inner_theta
-
-
-def _write_llama(c: decoder.Config) -> dict[str, Any]:
-  return {'max_position_embeddings': c.length, 'hidden_size': c.embed, 'num_hidden_layers': c.layers,
-          'num_attention_heads': c.heads, 'num_key_value_heads': c.kv_heads, 'head_dim': c.head_dim,
-          'intermediate_size': c.mlp, 'hidden_act': 'silu', 'rms_norm_eps': c.norm_eps, 'attention_bias': c.bias,
-          'mlp_bias': c.bias, 'attention_dropout': c.dropout.attention, 'rope_theta': c.rope_theta,
-          'rope_parameters': {'rope_theta': c.rope_theta, 'rope_type': 'default'}}
 
 
 def linear(name: str, layout: str, path: str) -> tuple[Row, Row]:
@@ -257,50 +171,3 @@ def linear(name: str, layout: str, path: str) -> tuple[Row, Row]:
 
 def norm(name: str, path: str) -> tuple[Row, Row]:
   return Row(f'{name}.weight', 'D->D', f'{path}/scale'), Row(f'{name}.bias', 'D->D', f'{path}/bias')
-
-
-_GPT2_ROWS = (
-    Row('transformer.wte.weight', 'V,D->VD', 'embed/tokens'),
-    Row('transformer.wpe.weight', 'T,D->TD', 'embed/positions'),
-    *norm('transformer.h.{}.ln_1', 'blocks/attn_norm'),
-    Row('transformer.h.{}.attn.c_attn.weight', 'D,cNH->DNH', *(f'blocks/attn/{name}' for name in 'qkv')),
-    Row('transformer.h.{}.attn.c_attn.bias', 'cNH->NH', *(f'blocks/attn/{name}_bias' for name in 'qkv')),
-    Row('transformer.h.{}.attn.c_proj.weight', 'NH,D->NHD', 'blocks/attn/o'),
-    Row('transformer.h.{}.attn.c_proj.bias', 'D->D', 'blocks/attn/o_bias'),
-    *norm('transformer.h.{}.ln_2', 'blocks/mlp_norm'),
-    Row('transformer.h.{}.mlp.c_fc.weight', 'D,F->DF', 'blocks/mlp/up'),
-    Row('transformer.h.{}.mlp.c_fc.bias', 'F->F', 'blocks/mlp/up_bias'),
-    Row('transformer.h.{}.mlp.c_proj.weight', 'F,D->FD', 'blocks/mlp/down'),
-    Row('transformer.h.{}.mlp.c_proj.bias', 'D->D', 'blocks/mlp/down_bias'),
-    *norm('transformer.ln_f', 'final_norm'),
-    Row('lm_head.weight', 'V,D->VD', 'unembed'),
-)
-
-_LLAMA_ROWS = (
-    Row('model.embed_tokens.weight', 'V,D->VD', 'embed/tokens'),
-    *norm('model.layers.{}.input_layernorm', 'blocks/attn_norm'),
-    *linear('model.layers.{}.self_attn.q_proj', 'NH,D->DNH', 'blocks/attn/q'),
-    *linear('model.layers.{}.self_attn.k_proj', 'KH,D->DKH', 'blocks/attn/k'),
-    *linear('model.layers.{}.self_attn.v_proj', 'KH,D->DKH', 'blocks/attn/v'),
-    *linear('model.layers.{}.self_attn.o_proj', 'D,NH->NHD', 'blocks/attn/o'),
-    *norm('model.layers.{}.post_attention_layernorm', 'blocks/mlp_norm'),
-    *linear('model.layers.{}.mlp.gate_proj', 'F,D->DF', 'blocks/mlp/gate'),
-    *linear('model.layers.{}.mlp.up_proj', 'F,D->DF', 'blocks/mlp/up'),
-    *linear('model.layers.{}.mlp.down_proj', 'D,F->FD', 'blocks/mlp/down'),
-    *norm('model.norm', 'final_norm'),
-    Row('lm_head.weight', 'V,D->VD', 'unembed'),
-)
-
-FAMILIES = {
-    'gpt2': Family(
-        'GPT2LMHeadModel', 'transformer.', _GPT2_ROWS, {'lm_head.weight': 'transformer.wte.weight'},
-        r'transformer\.h\.\d+\.attn\.(masked_)?bias', _read_gpt2, _write_gpt2,
-        lambda c: {'positions': ('learned',), 'norm': ('layer',), 'norm_bias': (True,), 'bias': (True,),
-                   'activation': ('gelu_tanh', 'gelu_erf'), 'parallel': (False,), 'logit_scale': (1.0,),
-                   'kv_heads': (c.heads,), 'head_dim': (c.embed / c.heads,)}),
-    'llama': Family(
-        'LlamaForCausalLM', 'model.', _LLAMA_ROWS, {'lm_head.weight': 'model.embed_tokens.weight'},
-        r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq', _read_llama, _write_llama,
-        lambda c: {'positions': ('rotary',), 'norm': ('rms',), 'norm_bias': (False,), 'activation': ('swiglu',),
-                   'parallel': (False,), 'logit_scale': (1.0,), 'embed': (c.embed - c.embed % c.heads,)}),
-}

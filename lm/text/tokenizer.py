@@ -29,8 +29,8 @@ _HF_NAMES = ('tokenizer_config.json', 'special_tokens_map.json')  # beside token
 _BOS = ('<|begin_of_text|>', '<s>', '[CLS]', '<|endoftext|>')
 _EOS = ('<|end_of_text|>', '</s>', '[SEP]', '<|endoftext|>')
 _PAD = ('<pad>', '[PAD]', '<|pad|>')
-_UNTRAINABLE = re.compile('[\n\t\0\u2585]')  # SentencePiece's trainer drops every sentence that holds one of these
-_LINE_CHARS, _LINE_BYTES = 4096, 16384
+_UNTRAINABLE = re.compile('[\n\u2585]')  # SentencePiece's trainer drops a line with U+2585, its mark for unknown,
+_LINE_CHARS, _LINE_BYTES = 4096, 16384  # and a line that is too long
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -134,12 +134,13 @@ def load(path: str | os.PathLike) -> Tokenizer:
 
 
 def train_sentencepiece(texts: Iterable[str], out_path: str | os.PathLike, vocab: int, model_type: str = 'unigram', *,
-                        control_symbols: Sequence[str] = (), character_coverage: float = 0.9995, max_lines: int = 0,
-                        seed: int = 0) -> Tokenizer:
+                        control_symbols: Sequence[str] = (), character_coverage: float = 0.9995, max_lines: int = 0
+                        ) -> Tokenizer:
   """Trains a SentencePiece model that gives every text back exactly, but for U+2581, its own mark for a space.
 
-  The same texts give the same bytes: thread count and seed are fixed. Long documents are cut into lines and lines into
-  pieces; nothing is dropped. `control_symbols` take the ids from 4 on and cannot be written in text.
+  The same texts give the same bytes: the number of threads and the trainer's seed are fixed. Long documents are cut
+  into lines and lines into pieces; nothing is dropped. `control_symbols` take the ids from 4 on and cannot be written
+  in text.
 
   Args:
     texts: documents.
@@ -148,7 +149,6 @@ def train_sentencepiece(texts: Iterable[str], out_path: str | os.PathLike, vocab
     model_type: 'unigram' (encodes 4x faster) or 'bpe' (trains 10x faster).
     character_coverage: fraction of the characters that get a piece; the rest are spelled in bytes.
     max_lines: train on a random sample of this many lines (0 = all); unigram needs about 20 bytes of memory per byte.
-    seed: of that sample.
 
   Raises:
     ConfigError: a vocabulary that the text cannot fill, or an unknown model type.
@@ -157,7 +157,6 @@ def train_sentencepiece(texts: Iterable[str], out_path: str | os.PathLike, vocab
     raise ConfigError(f"model_type={model_type!r}; expected 'unigram' or 'bpe'")
   if 0 < max_lines <= 100:
     raise ConfigError(f'max_lines={max_lines}; expected 0 (all) or more than 100')
-  sentencepiece.set_random_generator_seed(seed)
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(

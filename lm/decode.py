@@ -1,0 +1,263 @@
+"""Sampling from a language model: prefill, then one token a step through a key/value cache.
+
+Nothing here knows a model: `Model` is three functions. Prompts of unequal length are padded on the left; what a row
+gives depends neither on the padding nor on the other rows. Shapes: B rows, T prompt length (padded) or new tokens,
+S cache slots, V vocabulary.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import functools
+import math
+import types
+import typing
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import params
+from lm.errors import ConfigError
+from lm.kernels import quantised
+
+# How many of a kernel's dimensions a dot contracts, by the last part of its path; they come first.
+_KERNELS = {'q': 1, 'k': 1, 'v': 1, 'o': 2, 'up': 1, 'gate': 1, 'down': 1, 'relative': 1}
+_BUCKET = 16  # shortest padded prompt; longer ones go to the next power of two, so few programs are compiled
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How tokens are chosen and when to stop.
+
+  Attributes:
+    max_new: most new tokens.
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: keep the k most likely tokens; 0 keeps all.
+    top_p: then keep the most likely tokens until their probability reaches top_p (arXiv:1904.09751). Tokens as likely
+      as the last one kept stay too, here and in top_k.
+    stop: ids that end a row; the id is part of the row.
+  """
+
+  max_new: int = 128
+  temperature: float = 1.0
+  top_k: int = 0
+  top_p: float = 1.0
+  stop: tuple[int, ...] = ()
+
+  def __post_init__(self):
+    if self.max_new < 1:
+      raise ConfigError(f'max_new={self.max_new}; expected at least 1')
+    if not 0 <= self.temperature < math.inf:
+      raise ConfigError(f'temperature={self.temperature}; expected a finite number, at least 0 (0: most likely token)')
+    if self.top_k < 0:
+      raise ConfigError(f'top_k={self.top_k}; expected at least 0 (0: all tokens)')
+    if not 0 < self.top_p <= 1:
+      raise ConfigError(f'top_p={self.top_p}; expected 0 < top_p <= 1 (1: all tokens)')
+    if any(i < 0 for i in self.stop):
+      raise ConfigError(f'stop={self.stop}; expected token ids')
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """What decoding needs of a model. Make one and keep it: programs are compiled once for each.
+
+  Attributes:
+    apply: (params, ids_BT, *, segments_BT, cache) -> (x_BTD, cache), positions counting a row's own tokens.
+    logits: (params, x_BTD) -> [B, T, V].
+    init_cache: (B, S) -> cache of S slots.
+    length: most positions that exist; None where any number does.
+  """
+
+  apply: Callable[..., tuple[jax.Array, Any]]
+  logits: Callable[[params.Tree, jax.Array], jax.Array]
+  init_cache: Callable[[int, int], Any]
+  length: int | None = None
+
+
+@struct.dataclass
+class Sample:
+  """Tokens drawn after each prompt.
+
+  Attributes:
+    tokens_BT: int32 [B, max_new]; 0 beyond a row's length.
+    lengths_B: int32, tokens drawn, a stop token included.
+    logprobs_BT: f32, log-probability of each token under the model itself (temperature 1, no filter); 0 beyond.
+  """
+
+  tokens_BT: jax.Array
+  lengths_B: jax.Array
+  logprobs_BT: jax.Array
+
+
+@struct.dataclass
+class _Step:
+  """The newest token of each row (or of an ended row, anything), and the cache of all before it."""
+
+  ids_B: jax.Array
+  logprobs_B: jax.Array
+  ended_B: jax.Array  # with this token or before it
+  cache: Any
+
+
+@functools.cache
+def of(family: types.ModuleType, c: Any) -> Model:
+  """The `Model` of a family (a module such as `lm.models.decoder`) and its config; the same one for equal arguments."""
+  return Model(apply=lambda p, ids_BT, **kwargs: family.apply(p, c, ids_BT, **kwargs),
+               logits=lambda p, x_BTD: family.logits(p, c, x_BTD),
+               init_cache=lambda B, S: family.init_cache(c, B, S),
+               length=c.length if c.positions == 'learned' else None)
+
+
+def prepare(p: params.Tree, kind: quantised.Kind = 'float32') -> params.Tree:
+  """Parameters laid out for decoding: one tree a layer, and kernels of the given kind; outside jit, once.
+
+  The output matrix becomes a leaf of its own, 'unembed'; embedding, norms and biases stay as they are.
+  """
+  if kind not in typing.get_args(quantised.Kind):
+    raise ConfigError(f"kind={kind!r}; expected 'float32', 'bfloat16' or 'int8'")
+  p = jax.tree.map(jnp.asarray, p)  # a NumPy leaf would be copied to the device at every call
+
+  def leaf(path, w):
+    inputs = _KERNELS.get(path.split('/')[-1])
+    return w if inputs is None else quantised.pack(w, tuple(range(inputs)), kind)
+  blocks = params.map_with_path(leaf, params.unstack(p['blocks']))
+  head_VD = p['unembed'] if 'unembed' in p else p['embed']['tokens']
+  return p | {'blocks': blocks, 'unembed': quantised.pack(head_VD, (1,), kind)}
+
+
+def generate(model: Model, p: params.Tree, prompts: Sequence[Sequence[int]], s: Sampling,
+             key: jax.Array | None = None) -> Sample:
+  """Continues every prompt. Compiles once for a batch size, prompt bucket and `Sampling`.
+
+  Args:
+    p: as for `model.apply`; best from `prepare`.
+    key: row i draws its t-th token from fold_in(fold_in(key, i), t); None is enough at temperature 0.
+
+  Raises:
+    ConfigError: an empty prompt, no key, or more tokens than the model has positions.
+  """
+  return _run(model, s, p, *_inputs(model, prompts, s, key))
+
+
+def stream(model: Model, p: params.Tree, prompts: Sequence[Sequence[int]], s: Sampling,
+           key: jax.Array | None = None) -> Iterator[np.ndarray]:
+  """The tokens of `generate` as they come: int32 ids_B a step, -1 for rows that had ended before."""
+  ids_BT, segments_BT, key = _inputs(model, prompts, s, key)
+  step = _first_jit(model, s, p, ids_BT, segments_BT, key)
+  ended_B = np.zeros(len(prompts), bool)
+  for t in range(1, s.max_new + 1):
+    yield np.where(ended_B, -1, step.ids_B)
+    ended_B = np.asarray(step.ended_B)
+    if ended_B.all() or t == s.max_new:
+      return
+    step = _next_jit(model, s, p, step, key, t)
+
+
+def run(model: Model, s: Sampling, p: params.Tree, ids_BT: jax.Array, segments_BT: jax.Array,
+        key: jax.Array | None) -> Sample:
+  """`generate` on arrays (see `pad`), to be traced inside a program of one's own, under a mesh or not."""
+  step = _first(model, s, p, ids_BT, segments_BT, key)
+  blank = jnp.zeros((ids_BT.shape[0], s.max_new), jnp.int32)
+  sample = Sample(blank, jnp.zeros_like(step.ids_B), blank.astype(jnp.float32))
+  sample = _write(sample, 0, step, jnp.zeros_like(step.ended_B))
+
+  def body(carry):
+    t, old, sample = carry
+    step = _next(model, s, p, old, key, t)
+    return t + 1, step, _write(sample, t, step, old.ended_B)
+  return jax.lax.while_loop(lambda carry: (carry[0] < s.max_new) & ~carry[1].ended_B.all(), body,
+                            (jnp.int32(1), step, sample))[2]
+
+
+def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
+  """(ids_BT, segments_BT): prompts against the right edge of the smallest bucket; segment 0 is padding."""
+  T = max(_BUCKET, 1 << (max(map(len, prompts)) - 1).bit_length())
+  ids_BT, segments_BT = np.zeros((2, len(prompts), T), np.int32)
+  for row, prompt in enumerate(prompts):
+    ids_BT[row, T - len(prompt):] = prompt
+    segments_BT[row, T - len(prompt):] = 1
+  return ids_BT, segments_BT
+
+
+def sample_token(logits_BV: jax.Array, keys_B: jax.Array | None, s: Sampling) -> jax.Array:
+  """int32 ids_B from softmax(logits / temperature) under top_k, then top_p; each row by its own key. f32 inside."""
+  logits_BV = logits_BV.astype(jnp.float32)
+  if s.temperature == 0:
+    return logits_BV.argmax(-1).astype(jnp.int32)
+  logits_BV = filter_logits(logits_BV / s.temperature, s.top_k, s.top_p)
+  return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
+  """-inf for tokens outside top_k, and then outside top_p of what is left."""
+  if 0 < top_k < logits_BV.shape[-1]:
+    logits_BV = _keep(logits_BV, jnp.ones_like(logits_BV), top_k)
+  if top_p < 1:
+    logits_BV = _keep(logits_BV, jax.nn.softmax(logits_BV), top_p)
+  return logits_BV
+
+
+def _keep(logits_BV, weights_BV, goal):
+  """Keeps the fewest largest logits whose weights sum to at least `goal`, ties included.
+
+  The threshold is found bit by bit, 32 passes over the row: exact, and no sort of the vocabulary.
+  """
+  bits = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
+  order_BV = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # unsigned order of IEEE floats
+
+  def lower(i, threshold_B1):
+    higher_B1 = threshold_B1 | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
+    enough_B1 = jnp.where(order_BV >= higher_B1, weights_BV, 0).sum(-1, keepdims=True) >= goal
+    return jnp.where(enough_B1, higher_B1, threshold_B1)
+  threshold_B1 = jax.lax.fori_loop(0, 32, lower, jnp.zeros_like(order_BV[:, :1]))
+  return jnp.where(order_BV >= threshold_B1, logits_BV, -jnp.inf)
+
+
+def _first(model, s, p, ids_BT, segments_BT, key):
+  """Prefill and the first token."""
+  B, T = ids_BT.shape
+  x_BTD, cache = model.apply(p, ids_BT, segments_BT=segments_BT, cache=model.init_cache(B, T + s.max_new))
+  return _choose(model, s, p, x_BTD[:, -1:], key, 0, jnp.zeros(B, bool), cache)
+
+
+def _next(model, s, p, step, key, t):
+  """The t-th new token, from 0."""
+  x_B1D, cache = model.apply(p, step.ids_B[:, None], segments_BT=None, cache=step.cache)
+  return _choose(model, s, p, x_B1D, key, t, step.ended_B, cache)
+
+
+def _choose(model, s, p, x_B1D, key, t, ended_B, cache):
+  logits_BV = model.logits(p, x_B1D)[:, 0].astype(jnp.float32)
+  keys_B = None if s.temperature == 0 else jax.vmap(
+      lambda i: jax.random.fold_in(jax.random.fold_in(key, i), t))(jnp.arange(len(ended_B)))
+  ids_B = sample_token(logits_BV, keys_B, s)
+  logprobs_B = jnp.take_along_axis(logits_BV, ids_B[:, None], 1)[:, 0] - jax.nn.logsumexp(logits_BV, -1)
+  stop_B = (ids_B[:, None] == jnp.array(s.stop, jnp.int32)[None]).any(1)
+  return _Step(ids_B, logprobs_B, ended_B | stop_B, cache)
+
+
+def _write(sample, t, step, ended_B):
+  """Column t of the sample, for the rows that had not ended before."""
+  put = lambda rows_BT, x_B: rows_BT.at[:, t].set(jnp.where(ended_B, 0, x_B))
+  return Sample(put(sample.tokens_BT, step.ids_B), sample.lengths_B + ~ended_B,
+                put(sample.logprobs_BT, step.logprobs_B))
+
+
+def _inputs(model, prompts, s, key):
+  """The padded arrays of `run`, once everything is in order."""
+  if not prompts or not all(map(len, prompts)):
+    raise ConfigError('prompts: an empty one; expected at least one token in each; begin it with the bos token')
+  longest = max(map(len, prompts))
+  if model.length is not None and longest + s.max_new > model.length:
+    raise ConfigError(f'max_new={s.max_new} after a prompt of {longest} tokens; expected at most {model.length} in '
+                      'all, the positions that the model has; shorten the prompt or lower max_new')
+  if key is None and s.temperature > 0:
+    raise ConfigError('key: none; expected one at temperature > 0; pass jax.random.key(seed)')
+  return *pad(prompts), key
+
+
+_run = jax.jit(run, static_argnums=(0, 1))
+_first_jit = jax.jit(_first, static_argnums=(0, 1))
+_next_jit = jax.jit(_next, static_argnums=(0, 1), donate_argnums=3)

@@ -1,0 +1,109 @@
+"""Kernels packed for decoding, where time goes into reading weights: f32, bfloat16, or int8 with a scale per output.
+
+A `Packed` leaf stands where an array stood; `nn.dot` dispatches on it, so no model knows of it. Weights are multiplied
+as they are stored: for fewer bits, an activation is split into two limbs of the weights' own type (16 bits in all),
+which go through one matmul as rows of their own. What is lost is the rounding of the weights.
+
+Shapes: M rows of activations, I inputs, O outputs of a kernel seen as a matrix.
+"""
+
+import math
+from typing import Literal
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from lm import nn
+
+Kind = Literal['float32', 'bfloat16', 'int8']
+_LIMB = 256  # int8: x = step * (256 * high + low)
+_MOST = 127 * _LIMB + 127  # the largest such integer
+
+
+@struct.dataclass
+class Packed:
+  """A kernel of any shape as the matrix that a dot reads in order.
+
+  Attributes:
+    values_IO: f32, bfloat16 or int8.
+    scale_O: f32, for int8; None: values are the weights.
+    shape: of the kernel.
+    inputs: the dimensions of the kernel that a dot contracts.
+  """
+
+  values_IO: jax.Array
+  scale_O: jax.Array | None
+  shape: tuple[int, ...] = struct.field(pytree_node=False)
+  inputs: tuple[int, ...] = struct.field(pytree_node=False)
+
+
+def pack(w: jax.Array, inputs: tuple[int, ...], kind: Kind) -> Packed:
+  """The leaf for kernel `w`, whose dimensions `inputs` are contracted; int8 rounds to 1/127 of an output's largest."""
+  outputs = _outputs(w.shape, inputs)
+  w_IO = w.astype(jnp.float32).transpose(inputs + outputs).reshape(math.prod(w.shape[i] for i in inputs), -1)
+  if kind != 'int8':
+    return Packed(w_IO.astype(kind), None, w.shape, inputs)
+  most_O = jnp.abs(w_IO).max(0)
+  scale_O = jnp.where(most_O > 0, most_O, 1) / 127
+  return Packed(jnp.round(w_IO / scale_O[None]).astype(jnp.int8), scale_O, w.shape, inputs)
+
+
+def unpack(w: Packed) -> jax.Array:
+  """The f32 kernel that `w` stands for."""
+  order = w.inputs + _outputs(w.shape, w.inputs)
+  w_IO = w.values_IO.astype(jnp.float32) * (1 if w.scale_O is None else w.scale_O[None])
+  return w_IO.reshape([w.shape[i] for i in order]).transpose([order.index(i) for i in range(len(order))])
+
+
+def _outputs(shape, inputs):
+  return tuple(i for i in range(len(shape)) if i not in inputs)
+
+
+@nn.dot.register
+def _dot(w: Packed, x: jax.Array, equation: str) -> jax.Array:
+  """einsum(equation, x, w) in x's dtype, accumulated in f32 or int32.
+
+  Raises:
+    ValueError: the equation contracts other dimensions than `w.inputs`, or not the last ones of `x` in that order.
+  """
+  terms, out = equation.split('->')
+  x_dims, w_dims = terms.split(',')
+  contracted = ''.join(w_dims[i] for i in w.inputs)
+  rest = ''.join(w_dims[i] for i in _outputs(w.shape, w.inputs))
+  if not x_dims.endswith(contracted) or out != x_dims.removesuffix(contracted) + rest:
+    raise ValueError(f'{equation}: a packed kernel contracts its dimensions {w.inputs} with the last ones of x')
+  y_MO = _matmul(x.reshape(-1, w.values_IO.shape[0]), w)
+  return y_MO.reshape(*x.shape[:-len(contracted)], *(w.shape[w_dims.index(d)] for d in rest)).astype(x.dtype)
+
+
+def _matmul(x_MI, w):
+  limbs, weights = {'float32': _whole, 'bfloat16': _halves, 'int8': _bytes}[str(w.values_IO.dtype)](x_MI)
+  rows = jnp.concatenate(limbs).astype(w.values_IO.dtype)
+  kind = jnp.int32 if rows.dtype == jnp.int8 else jnp.float32
+  parts = jnp.split(jnp.einsum('MI,IO->MO', rows, w.values_IO, preferred_element_type=kind), len(limbs))
+  y_MO = sum(part.astype(jnp.float32) * weight for part, weight in zip(parts, weights, strict=True))
+  return y_MO if w.scale_O is None else y_MO * w.scale_O[None]
+
+
+def _whole(x_MI):
+  return [x_MI], [1]
+
+
+def _halves(x_MI):
+  """bfloat16 limbs. A single row gets a second limb though it be zero: XLA on a CPU has no fast kernel for one row."""
+  if x_MI.dtype == jnp.bfloat16 and x_MI.shape[0] > 1:
+    return [x_MI], [1]
+  x_MI = x_MI.astype(jnp.float32)
+  high = jax.lax.reduce_precision(x_MI, exponent_bits=8, mantissa_bits=7)  # a cast there and back may be optimised away
+  return [high, x_MI - high], [1, 1]
+
+
+def _bytes(x_MI):
+  """int8 limbs of each row rounded to 1/32639 of its largest element."""
+  x_MI = x_MI.astype(jnp.float32)
+  most_M1 = jnp.abs(x_MI).max(1, keepdims=True)
+  step_M1 = jnp.where(most_M1 > 0, most_M1, 1) / _MOST
+  q_MI = jnp.round(x_MI / step_M1)
+  high = jnp.floor((q_MI + _LIMB // 2) / _LIMB)
+  return [high, q_MI - _LIMB * high], [_LIMB * step_M1, step_M1]

@@ -1,0 +1,202 @@
+r"""Training speed of the same GPT-2 shapes in this package and in PyTorch, in turn on the same machine.
+
+  python -m scripts.bench_train                       # this package alone
+  python -m scripts.bench_train --peer=torch          # needs the oracle extras; interleaved, prints the ratio
+  python -m scripts.bench_train --peer=torch --shapes=6x384 --rounds=10
+
+Both sides run whole steps in f32: forward, backward, clip to norm 1, AdamW with decoupled decay, no dropout, random ids.
+Each side lives in a process of its own with all cores; they take turns, a round at a time, so drift of the machine's speed
+hits both. Prints the medians over the rounds: tokens/s, the ratio, peak memory, and the share of the machine's own f32
+matmul rate (measured between the rounds) that the model's FLOPs amount to.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+from absl import flags
+
+from experiments import cli
+from lm.errors import ConfigError, Error
+
+SHAPES = {  # layers, embed, heads, T, B, V
+    '4x128': (4, 128, 4, 64, 12, 65),
+    '6x384': (6, 384, 6, 256, 16, 65),
+    '12x768': (12, 768, 12, 512, 4, 50257),
+}
+_PEER = flags.DEFINE_enum('peer', 'none', ['none', 'torch'], 'Whom to compare with.')
+_SHAPES = flags.DEFINE_list('shapes', ['6x384', '12x768'], f'Which of {", ".join(SHAPES)}.')
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
+_STEPS = flags.DEFINE_integer('steps', 0, 'Steps a turn; 0 = about ten seconds.', lower_bound=0)
+_SET = flags.DEFINE_multi_string('set', [], 'Changes to this package\'s config, e.g. --set model.scan_layers=True.')
+_WORKER = flags.DEFINE_string('worker', '', 'Internal: which side this process is.')
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  for shape in _SHAPES.value:
+    if shape not in SHAPES:
+      raise ConfigError(f'--shapes={shape}: unknown; expected some of {", ".join(SHAPES)}')
+  if _WORKER.value:
+    _serve({'lm': _lm, 'torch': _torch, 'matmul': _matmul}[_WORKER.value](*SHAPES[_SHAPES.value[0]]))
+    return
+  print(f'{"shape":8} {"side":6} {"tokens/s":>9} {"min":>7} {"max":>7} {"peak MiB":>9} {"of matmul":>9}')
+  for shape in _SHAPES.value:
+    _compare(shape)
+
+
+def _compare(shape):
+  layers, embed, _, T, B, V = SHAPES[shape]
+  flops = 6 * (12 * layers * embed**2 + V * embed) + 12 * layers * embed * T  # a token, PaLM App. B
+  sides = ['lm'] + ([_PEER.value] if _PEER.value != 'none' else [])
+  workers = {side: _Worker(side, shape) for side in [*sides, 'matmul']}
+  steps = _STEPS.value or max(1, round(10 / max(w.ask(1)['seconds'] for s, w in workers.items() if s in sides)))
+  rates = {side: [] for side in workers}
+  for _ in range(_ROUNDS.value):
+    for side, worker in workers.items():
+      n = 3 if side == 'matmul' else steps
+      rates[side].append(n * (1 if side == 'matmul' else B * T) / worker.ask(n)['seconds'])
+  peak = 2 * 2048**3 * statistics.median(rates['matmul'])
+  for side in sides:
+    median = statistics.median(rates[side])
+    memory = workers[side].ask(0)['peak'] / 2**20
+    print(f'{shape:8} {side:6} {median:9.0f} {min(rates[side]):7.0f} {max(rates[side]):7.0f} {memory:9.0f} '
+          f'{median * flops / peak:9.2f}', flush=True)
+  if len(sides) == 2:
+    ratios = [a / b for a, b in zip(rates['lm'], rates[sides[1]], strict=True)]
+    print(f'{shape:8} lm / {sides[1]}: {statistics.median(ratios):.3f} (rounds {min(ratios):.3f} to {max(ratios):.3f}; '
+          f'{steps} steps a turn; matmul 2048^3 f32 {peak / 1e9:.0f} GF/s)', flush=True)
+  for worker in workers.values():
+    worker.close()
+
+
+class _Worker:
+  """A process that runs steps when asked: {'seconds', 'peak'} in JSON, a line each way."""
+
+  def __init__(self, side, shape):
+    command = [sys.executable, '-m', 'scripts.bench_train', f'--worker={side}', f'--shapes={shape}']
+    command += [f'--set={item}' for item in _SET.value]
+    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                     env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+    self.ask(2)  # compile and warm up
+
+  def ask(self, steps):
+    try:
+      self._process.stdin.write(f'{steps}\n')
+      self._process.stdin.flush()
+      return json.loads(self._process.stdout.readline())
+    except (OSError, ValueError) as error:
+      raise Error(f'{self._process.args}: the worker died ({error}); its error is above; the torch side needs '
+                  'pip install -e .[oracle]') from error
+
+  def close(self):
+    self._process.stdin.close()
+    self._process.wait()
+
+
+def _serve(run):
+  for line in sys.stdin:
+    start = time.perf_counter()
+    run(int(line))
+    seconds = time.perf_counter() - start
+    print(json.dumps({'seconds': seconds, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+
+
+def _matmul(*unused):
+  import jax
+  import jax.numpy as jnp
+
+  x = jnp.ones((2048, 2048), jnp.float32)
+  f = jax.jit(lambda a: a @ a)
+
+  def run(n):
+    for _ in range(n):
+      f(x).block_until_ready()
+  return run
+
+
+def _lm(layers, embed, heads, T, B, V):
+  import jax
+  import jax.numpy as jnp
+
+  from lm import config, optim, pretrain, run as run_lib, sharding, train
+  from lm.data import loader, packing
+  from lm.models import decoder
+
+  model = decoder.Config(vocab=V, length=T, layers=layers, embed=embed, heads=heads, kv_heads=heads,
+                         head_dim=embed // heads, mlp=4 * embed, bias=False, norm_bias=False, scan_layers=False)
+  c = pretrain.Config(model=model, data=loader.Config(length=T, batch=B), optim=optim.Config(lr=1e-4, schedule='constant'))
+  c = config.override(c, *_SET.value)
+  task = pretrain.task(c)
+  parts = run_lib.build(c, task)
+  ids_BT = jax.random.randint(jax.random.key(0), (B, T + 1), 0, V)
+  positions_BT = jnp.broadcast_to(jnp.arange(T + 1)[None], ids_BT.shape)
+  batch = packing.Batch(ids_BT, jnp.ones_like(ids_BT), positions_BT, jnp.ones(ids_BT.shape, bool))
+  with sharding.use(parts.mesh):
+    state = jax.jit(lambda k: train.init(task.specs, parts.tx, parts.trainable, k), out_shardings=parts.state)(
+        jax.random.key(0))
+  key = jax.random.key(1)
+
+  def run(n):
+    nonlocal state
+    with sharding.use(parts.mesh):
+      for _ in range(n):
+        state, metrics = parts.step(state, batch, key)
+      jax.block_until_ready(state)
+  return run
+
+
+def _torch(layers, embed, heads, T, B, V):
+  import torch
+  from torch import nn
+  from torch.nn import functional as F
+
+  class Block(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.norm1, self.norm2 = nn.LayerNorm(embed, bias=False), nn.LayerNorm(embed, bias=False)
+      self.qkv, self.out = nn.Linear(embed, 3 * embed, bias=False), nn.Linear(embed, embed, bias=False)
+      self.up, self.down = nn.Linear(embed, 4 * embed, bias=False), nn.Linear(4 * embed, embed, bias=False)
+
+    def forward(self, x):
+      q, k, v = (a.view(B, T, heads, embed // heads).transpose(1, 2) for a in self.qkv(self.norm1(x)).chunk(3, -1))
+      a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+      x = x + self.out(a.transpose(1, 2).reshape(B, T, embed))
+      return x + self.down(F.gelu(self.up(self.norm2(x)), approximate='tanh'))
+
+  class GPT(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.tokens, self.positions = nn.Embedding(V, embed), nn.Embedding(T, embed)
+      self.blocks, self.norm = nn.ModuleList(Block() for _ in range(layers)), nn.LayerNorm(embed, bias=False)
+
+    def forward(self, ids):
+      x = self.tokens(ids) + self.positions(torch.arange(T))
+      for block in self.blocks:
+        x = block(x)
+      return self.norm(x) @ self.tokens.weight.T
+
+  torch.manual_seed(0)
+  model = GPT()
+  matrices = [p for p in model.parameters() if p.dim() >= 2]
+  vectors = [p for p in model.parameters() if p.dim() < 2]
+  groups = [{'params': matrices, 'weight_decay': 0.1}, {'params': vectors, 'weight_decay': 0.0}]
+  tx = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
+  ids = torch.randint(V, (B, T + 1))
+
+  def run(n):
+    for _ in range(n):
+      loss = F.cross_entropy(model(ids[:, :-1]).view(-1, V), ids[:, 1:].reshape(-1))
+      loss.backward()
+      nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+      tx.step()
+      tx.zero_grad(set_to_none=True)
+  return run
+
+
+if __name__ == '__main__':
+  cli.guard(main, __doc__)

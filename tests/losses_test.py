@@ -1,0 +1,102 @@
+"""Cross-entropy in chunks and the autoregressive loss, against the formulas written out in numpy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm.data.packing import Batch
+from lm.kernels.cross_entropy import weighted_nll
+from lm.losses import ar
+
+B, T, D, V = 3, 17, 8, 29
+
+
+def arrays():
+  keys = jax.random.split(jax.random.key(0), 4)
+  return (jax.random.normal(keys[0], (B, T, D)), jax.random.normal(keys[1], (V, D)),
+          jax.random.randint(keys[2], (B, T), 0, V), (jax.random.uniform(keys[3], (B, T)) > 0.3).astype(jnp.float32))
+
+
+def reference(x, w, targets, weights, z):
+  logits = np.einsum('btd,vd->btv', np.asarray(x, np.float64), np.asarray(w, np.float64))
+  lse = np.log(np.exp(logits).sum(-1))
+  picked = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+  return (weights * (lse - picked)).sum(), (weights * lse**2).sum() * z, (weights * (logits.argmax(-1) == targets)).sum()
+
+
+@pytest.mark.parametrize('chunk', [1, 6, 15, 1000])
+@pytest.mark.parametrize('z', [0.0, 0.01])
+def test_value_and_gradient_do_not_depend_on_the_chunk(chunk, z):
+  x, w, targets, weights = arrays()
+  total, nll, correct = jax.jit(functools.partial(weighted_nll, chunk=chunk, z=z))(x, w, targets, weights)
+  want_nll, want_z, want_correct = reference(x, w, targets, weights, z)
+  np.testing.assert_allclose([total, nll, correct], [want_nll + want_z, want_nll, want_correct], rtol=1e-5)
+
+  def plain(x, w):
+    logits = jnp.einsum('btd,vd->btv', x, w)
+    lse = jax.nn.logsumexp(logits, -1)
+    return (weights * (lse - jnp.take_along_axis(logits, targets[..., None], -1)[..., 0] + z * lse**2)).sum()
+  got = jax.grad(lambda x, w: 0.5 * weighted_nll(x, w, targets, weights, chunk, z)[0], (0, 1))(x, w)
+  want = jax.grad(lambda x, w: 0.5 * plain(x, w), (0, 1))(x, w)
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_large_logits_stay_finite():
+  x, w, targets, weights = arrays()
+  value, grads = jax.value_and_grad(lambda x: weighted_nll(1e4 * x, w, targets, weights)[0])(x)
+  assert np.isfinite(value)
+  assert np.isfinite(grads).all()
+
+
+def test_no_array_of_length_times_vocabulary():
+  """Neither the value's nor the gradient's program has any [B, T, V] array, of whatever shape."""
+  b, t, d, v = 4, 64, 16, 2048
+  x, w = jnp.ones((b, t, d)), jnp.ones((v, d))
+  targets, weights = jnp.zeros((b, t), jnp.int32), jnp.ones((b, t))
+  f = lambda x, w: weighted_nll(x, w, targets, weights, chunk=32)[0]
+  for program in (f, jax.grad(f, (0, 1))):
+    text = jax.jit(program).lower(x, w).compile().as_text()
+    sizes = [np.prod([int(n) for n in shape.split(',')]) for shape in _shapes(text)]
+    assert max(sizes) < b * t * v / 2
+    assert max(sizes) >= v * d  # the weights themselves: the text was read
+
+
+def _shapes(hlo):
+  import re
+  return re.findall(r'f32\[([0-9,]+)\]', hlo)
+
+
+def batch_of(ids, segments, mask):
+  ids = jnp.asarray(ids, jnp.int32)
+  positions = jnp.broadcast_to(jnp.arange(ids.shape[1])[None], ids.shape)
+  return Batch(ids, jnp.asarray(segments, jnp.int32), positions, jnp.asarray(mask))
+
+
+def test_shift_mask_and_segments():
+  """A uniform model: each counted target costs log V, and exactly the right ones count."""
+  ids = [[1, 2, 3, 4, 5, 0], [6, 7, 8, 9, 1, 2]]
+  segments = [[1, 1, 1, 2, 2, 0], [1, 1, 1, 1, 1, 1]]
+  mask = [[True] * 6, [True, False, True, True, False, True]]
+  apply = lambda p, ids, **_: jnp.zeros((*ids.shape, D))
+  terms, metrics = ar.loss({}, batch_of(ids, segments, mask), None, apply=apply, head=lambda p: jnp.ones((V, D)),
+                           c=ar.Config())
+  assert float(terms['nll'].weight) == 3 + 3  # row 0: 1->2, 2->3, 4->5; row 1: the three masked-in targets
+  assert float(terms['nll'].total) == pytest.approx(6 * np.log(V), rel=1e-6)
+  assert set(metrics) == {'loss', 'accuracy'}
+
+
+def test_the_model_gets_inputs_only():
+  seen = {}
+
+  def apply(p, ids, *, positions_BT, segments_BT, key):
+    seen.update(ids=ids, positions=positions_BT, segments=segments_BT)
+    return jnp.zeros((*ids.shape, D))
+  ids = np.arange(12).reshape(2, 6)
+  ar.loss({}, batch_of(ids, np.ones((2, 6)), np.ones((2, 6), bool)), None, apply=apply, head=lambda p: jnp.ones((V, D)),
+          c=ar.Config())
+  np.testing.assert_array_equal(seen['ids'], ids[:, :-1])
+  assert seen['positions'].shape == seen['segments'].shape == (2, 5)
