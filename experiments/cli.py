@@ -9,8 +9,7 @@ import logging
 import sys
 from typing import Any
 
-from absl import app, flags
-from absl import logging as absl_logging
+from absl import app, flags, logging as absl_logging
 
 from lm import config, run
 from lm.errors import ConfigError, Error

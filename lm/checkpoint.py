@@ -15,9 +15,7 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import socket
-import tempfile
 from typing import Any, Self
 
 from flax import traverse_util
@@ -30,9 +28,8 @@ from lm import params, seal
 from lm.errors import CheckpointError, ConfigError
 
 FORMAT = 1
-_SHOWN = 4  # differences listed in one message
-_WRITABLE = 'expected a writable directory; choose another --workdir'
-_NONE, _BROKEN = -1, -2  # what process 0 broadcasts instead of a step
+_SHOWN = 4  # items of a list in one message
+_NONE, _BROKEN = -1, -2  # what process 0 broadcasts when it has no step
 
 Tree = params.Tree
 Path = str | os.PathLike
@@ -68,7 +65,7 @@ class Saver:
     self._directory, self._c, self._log = _absolute(directory), c, log
     self._newest = -1 if start is None else start
     self._pending: futures.Future | None = None
-    with _failing(f'--workdir: cannot open {self._directory} for saving', _WRITABLE):
+    with seal.failing(f'--workdir: cannot open {self._directory} for saving', seal.WRITABLE):
       self._directory.mkdir(parents=True, exist_ok=True)
       if jax.process_index() == 0:
         seal.clean(self._directory, log)
@@ -95,25 +92,24 @@ class Saver:
     Waits first for the save before this one. `meta` must be plain JSON.
 
     Returns:
-      Whether a save began: not where the state is not `finite`, and not where this step is the newest saved already.
+      Whether a save began: not where the state is not `finite`, and not where the newest sealed step is this one.
 
     Raises:
       CheckpointError: this save or the one before failed, or `step` is older than the newest.
     """
-    self.poll()
+    if finite:
+      self.wait()
     if not finite or step == self._newest:
       return False
     if step < self._newest:
-      raise CheckpointError(f'{self._directory}: save of step {step}, but step {self._newest} is there; '
-                            'expected a newer step; restore the older step first')
-    self.wait()
+      raise CheckpointError(f'{self._directory}: step {step}; expected one newer than {self._newest}; restore it first')
     leaves = params.flatten(state)
     record = json.loads(json.dumps({
         'format_version': FORMAT, 'step': step, 'meta': meta, 'metrics': {k: float(v) for k, v in metrics.items()},
         'leaves': {path: _kind(x) for path, x in leaves.items()}}))
     with self._saving(step):
-      self._orbax.save(self._directory / str(step), args=ocp.args.PyTreeSave(_nest(leaves)))
-    self._newest = step
+      self._orbax.save(self._directory / str(step),
+                       args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(leaves, sep='/')))
     self._pending = self._thread.submit(self._finish, step, record)
     return True
 
@@ -126,8 +122,7 @@ class Saver:
     """Returns when the last save is sealed and old steps are pruned (on process 0; elsewhere: when it is written)."""
     pending, self._pending = self._pending, None
     if pending is not None:
-      with self._saving(self._newest):
-        pending.result()
+      pending.result()
 
   def close(self) -> None:
     try:
@@ -138,14 +133,16 @@ class Saver:
 
   def _finish(self, step, record):
     c = self._c
-    self._orbax.wait_until_finished()
-    if jax.process_index() == 0:
-      seal.write(self._directory, step, record)
-      seal.prune(self._directory, seal.metrics(self._directory, c.metric), c.keep, c.keep_best, c.mode)
+    with self._saving(step):
+      self._orbax.wait_until_finished()
+      if jax.process_index() == 0:
+        seal.write(self._directory, step, record)
+        seal.prune(self._directory, seal.metrics(self._directory, c.metric), c.keep, c.keep_best, c.mode)
+    self._newest = step
 
   def _saving(self, step):
-    return _failing(f'--workdir: saving {self._directory / str(step)} failed',
-                    f'older steps are intact ({seal.steps(self._directory)}); mend the disk and start again')
+    return seal.failing(f'--workdir: saving {self._directory / str(step)} failed',
+                        f'sealed steps are intact ({seal.steps(self._directory)}); mend the disk and start again')
 
 
 def restore(directory: Path, abstract_state: Tree, step: int | None = None,
@@ -186,10 +183,10 @@ def restore_params(directory: Path, abstract_params: Tree, pattern: str = '', st
   if chosen is None:
     raise CheckpointError(f'{directory}: no checkpoint; expected at least one sealed step; name another directory')
   stored = _read(directory, chosen)['leaves']
-  wanted = {p: x for p, x in params.flatten(abstract_params).items() if re.search(pattern, p)}
+  paths = params.flatten(abstract_params)
+  wanted = {p: x for p, x in paths.items() if re.search(pattern, p)}
   if not wanted:
-    raise ConfigError(f'{directory}: no parameter matches {pattern!r}; expected a regular expression for one of '
-                      + ', '.join(list(params.flatten(abstract_params))[:_SHOWN]))
+    raise ConfigError(f'{directory}: no parameter matches {pattern!r}; expected one of {", ".join([*paths][:_SHOWN])}')
   homes = {p: f'frozen/{p}' if f'frozen/{p}' in stored else f'params/{p}' for p in wanted}
   there = {homes[p]: x for p, x in wanted.items()}
   _match(directory / str(chosen), there, stored, partial=True)
@@ -213,24 +210,13 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
 
 
 def preflight(directory: Path, nbytes: int, c: Config) -> None:
-  """Refuses, before anything is compiled, a directory that cannot take checkpoints of `nbytes` each.
+  """Refuses, before anything is compiled, a directory without room for all the steps kept and one more, x 1.2.
 
   Raises:
-    CheckpointError: not a directory, not writable, or less free space than 1.2 times all the steps kept plus one;
-      the sealed steps already there count as free.
+    CheckpointError: not a directory, not writable, or too little space (sealed steps already there count as free).
   """
-  directory = _absolute(directory)
-  with _failing(f'--workdir: cannot write into {directory}', _WRITABLE):
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=directory) as probe:
-      probe.write(b'probe')
-      probe.flush()
-      os.fsync(probe.fileno())
-    free = shutil.disk_usage(directory).free + seal.size(directory)
-  need = int(1.2 * nbytes * (c.keep + c.keep_best + 1))
-  if free < need:
-    raise CheckpointError(f'--workdir: {free / 2**20:,.0f} MiB free for {directory}; expected {need / 2**20:,.0f} MiB '
-                          f'(1.2 x {c.keep + c.keep_best + 1} checkpoints); free space, or lower checkpoint.keep')
+  copies = c.keep + c.keep_best + 1
+  seal.require_room(_absolute(directory), int(1.2 * nbytes * copies), f'1.2 x {copies} checkpoints')
 
 
 @contextlib.contextmanager
@@ -244,32 +230,19 @@ def lock(workdir: Path) -> Iterator[None]:
     yield
     return
   path = _absolute(workdir) / 'lock'
-  with _failing(f'--workdir: cannot lock {path}', _WRITABLE):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    file = path.open('a+')
-  with file:
-    try:
-      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-      file.seek(0)
-      holder = file.read().strip() or 'another process'
-      raise CheckpointError(f'--workdir: {path.parent} is in use by {holder}; expected no other run there; '
-                            'wait for it or choose another --workdir') from error
-    file.truncate(0)
-    file.write(f'host {socket.gethostname()} pid {os.getpid()}\n')
-    file.flush()
+  with contextlib.ExitStack() as stack:
+    with seal.failing(f'--workdir: cannot lock {path}', seal.WRITABLE):
+      path.parent.mkdir(parents=True, exist_ok=True)
+      file = stack.enter_context(path.open('a+'))
+      try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except BlockingIOError as error:
+        file.seek(0)
+        raise CheckpointError(f'--workdir: {path.parent} is in use by {file.read().strip() or "another process"}; '
+                              'expected no other run; wait for it or choose another --workdir') from error
+      file.truncate(0)
+      print(f'host {socket.gethostname()} pid {os.getpid()}', file=file, flush=True)
     yield
-
-
-@contextlib.contextmanager
-def _failing(where: str, action: str):
-  """Turns any failure inside into a CheckpointError of one line."""
-  try:
-    yield
-  except CheckpointError:
-    raise
-  except Exception as error:
-    raise CheckpointError(f'{where}: {type(error).__name__}: {" ".join(str(error).split())[:400]}; {action}') from error
 
 
 def _absolute(directory: Path) -> pathlib.Path:
@@ -294,8 +267,7 @@ def _agree(directory: pathlib.Path, step: int | None, log: seal.Log) -> int | No
 def _read(directory, step):
   record = seal.read(directory, step)
   if record['format_version'] != FORMAT:
-    raise CheckpointError(f'{directory / str(step)}: format {record["format_version"]}; expected {FORMAT}; '
-                          'use the version of this package that wrote it')
+    raise CheckpointError(f'{directory / str(step)}: format {record["format_version"]}; expected {FORMAT}; update lm')
   return record
 
 
@@ -316,17 +288,13 @@ def _match(where: pathlib.Path, wanted: dict[str, Any], stored: dict[str, str], 
                       'was, or take over parameters alone with init_from in a new --workdir')
 
 
-def _nest(leaves: dict[str, Any]) -> dict[str, Any]:
-  return traverse_util.unflatten_dict(leaves, sep='/')
-
-
 def _load(path: pathlib.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
   """{path: array} of the given leaves alone, each on its sharding."""
   here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  item = _nest({p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, 'sharding', None) or here)
-                for p, x in leaves.items()})
+  wanted = {p: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or here) for p, x in leaves.items()}
+  item = traverse_util.unflatten_dict(wanted, sep='/')
   args = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
                                 partial_restore=True)
-  with _failing(f'{path}: cannot be restored', 'restore an older step'):
+  with seal.failing(f'{path}: cannot be restored', 'restore an older step'):
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
       return params.flatten(orbax.restore(path, args=args))

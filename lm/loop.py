@@ -13,8 +13,7 @@ from typing import Any
 
 import jax
 
-from lm import logs as logs_lib
-from lm import train
+from lm import logs as logs_lib, train
 from lm.errors import ConfigError, Diverged, Interrupted, Preempted
 
 

@@ -10,8 +10,6 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from lm import params
-
 NEVER = -1e30  # a logit that softmax turns into zero; finite, so that a row with no key stays finite
 
 

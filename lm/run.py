@@ -23,11 +23,20 @@ import jax.numpy as jnp
 import optax
 
 from lm import (
-    budget, checkpoint as checkpoint_lib, config, logs, loop as loop_lib, optim as optim_lib, params, sharding, train,
-    weights,
+  budget,
+  checkpoint as checkpoint_lib,
+  config,
+  logs,
+  loop as loop_lib,
+  optim as optim_lib,
+  params,
+  sharding,
+  train,
+  weights,
 )
 from lm.data import loader
 from lm.errors import CheckpointError, ConfigError
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:

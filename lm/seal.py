@@ -11,7 +11,7 @@ when the step is pruned. A kill between any two system calls leaves every sealed
       abandoned/                     steps that a restart from an older step left behind; never read, never deleted
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent import futures
 import contextlib
 import hashlib
@@ -22,11 +22,13 @@ import os
 import pathlib
 import re
 import shutil
+import tempfile
 
 from lm.errors import CheckpointError
 
 SUFFIX = '.sha256.json'
 ABANDONED = 'abandoned'
+WRITABLE = 'expected a writable directory; choose another --workdir'
 _STEP = r'(0|[1-9][0-9]{0,17})'
 _SEAL = re.compile(_STEP + r'\.sha256\.json')
 _LEFTOVER = re.compile(_STEP + r'\.(orbax-checkpoint-tmp.*|sha256\.json\.tmp)')
@@ -205,6 +207,35 @@ def abandon(directory: pathlib.Path, after: int, log: Log) -> None:
         (directory / str(step)).rename(attic / name)
       path_of(directory, step).rename(attic / f'{name}{SUFFIX}')
       log(f'{directory / str(step)}: newer than step {after}, from which this run continues; moved to {attic / name}')
+
+
+def require_room(directory: pathlib.Path, nbytes: int, what: str) -> None:
+  """Refuses a directory that cannot be written or has less than `nbytes` (for `what`); what it holds counts as free.
+
+  Raises:
+    CheckpointError: naming --workdir.
+  """
+  with failing(f'--workdir: cannot write into {directory}', WRITABLE):
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=directory) as probe:
+      probe.write(b'probe')
+      probe.flush()
+      os.fsync(probe.fileno())
+    free = shutil.disk_usage(directory).free + size(directory)
+  if free < nbytes:
+    raise CheckpointError(f'--workdir: {free / 2**20:,.0f} MiB free for {directory}; expected {nbytes / 2**20:,.0f} '
+                          f'({what}); free space, or lower checkpoint.keep')
+
+
+@contextlib.contextmanager
+def failing(where: str, action: str) -> Iterator[None]:
+  """Turns any failure inside into a CheckpointError of one line: `where`, the failure, `action`."""
+  try:
+    yield
+  except CheckpointError:
+    raise
+  except Exception as error:
+    raise CheckpointError(f'{where}: {type(error).__name__}: {" ".join(str(error).split())[:400]}; {action}') from error
 
 
 def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:

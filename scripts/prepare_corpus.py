@@ -21,7 +21,7 @@ from absl import flags
 import tqdm
 
 from experiments import cli
-from lm.data import corpora, records
+from lm.data import corpora, recipes, records
 from lm.errors import ConfigError
 from lm.text import tokenizer as tokenizers
 
@@ -40,7 +40,7 @@ _FRACTION = flags.DEFINE_float('validation_fraction', 0.05, 'Share of the text h
 
 def main(_: list[str]) -> None:
   if _LIST.value:
-    for name, recipe in corpora.RECIPES.items():
+    for name, recipe in recipes.RECIPES.items():
       print(f'{name:20} {recipe.about}\n{"":20} licence: {recipe.licence}; from {recipe.archive}')
     return
   split = records.Split(_SPLIT.value, _FRACTION.value)
@@ -70,14 +70,14 @@ def main(_: list[str]) -> None:
 
 
 def _named(name: str, out: pathlib.Path) -> corpora.Files:
-  if name not in corpora.RECIPES:
-    near = difflib.get_close_matches(name, corpora.RECIPES, n=1)
+  if name not in recipes.RECIPES:
+    near = difflib.get_close_matches(name, recipes.RECIPES, n=1)
     raise ConfigError(f'--corpus={name}: unknown; ' + (f'did you mean {near[0]}?' if near else 'see --list'))
-  recipe = corpora.RECIPES[name]
+  recipe = recipes.RECIPES[name]
   path = out / f'{name}.jsonl'
   if not path.exists():
-    archive = corpora.fetch(name, recipe, _DOWNLOADS.value or out / 'downloads')
-    documents = corpora.documents(recipe, archive)
+    archive = recipes.fetch(name, recipe, _DOWNLOADS.value or out / 'downloads')
+    documents = recipes.documents(recipe, archive)
     corpora.write_jsonl(path, tqdm.tqdm(documents, desc=name, unit=' documents', disable=None))
   with open(path, 'rb') as f:
     print(f'{path}: {sum(1 for _ in f):,} documents, {os.path.getsize(path):,} bytes')

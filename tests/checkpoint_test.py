@@ -196,7 +196,7 @@ def test_what_is_not_saved(tmp_path):
     assert not saver.save(1, state_of(1), {}, {}, finite=False)
     assert saver.save(2, state_of(2), {}, {})
     assert not saver.save(2, state_of(3), {}, {})  # preempted at a step that is saved already
-    with pytest.raises(CheckpointError, match='step 1, but step 2 is there'):
+    with pytest.raises(CheckpointError, match='step 1; expected one newer than 2'):
       saver.save(1, state_of(1), {}, {})
     with pytest.raises(TypeError):
       saver.save(3, state_of(3), {'function': ignore}, {})

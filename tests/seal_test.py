@@ -139,8 +139,9 @@ def test_ties_go_to_the_newer_step_and_a_damaged_seal_has_no_metric(tmp_path):
   values = seal.metrics(tmp_path, 'val_loss')
   assert values == {1: 1.0, 2: 1.0, 3: None}
   assert seal.ranked(values, 'min') == seal.ranked(values, 'max') == [2, 1]
+  nan, inf = float('nan'), float('inf')
   for mode, best in (('min', [3, 2]), ('max', [2, 3])):
-    assert seal.ranked({1: float('nan'), 2: 2.0, 3: 1.0, 4: float('inf'), 5: -float('inf'), 6: float('nan')}, mode) == best
+    assert seal.ranked({1: nan, 2: 2.0, 3: 1.0, 4: inf, 5: -inf, 6: nan}, mode) == best
 
 
 def test_abandoned_steps_are_moved_never_overwritten(tmp_path):

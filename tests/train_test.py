@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import config, optim, params, pretrain, run, sharding, train
+from lm import config, params, pretrain, run, sharding, train
 from lm.data.packing import Batch
 from lm.losses import Term
 from lm.models import decoder
