@@ -4,32 +4,47 @@ Not an experiment: the only module here that others import.
 """
 
 from collections.abc import Callable, Sequence
+import errno
 import json
 import logging
+import os
 import sys
+import traceback
 from typing import Any
 
-from absl import app, flags, logging as absl_logging
+from absl import flags, logging as absl_logging
+import jax
 
 from lm import config, run
-from lm.errors import ConfigError, Error
+from lm.errors import CheckpointError, ConfigError, DataError, Error, Interrupted
+
+EXIT = """Exit status: 0 done or complete already; 2 a flag or field; 3 the data; 4 a checkpoint or disk; 5 diverged;
+75 SIGTERM and 130 Ctrl-C, both after saving: start again to resume. A failure is one line on stderr."""
 
 
 def main(doc: str, configs: Sequence[Callable[[], run.Config]], task: Callable[[Any], run.Task]) -> None:
-  """Parses flags, then describes or runs the chosen config. Exits with the code of `lm.errors`."""
+  """`run_argv` of the command line; exits with its status."""
+  sys.exit(run_argv(sys.argv, doc, configs, task))
+
+
+def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.Config]],
+             task: Callable[[Any], run.Task]) -> int:
+  """Parses flags (argv[0] is the program), then describes or runs the chosen config; the exit status of `EXIT`."""
   by_name = {f.__name__: f for f in configs}
-  names = '\n'.join(f'    {name}: {(f.__doc__ or "").strip().splitlines()[0]}' for name, f in by_name.items())
-  flags.DEFINE_enum('config', next(iter(by_name)), list(by_name), f'Which run:\n{names}')
-  flags.DEFINE_multi_string('set', [], 'path.to.field=value, typed and checked; may be repeated. '
-                            'E.g. --set optim.lr=1e-4 --set data.corpus=book.txt')
-  flags.DEFINE_string('workdir', '', 'Where the run writes: config.json, metrics.jsonl, checkpoints/, curves.png, '
-                      'summary.json. Starting again in the same place resumes.')
-  flags.DEFINE_bool('describe', False, 'Print the parameter table, counts, tokens and FLOPs; allocate nothing.')
-  flags.DEFINE_bool('resume_with_changes', False, 'Resume although the config differs from the one in --workdir.')
-  flags.DEFINE_bool('traceback', False, 'On an error, show where it was raised.')
+  names = '\n'.join(f'  {name}: {(f.__doc__ or "").strip().splitlines()[0]}' for name, f in by_name.items())
+  values = flags.FlagValues()
+  flags.DEFINE_enum('config', next(iter(by_name)), list(by_name), 'Which run: see Configs.', flag_values=values)
+  flags.DEFINE_multi_string('set', [], 'path.to.field=value, typed and checked. E.g. --set optim.lr=1e-4 --set '
+                            'data.corpus=book.txt --set "data.corpus=(\'a.txt\', \'b.jsonl\')"', flag_values=values)
+  flags.DEFINE_string('workdir', '', 'Where the run writes: config.json, metrics.jsonl, tensorboard/, checkpoints/, '
+                      'tokenizer/, curves.png, summary.json. Starting again in the same place resumes.',
+                      flag_values=values)
+  flags.DEFINE_bool('describe', False, 'Print the parameter table, counts, tokens and FLOPs; allocate nothing.',
+                    flag_values=values)
+  flags.DEFINE_bool('resume_with_changes', False, 'Resume although the config differs from the one in --workdir.',
+                    flag_values=values)
 
   def program(_: list[str]) -> None:
-    values = flags.FLAGS
     c = config.override(by_name[values.config](), *values.set)
     if values.describe:
       print(run.describe(c, task(c)))
@@ -40,41 +55,58 @@ def main(doc: str, configs: Sequence[Callable[[], run.Config]], task: Callable[[
     print(json.dumps(summary, indent=1))
     print(f'done: {values.workdir}/curves.png shows the loss; sample with: python -m scripts.sample '
           f'--model={values.workdir} --prompt="..."')
-  guard(program, doc)
+
+  def more_help() -> str:
+    fields = '\n'.join(f'  {k}={v!r}' for k, v in config.flatten(by_name[values.config]()).items())
+    return (f'Configs (--config):\n{names}\n\nFields (--set) and their values in --config={values.config}:\n{fields}'
+            f'\n\n{EXIT}')
+  return _run(argv, values, program, doc, more_help)
 
 
 def guard(program: Callable[[list[str]], None], doc: str) -> None:
-  """`app.run` whose expected failures are one line on stderr and the documented exit code."""
-  absl_logging.set_verbosity(absl_logging.WARNING)
+  """Runs a script whose flags are absl's global ones, and exits with its status."""
+  sys.exit(_run(sys.argv, flags.FLAGS, program, doc, lambda: ''))
+
+
+def _run(argv, values, program, doc, more_help) -> int:
+  """The exit status; an expected failure is one line on stderr, without a traceback."""
+  absl_logging.set_verbosity(absl_logging.FATAL)  # what a library finds wrong reaches us as an exception, too
   logging.getLogger('jax').setLevel(logging.WARNING)
-
-  def parse(argv):
-    try:
-      return flags.FLAGS(argv)
-    except flags.Error as error:
-      fail(ConfigError(f'{error}; see --help'))
-
-  def guarded(argv):
-    if argv[1:]:
-      fail(ConfigError(f'{argv[1]!r}: unexpected argument; flags start with --; see --help'))
-    try:
-      program(argv)
-    except Error as error:
-      if getattr(flags.FLAGS, 'traceback', False):
-        raise
-      fail(error)
-
-  sys.modules['__main__'].__doc__ = doc
-  app.run(guarded, flags_parser=lambda argv: _help(argv) or parse(argv))
-
-
-def fail(error: Error) -> None:
-  print('error: ' + ' '.join(str(error).split()), file=sys.stderr, flush=True)
-  sys.exit(error.code)
+  flags.DEFINE_bool('help', False, 'Print this.', flag_values=values, short_name='h')
+  flags.DEFINE_bool('traceback', False, 'On an error, show where it was raised.', flag_values=values)
+  try:
+    rest = values(argv)
+    if values.traceback:
+      absl_logging.set_verbosity(absl_logging.WARNING)
+    if values.help:
+      texts = doc, values.main_module_help(), values.module_help(__name__), more_help()
+      print('\n\n'.join(text.strip() for text in texts if text))
+      return 0
+    if rest[1:]:
+      raise ConfigError(f'{rest[1]!r}: unexpected argument; flags start with --; see --help')
+    program(rest)
+    return 0
+  except (Error, flags.Error, KeyboardInterrupt, OSError, RuntimeError) as error:
+    failure = _expected(error)
+    if failure is None or (values.is_parsed() and values.traceback):
+      traceback.print_exc()
+    print('error: ' + ' '.join(str(failure or error).split()), file=sys.stderr, flush=True)
+    return failure.code if failure else 1
 
 
-def _help(argv):
-  if {'--help', '-h', '--helpfull', '-help'} & set(argv):
-    print(sys.modules['__main__'].__doc__)
-    print('\n'.join(filter(None, (flags.FLAGS.main_module_help(), flags.FLAGS.module_help(__name__)))))
-    sys.exit(0)
+def _expected(error: BaseException) -> Error | None:
+  """The failure that a person can mend behind what was raised; None where it is a fault of the program."""
+  text = str(error)[:400]
+  if isinstance(error, Error):
+    return error
+  if isinstance(error, flags.Error):
+    return ConfigError(f'{text}; see --help')
+  if isinstance(error, KeyboardInterrupt):
+    return Interrupted('interrupted: nothing was under way; start again')
+  if os.strerror(errno.ENOSPC) in text:  # an OSError, or a library's RuntimeError
+    return CheckpointError(f'disk: {text}; free space, or choose another place')
+  if isinstance(error, OSError) and error.filename:
+    return DataError(f'{error.filename}: {error.strerror}; expected to read or write it; see its owner and mode')
+  if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in text:
+    return ConfigError(f'device memory: {text}; lower data.batch, raise optim.microbatches, or set model.remat=full')
+  return None

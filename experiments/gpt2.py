@@ -15,7 +15,7 @@ GPT-2's own learning rate and number of steps were never published: the gpt2_* c
 import dataclasses
 
 from experiments import cli
-from lm import checkpoint, config, loop, optim, pretrain
+from lm import checkpoint, config, loop, nn, optim, pretrain
 from lm.data import loader
 from lm.models import decoder
 
@@ -60,7 +60,7 @@ def shakespeare_char_gpu() -> pretrain.Config:
   c = shakespeare_char_cpu()
   return config.replace(
       c, model=model(6, 384, 6, vocab=65, length=256, activation='gelu_erf', bias=False, norm_bias=False, dtype='bfloat16',
-                     dropout=decoder.Dropout(0.2, 0.2, 0.2), init=decoder.Init(residual=decoder.residual_std(6))),
+                     dropout=nn.Dropout(0.2, 0.2, 0.2), init=decoder.Init(residual=decoder.residual_std(6))),
       data__length=256, data__batch=64, optim__steps=5000, published=1.4697)
 
 

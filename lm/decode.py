@@ -24,6 +24,7 @@ from lm.kernels import quantised
 
 # How many of a kernel's dimensions a dot contracts, by the last part of its path; they come first.
 _KERNELS = {'q': 1, 'k': 1, 'v': 1, 'o': 2, 'up': 1, 'gate': 1, 'down': 1, 'relative': 1}
+_CHUNK = 256  # of the vocabulary
 _BUCKET = 16  # shortest padded prompt; longer ones go to the next power of two, so few programs are compiled
 
 
@@ -34,9 +35,9 @@ class Sampling:
   Attributes:
     max_new: most new tokens.
     temperature: divides the logits; 0 takes the most likely token.
-    top_k: keep the k most likely tokens; 0 keeps all.
-    top_p: then keep the most likely tokens until their probability reaches top_p (arXiv:1904.09751). Tokens as likely
-      as the last one kept stay too, here and in top_k.
+    top_k: keep the k most likely tokens, of equal ones those of lower id; 0 keeps all.
+    top_p: then keep the fewest most likely tokens whose probability reaches top_p, and any as likely as the last of
+      them (arXiv:1904.09751).
     stop: ids that end a row; the id is part of the row.
   """
 
@@ -182,37 +183,55 @@ def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def sample_token(logits_BV: jax.Array, keys_B: jax.Array | None, s: Sampling) -> jax.Array:
-  """int32 ids_B from softmax(logits / temperature) under top_k, then top_p; each row by its own key. f32 inside."""
-  logits_BV = logits_BV.astype(jnp.float32)
+  """int32 ids_B drawn from `candidates`, each row by its own key; at temperature 0 the first of the largest logits."""
   if s.temperature == 0:
-    return logits_BV.argmax(-1).astype(jnp.int32)
-  logits_BV = filter_logits(logits_BV / s.temperature, s.top_k, s.top_p)
-  return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+    # Two plain reductions: XLA's argmax on a CPU takes four times as long.
+    least_BV = jnp.where(logits_BV < logits_BV.max(-1, keepdims=True), logits_BV.shape[-1], _ids(logits_BV))
+    return least_BV.min(-1)
+  logits_BC, ids_BC = candidates(logits_BV, s)
+  return jnp.take_along_axis(ids_BC, jax.vmap(_categorical)(keys_B, logits_BC)[:, None], 1)[:, 0]
 
 
-def filter_logits(logits_BV: jax.Array, top_k: int, top_p: float) -> jax.Array:
-  """-inf for tokens outside top_k, and then outside top_p of what is left."""
-  if 0 < top_k < logits_BV.shape[-1]:
-    logits_BV = _keep(logits_BV, jnp.ones_like(logits_BV), top_k)
-  if top_p < 1:
-    logits_BV = _keep(logits_BV, jax.nn.softmax(logits_BV), top_p)
-  return logits_BV
+def candidates(logits_BV: jax.Array, s: Sampling) -> tuple[jax.Array, jax.Array]:
+  """(logits_BC, ids_BC): softmax of the former, f32, is the distribution over the latter that `s` asks for.
 
-
-def _keep(logits_BV, weights_BV, goal):
-  """Keeps the fewest largest logits whose weights sum to at least `goal`, ties included.
-
-  The threshold is found bit by bit, 32 passes over the row: exact, and no sort of the vocabulary.
+  C is top_k where it is set, else V; -inf marks tokens outside top_p.
   """
+  logits_BC, ids_BC = logits_BV.astype(jnp.float32) / s.temperature, _ids(logits_BV)
+  if 0 < s.top_k < logits_BV.shape[-1]:
+    logits_BC, ids_BC = jax.lax.top_k(logits_BC, s.top_k)
+  if s.top_p < 1:
+    logits_BC = _nucleus(logits_BC, s.top_p)
+  return logits_BC, ids_BC
+
+
+def _ids(logits_BV):
+  return jnp.broadcast_to(jnp.arange(logits_BV.shape[-1], dtype=jnp.int32)[None], logits_BV.shape)
+
+
+def _nucleus(logits_BV, top_p):
+  """-inf for all but the fewest most likely tokens whose probability is at least top_p, ties included.
+
+  The threshold is found bit by bit in 32 passes over the row: exact, and 20 times as fast as sorting a vocabulary.
+  """
+  p_BV = jax.nn.softmax(logits_BV)
   bits = jax.lax.bitcast_convert_type(logits_BV, jnp.uint32)
-  order_BV = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # unsigned order of IEEE floats
+  order_BV = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(1 << 31))  # floats in the order of unsigned integers
 
   def lower(i, threshold_B1):
     higher_B1 = threshold_B1 | (jnp.uint32(1 << 31) >> i.astype(jnp.uint32))
-    enough_B1 = jnp.where(order_BV >= higher_B1, weights_BV, 0).sum(-1, keepdims=True) >= goal
+    enough_B1 = jnp.where(order_BV >= higher_B1, p_BV, 0).sum(-1, keepdims=True) >= top_p
     return jnp.where(enough_B1, higher_B1, threshold_B1)
   threshold_B1 = jax.lax.fori_loop(0, 32, lower, jnp.zeros_like(order_BV[:, :1]))
   return jnp.where(order_BV >= threshold_B1, logits_BV, -jnp.inf)
+
+
+def _categorical(key, logits_C):
+  """Draws a chunk of 256, then one of its members: a random number for each of V took a third of a step."""
+  chunks = jnp.pad(logits_C, (0, -len(logits_C) % _CHUNK), constant_values=-jnp.inf).reshape(-1, _CHUNK)
+  outer, inner = jax.random.split(key)
+  chunk = jax.random.categorical(outer, jax.nn.logsumexp(chunks, -1))
+  return chunk * _CHUNK + jax.random.categorical(inner, chunks[chunk])
 
 
 def _first(model, s, p, ids_BT, segments_BT, key):

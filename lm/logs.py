@@ -1,100 +1,212 @@
-"""What a run writes about itself: metrics.jsonl, TensorBoard events, curves.png, and a progress bar or plain lines."""
+"""What a run writes about itself: config.json, metrics.jsonl, TensorBoard events, curves.png, summary.json; and tells.
 
+metrics.jsonl is the record: one row a step, cut back when a run resumes. The events and the curves are made from it.
+"""
+
+import contextlib
+import importlib.metadata
 import json
 import math
 import os
 import pathlib
+import subprocess
 import sys
+import time
 from typing import Any
 
-import tensorboardX
+import jax
+from tensorboardX import event_file_writer
+from tensorboardX.proto import event_pb2, summary_pb2
 import tqdm
+
+from lm import seal
+from lm.errors import CheckpointError
+from lm.text import tokenizer
+
+TOLD = ('loss', 'val_loss', 'val_bits_per_byte', 'tokens_per_s')  # what of a row a person is shown
+_FLUSH_S = 10.0  # TensorBoard's files may lag by this
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
 
 
 class Logs:
-  """The open log files of one workdir. Only process 0 of a job should make one."""
+  """The open logs of one workdir, at step `start` of `steps`: rows after it, which a killed run left, are cut off.
+
+  Processes other than 0 write nothing and say nothing.
+
+  Raises (in every method that writes):
+    CheckpointError: naming the workdir.
+  """
 
   def __init__(self, workdir: str | os.PathLike, steps: int, start: int):
-    """Continues at step `start`: later rows, which a killed run may have left, are cut off."""
     self._dir = pathlib.Path(workdir)
-    self._path = self._dir / 'metrics.jsonl'
-    rows = [row for row in read(workdir) if row['step'] <= start]
-    _write_rows(self._path, rows)
-    self._file = open(self._path, 'a', buffering=1, encoding='utf-8')
-    self._events = tensorboardX.SummaryWriter(str(self._dir / 'tensorboard'), purge_step=start + 1)
-    self._bar = tqdm.tqdm(total=steps, initial=start, unit='step', dynamic_ncols=True) if sys.stderr.isatty() else None
+    self._quiet, self._bar = jax.process_index() != 0, None
+    if self._quiet:
+      return
+    rows = [row for row in read(self._dir) if row['step'] <= start]
+    with self._failing():
+      tokenizer.write_atomically(str(self._dir / 'metrics.jsonl'), ''.join(json.dumps(r) + '\n' for r in rows).encode())
+      self._file = open(self._dir / 'metrics.jsonl', 'a', buffering=1, encoding='utf-8')
+      (self._dir / 'tensorboard').mkdir(exist_ok=True)
+      for old in (self._dir / 'tensorboard').glob('events.out.tfevents.*'):
+        old.unlink()
+      self._events = event_file_writer.EventsWriter(str(self._dir / 'tensorboard' / 'events'), f'.{os.getpid()}')
+      self._began = time.time() - (rows[-1].get('elapsed_s', 0.0) if rows else 0.0)
+      self._flushed = 0.0
+      for row in rows:
+        self._event(row)
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(total=steps, initial=start, unit='step', dynamic_ncols=True)
 
-  def row(self, step: int, values: dict[str, Any], tell: tuple[str, ...] = ()) -> None:
-    """One line of metrics.jsonl and one point of every curve; `tell` names what is also shown to a person."""
-    self._file.write(json.dumps({'step': step} | {k: _jsonable(v) for k, v in values.items()}) + '\n')
-    for name, value in values.items():
-      if isinstance(value, (int, float)):
-        self._events.add_scalar(name, value, step)
-    shown = {k: f'{values[k]:.4g}' for k in tell if k in values}
+  def row(self, step: int, values: dict[str, float]) -> None:
+    """One line of metrics.jsonl, one point of every curve, and what of it is `TOLD`."""
+    if self._quiet:
+      return
+    row = {'step': step} | {k: _jsonable(v) for k, v in values.items()}
+    with self._failing():
+      self._file.write(json.dumps(row) + '\n')
+      self._event(row)
+    shown = {k: _short(values[k]) for k in TOLD if k in values}
     if self._bar is not None:
       self._bar.set_postfix(shown, refresh=False)
       self._bar.update(step - self._bar.n)
-    elif shown:
+    else:
       print(f'step {step}: ' + ', '.join(f'{k} {v}' for k, v in shown.items()), flush=True)
 
   def say(self, text: str) -> None:
     """A line for the person, which does not tear the progress bar."""
-    if self._bar is None:
-      print(text, flush=True)
-    else:
+    if self._bar is not None:
       tqdm.tqdm.write(text, file=sys.stderr)
+    else:
+      say(text)
 
   def close(self) -> None:
-    self._file.close()
-    self._events.close()
+    if self._quiet:
+      return
+    for file in (self._file, self._events):
+      with contextlib.suppress(OSError):  # a row that could not be written has raised already
+        file.close()
     if self._bar is not None:
       self._bar.close()
 
+  def _event(self, row):
+    values = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in row.items()
+              if k != 'step' and isinstance(v, int | float)]
+    self._events.write_event(event_pb2.Event(step=row['step'], wall_time=self._began + row.get('elapsed_s', 0.0),
+                                             summary=summary_pb2.Summary(value=values)))
+    if time.monotonic() > self._flushed + _FLUSH_S:
+      self._events.flush()
+      self._flushed = time.monotonic()
+
+  def _failing(self):
+    return seal.failing(f'--workdir: cannot log into {self._dir}', 'sealed checkpoints are intact; mend the disk and '
+                        'start again')
+
+
+def say(text: str) -> None:
+  """A line on stdout, from process 0 alone."""
+  if jax.process_index() == 0:
+    print(text, flush=True)
+
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
-  """The rows of metrics.jsonl; a torn last line, which a kill may leave, is dropped."""
+  """The rows of metrics.jsonl; what is no row, such as the torn last line that a kill may leave, is left out."""
   path = pathlib.Path(workdir) / 'metrics.jsonl'
   rows = []
-  if path.exists():
-    for line in path.read_text(encoding='utf-8').split('\n'):
-      try:
-        rows.append(json.loads(line))
-      except ValueError:
-        continue
+  for line in path.read_bytes().split(b'\n') if path.exists() else ():
+    with contextlib.suppress(ValueError):
+      row = json.loads(line)
+      if isinstance(row, dict) and isinstance(row.get('step'), int):
+        rows.append(row)
   return rows
 
 
+def check_config(workdir: str | os.PathLike, config: dict[str, Any]) -> tuple[list[str], str | None]:
+  """Compares with the config.json that is there, if any: (fields that differ, a note if packages do).
+
+  Raises:
+    CheckpointError: it is damaged.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  if not path.exists():
+    return [], None
+  try:
+    old = json.loads(path.read_bytes())
+    differing, packages = _differences(old['config'], config), _differences(old.get('packages', {}), _packages())
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise CheckpointError(f'{path}: {error!r}; expected what a run wrote; move the file away, or choose another '
+                          '--workdir') from error
+  return differing, f'other packages than at the last start: {"; ".join(packages)}' if packages else None
+
+
+def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
+  """config.json: the config, and what it ran on and with."""
+  record = {'config': config, 'git': _git(), 'packages': _packages(), 'devices': [str(d) for d in jax.devices()]}
+  _write(pathlib.Path(workdir) / 'config.json', record)
+
+
+def write_summary(workdir: str | os.PathLike, summary: dict[str, Any]) -> None:
+  """summary.json, and curves.png beside it."""
+  _write(pathlib.Path(workdir) / 'summary.json', {k: _jsonable(v) for k, v in summary.items()})
+  curves(workdir)
+
+
 def curves(workdir: str | os.PathLike) -> pathlib.Path:
-  """Draws curves.png from metrics.jsonl: loss (training and validation) and learning rate over tokens or steps."""
+  """Draws curves.png from metrics.jsonl: training and validation loss, and the learning rate, over steps."""
   import matplotlib.figure  # a second of import that most calls of this module do not need
 
   rows = read(workdir)
   figure = matplotlib.figure.Figure(figsize=(9, 6), layout='constrained')
   upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-  for name, style in (('loss', {'lw': 0.8, 'alpha': 0.8}), ('val_loss', {'marker': 'o', 'ms': 3})):
-    points = [(r['step'], r[name]) for r in rows if isinstance(r.get(name), float) and math.isfinite(r[name])]
+  for axes, name, style in ((upper, 'loss', {'lw': 0.8, 'alpha': 0.8}), (upper, 'val_loss', {'marker': 'o', 'ms': 3}),
+                            (lower, 'learning_rate', {'color': 'grey'})):
+    points = [(r['step'], r[name]) for r in rows if isinstance(r.get(name), float)]
     if points:
-      upper.plot(*zip(*points, strict=True), label=name, **style)
-  points = [(r['step'], r['learning_rate']) for r in rows if 'learning_rate' in r]
-  if points:
-    lower.plot(*zip(*points, strict=True), color='grey')
+      axes.plot(*zip(*points, strict=True), label=name, **style)
   upper.set(ylabel='nats / token')
-  upper.grid(alpha=0.3)
+  lower.set(xlabel='step', ylabel='learning rate')
+  for axes in (upper, lower):
+    axes.grid(alpha=0.3)
   if upper.get_legend_handles_labels()[0]:
     upper.legend()
-  lower.set(xlabel='step', ylabel='learning rate')
-  lower.grid(alpha=0.3)
   path = pathlib.Path(workdir) / 'curves.png'
   figure.savefig(path, dpi=120)
   return path
 
 
-def _write_rows(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-  part = path.with_suffix('.part')
-  part.write_text(''.join(json.dumps(r) + '\n' for r in rows), encoding='utf-8')
-  os.replace(part, path)
+def _differences(old, new, prefix=''):
+  lines = []
+  for key in sorted(old.keys() | new.keys()):
+    a, b = old.get(key), new.get(key)
+    if isinstance(a, dict) and isinstance(b, dict):
+      lines += _differences(a, b, f'{prefix}{key}.')
+    elif json.dumps(a) != json.dumps(b):
+      lines.append(f'{prefix}{key}: {a!r} there, {b!r} now')
+  return lines
+
+
+def _write(path: pathlib.Path, record: dict[str, Any]) -> None:
+  with seal.failing(f'--workdir: cannot write {path}', seal.WRITABLE):
+    tokenizer.write_atomically(str(path), json.dumps(record, indent=1).encode())
 
 
 def _jsonable(value: Any) -> Any:
-  """JSON has no infinities: they are written as strings, so a strict reader never chokes."""
+  """JSON has no infinities and no NaN: they are written as strings, so a strict reader never chokes."""
   return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _short(value: float) -> str:
+  return f'{value:,.0f}' if 1e3 <= abs(value) < 1e15 else f'{value:.4g}'
+
+
+def _packages():
+  return {name: importlib.metadata.version(name) for name in _PACKAGES}
+
+
+def _git():
+  """Commit of this source tree, with '+' if it has changes; None outside a checkout."""
+  def git(*args):
+    return subprocess.run(['git', *args], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent, check=True)
+  try:
+    return git('rev-parse', 'HEAD').stdout.strip() + ('+' if git('status', '--porcelain').stdout.strip() else '')
+  except (OSError, subprocess.CalledProcessError):
+    return None

@@ -1,20 +1,25 @@
 """The host loop around a jitted step: log, evaluate, save, stop. It never waits for the device inside a step.
 
-Nothing here knows a model or a loss; it is given functions and writes through `Logs` and a checkpoint `Saver`.
+Nothing here knows a model, a loss or a checkpoint: it drives the functions of a `Program` and writes through `Logs`.
 """
 
 from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
 import math
+import os
 import signal
+import threading
 import time
 from typing import Any
 
 import jax
 
 from lm import logs as logs_lib, train
-from lm.errors import ConfigError, Diverged, Interrupted, Preempted
+from lm.errors import ConfigError, Diverged, Error, Interrupted, Preempted
+
+Evaluations = list[list]  # [[step, {metric: value}], ...], ascending; plain JSON
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,8 +30,8 @@ class Config:
     log_every: steps between rows of metrics.jsonl.
     eval_every: steps between evaluations; 0 = only at the end.
     patience: evaluations without improvement before stopping early; 0 = never.
-    min_delta: an improvement is larger than this.
-    max_skipped: consecutive non-finite steps before giving up.
+    min_delta: an improvement betters the best value so far by more than this.
+    max_skipped: consecutive non-finite steps before giving up; looked at whenever a row is written.
   """
 
   log_every: int = 10
@@ -37,43 +42,65 @@ class Config:
 
   def __post_init__(self):
     for name, least in (('log_every', 1), ('eval_every', 0), ('patience', 0), ('min_delta', 0), ('max_skipped', 1)):
-      if getattr(self, name) < least:
-        raise ConfigError(f'loop.{name}={getattr(self, name)}; expected at least {least}')
+      if not least <= getattr(self, name) < math.inf:
+        raise ConfigError(f'loop.{name}={getattr(self, name)}; expected a finite number, at least {least}')
 
 
 def stale(values: list[float], min_delta: float, mode: str) -> int:
-  """How many values came since the last one that beat all before it by more than `min_delta`."""
+  """How many values came since the last improvement: one better than the best by more than `min_delta`.
+
+  The best is the value of the last improvement. `mode` is 'min' or 'max'. Neither a tie nor NaN improves.
+  """
   best, since = math.inf, 0
-  for value in values:
-    value = value if mode == 'min' else -value
-    if best - value > min_delta or not math.isfinite(best):
-      best, since = value, 0
-    else:
-      since += 1
+  for value in (v if mode == 'min' else -v for v in values):
+    best, since = (value, 0) if best - value > min_delta else (best, since + 1)
   return since
 
 
 class Signals:
-  """Remembers SIGTERM and Ctrl-C until the loop asks; a second Ctrl-C acts at once."""
+  """Turns SIGTERM and Ctrl-C into Preempted and Interrupted; a context manager for the main thread.
+
+  At once where nothing is trained yet. Inside `deferred` they are remembered until the loop has saved its step; there a
+  second Ctrl-C ends the process on the spot, which costs no sealed checkpoint.
+  """
 
   def __init__(self):
     self.received: int | None = None
+    self._deferred = False
     self._old: dict[int, Any] = {}
 
   def __enter__(self):
-    for number in (signal.SIGTERM, signal.SIGINT):
-      self._old[number] = signal.signal(number, self._on)
+    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+      for number in (signal.SIGTERM, signal.SIGINT):
+        self._old[number] = signal.signal(number, self._on)
     return self
 
-  def __exit__(self, *unused):
+  def __exit__(self, kind, error, trace):
     for number, handler in self._old.items():
       signal.signal(number, handler)
+    if kind is KeyboardInterrupt and self.received is not None:
+      raise self.error('no step was under way, and nothing is lost') from error
+
+  @contextlib.contextmanager
+  def deferred(self) -> Iterator[None]:
+    self._deferred = True
+    try:
+      yield
+    finally:
+      self._deferred = False
+
+  def error(self, what: str) -> Error:
+    kind, name = (Preempted, 'SIGTERM') if self.received == signal.SIGTERM else (Interrupted, 'interrupted')
+    return kind(f'{name}: {what}; start again to resume')
 
   def _on(self, number, frame):
     del frame
-    if self.received == signal.SIGINT and number == signal.SIGINT:
-      raise KeyboardInterrupt
+    if self._deferred and number == self.received == signal.SIGINT:
+      os.write(2, b'error: interrupted twice: stopped without saving; start again to resume from the last save\n')
+      os._exit(Interrupted.code)
     self.received = number
+    if not self._deferred:
+      raise KeyboardInterrupt  # no `except Exception` on the way may take it for a fault of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,20 +111,25 @@ class Program:
     step: jitted (state, batch, key) -> (state, metrics), donating the state.
     evaluate: state -> metrics of the whole validation split, as floats.
     save: (step, state, evaluations, is the run finished?) -> None, asynchronous.
+    poll: raises the error of a save that failed in the background, and never waits; wait: returns when all is saved.
     steps: train up to this step.
     key: base key; the step folds its number in.
-    learning_rate: step -> float.
+    learning_rate: updates made before -> float.
+    elapsed: seconds that the run has taken so far, over all its restarts.
     tokens_per_step, flops_per_step, peak_flops: for tokens/s and MFU (peak over all devices; 0 = unknown).
-    save_every: steps between saves; 0 = only at the end.
-    metric, mode: what early stopping watches.
+    save_every: steps between saves. The end, and an evaluation better than all before, are saved too.
+    metric, mode: what early stopping watches, 'min' or 'max'.
   """
 
   step: Callable[..., tuple[train.State, train.Metrics]]
   evaluate: Callable[[train.State], dict[str, float]]
-  save: Callable[[int, train.State, list, bool], None]
+  save: Callable[[int, train.State, Evaluations, bool], None]
+  poll: Callable[[], None]
+  wait: Callable[[], None]
   steps: int
   key: jax.Array
   learning_rate: Callable[[int], float]
+  elapsed: Callable[[], float]
   tokens_per_step: int
   flops_per_step: float
   peak_flops: float
@@ -106,12 +138,13 @@ class Program:
   mode: str
 
 
-def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any], start: int, evaluations: list,
-        logs: logs_lib.Logs, signals: Signals) -> tuple[train.State, list]:
+def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any], start: int, evaluations: Evaluations,
+        logs: logs_lib.Logs, signals: Signals) -> tuple[train.State, Evaluations]:
   """Trains from step `start` to the end, or until early stopping.
 
   Args:
-    evaluations: [[step, {metric: value}], ...] of earlier evaluations, when resuming.
+    evaluations: of the steps up to `start`, when resuming.
+    signals: deferred; whether one came is looked at after every step.
 
   Returns:
     The final state and all evaluations; the last is at the last step.
@@ -119,85 +152,79 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
   Raises:
     Diverged: too many consecutive non-finite steps. Preempted, Interrupted: after saving.
   """
-  report = _Report(program, c, start, logs)
+  report = _Report(program, c, start, int(state.skipped), logs)
   for n in range(start + 1, program.steps + 1):
     state, metrics = program.step(state, next(batches), program.key)
+    program.poll()
     if (n - 1) % c.log_every == 0:
       report.flush()  # of the steps before this one, on which the device is busy now
     report.add(n, metrics)
-    last = n == program.steps
-    best = False
+    last, best, stopping = n == program.steps, False, signals.received is not None
     if last or (c.eval_every and n % c.eval_every == 0):
-      report.flush()
-      with report.paused():
-        values = program.evaluate(state)
-      logs.row(n, values, ('val_loss', 'val_bits_per_byte'))
-      evaluations = [*evaluations, [n, values]]
-      watched = [v[program.metric] for _, v in evaluations]
+      evaluations = [*evaluations, [n, report.flush(functools.partial(program.evaluate, state))]]
+      watched = [values.get(program.metric, math.nan) for _, values in evaluations]
       best = stale(watched, 0.0, program.mode) == 0
       if c.patience and stale(watched, c.min_delta, program.mode) >= c.patience and not last:
         last = True
         logs.say(f'stopped early at step {n}: no better {program.metric} in {c.patience} evaluations')
-    if last or best or signals.received or (program.save_every and n % program.save_every == 0):
+    if last or best or stopping or n % program.save_every == 0:
       report.flush()  # rows come before the save that covers them
       with report.paused():
         program.save(n, state, evaluations, last)
     if last:
       break
-    if signals.received:
-      _leave(signals.received, n)
+    if stopping:
+      program.wait()
+      raise signals.error(f'step {n} is saved')
   return state, evaluations
 
 
-def _leave(number, step):
-  if number == signal.SIGTERM:
-    raise Preempted(f'SIGTERM: step {step} is saved; start again to resume')
-  raise Interrupted(f'interrupted: step {step} is saved; start again to resume')
-
-
 class _Report:
-  """Metrics that still wait on the device, and wall time spent training (evaluating and saving left out)."""
+  """Metrics that still wait on the device, and the time spent training: compiling, evaluating, saving left out."""
 
-  def __init__(self, program, c, start, logs):
+  def __init__(self, program, c, start, skipped, logs):
     self._program, self._c, self._logs = program, c, logs
     self._waiting = []
-    self._reported = start
-    self._skipped_in_a_row, self._skipped = 0, None
-    self._begin = self._since = time.perf_counter()
+    self._start = self._reported = start
+    self._skipped, self._in_a_row = skipped, 0
+    self._since = 0.0
 
   def add(self, n, metrics):
+    if n == self._start + 1:
+      self._since = time.perf_counter()  # the first call of the step, just over, compiled it
     self._waiting.append((n, metrics))
 
   @contextlib.contextmanager
   def paused(self):
-    start = time.perf_counter()
+    began = time.perf_counter()
     yield
-    self._since += time.perf_counter() - start
+    self._since += time.perf_counter() - began
 
-  def flush(self):
-    """Writes one row, of the newest waiting step; looks at each for non-finite ones."""
+  def flush(self, more: Callable[[], dict[str, float]] = dict) -> dict[str, float]:
+    """Writes one row, of the newest waiting step, and adds to it what `more` finds while the clock stands."""
     if not self._waiting:
-      return
-    rows = jax.device_get(self._waiting)
+      return {}
+    rows, self._waiting = jax.device_get(self._waiting), []
+    before, hopeless = self._skipped, None
     for n, metrics in rows:
-      self._watch(n, float(metrics['skipped']))
+      before, self._skipped = self._skipped, int(metrics['skipped'])
+      self._in_a_row = self._in_a_row + 1 if self._skipped > before else 0
+      if self._in_a_row == self._c.max_skipped:
+        hopeless = n
     n, metrics = rows[-1]
-    values = {k: float(v) for k, v in metrics.items()} | {'learning_rate': self._program.learning_rate(n - 1)}
-    self._logs.row(n, values | self._rates(n), ('loss', 'tokens_per_s'))
-    self._waiting = []
-
-  def _watch(self, n, skipped):
-    more = self._skipped is not None and skipped > self._skipped
-    self._skipped_in_a_row = self._skipped_in_a_row + 1 if more else 0
-    self._skipped = skipped
-    if self._skipped_in_a_row >= self._c.max_skipped:
-      raise Diverged(f'step {n}: loss or gradient was not finite {self._skipped_in_a_row} times in a row; nothing of it '
-                     'reached the parameters; lower optim.lr or look at the data, then start again')
+    row = {k: float(v) for k, v in metrics.items()} | self._rates(n)
+    row |= {'learning_rate': self._program.learning_rate(n - 1 - before), 'elapsed_s': self._program.elapsed()}
+    with self.paused():
+      found = {} if hopeless else more()
+    self._logs.row(n, row | found)
+    if hopeless:
+      raise Diverged(f'step {hopeless}: loss or gradient was not finite {self._c.max_skipped} times in a row; nothing '
+                     'of it reached the parameters; lower optim.lr or look at the data, then start again')
+    return found
 
   def _rates(self, n):
     p, now = self._program, time.perf_counter()
     seconds, steps = max(now - self._since, 1e-9), n - self._reported
     self._since, self._reported = now, n
-    rates = {'tokens': n * p.tokens_per_step, 'tokens_per_s': steps * p.tokens_per_step / seconds,
-             'elapsed_s': now - self._begin}
+    rates = {'tokens': n * p.tokens_per_step, 'tokens_per_s': steps * p.tokens_per_step / seconds}
     return rates | ({'mfu': steps * p.flops_per_step / seconds / p.peak_flops} if p.peak_flops else {})

@@ -4,7 +4,9 @@ Shapes: B batch, T query length, S key length, D model, N query heads, K key/val
 R rotary half (H // 2). Norms and softmax are computed in f32 whatever the activations' dtype, and cast back.
 """
 
+import dataclasses
 import functools
+import math
 
 from flax import struct
 import jax
@@ -13,10 +15,53 @@ import jax.numpy as jnp
 NEVER = -1e30  # a logit that softmax turns into zero; finite, so that a row with no key stays finite
 
 
+@dataclasses.dataclass(frozen=True)
+class Dropout:
+  """Rates of a model: of the embedding, attention probabilities, each block's two outputs, a classifier's input."""
+
+  embedding: float = 0.0
+  attention: float = 0.0
+  hidden: float = 0.0
+  classifier: float = 0.0
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      if not 0 <= getattr(self, field.name) < 1:
+        raise ConfigError(f'dropout.{field.name}={getattr(self, field.name)}; expected 0 <= rate < 1')
+
+
 @functools.singledispatch
 def dot(w: jax.Array, x: jax.Array, equation: str) -> jax.Array:
-  """einsum(equation, x, w) in x's dtype. Dispatches on the type of `w`: a LoRA leaf registers its own rule here."""
+  """einsum(equation, x, w) in x's dtype, for equations 'batch in, in out -> batch out' such as 'BTD,DNH->BTNH'.
+
+  Dispatches on the type of `w`: a LoRA leaf registers its own rule here.
+  """
+  return _dot(equation, x, w)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dot(equation, x, w):
   return jnp.einsum(equation, x, w.astype(x.dtype))
+
+
+def _dot_backward(equation, residuals, g):
+  """The derivative, with the weight's as one product of matrices.
+
+  Einsum's own derivative contracts over batch and length as two dimensions. On a CPU XLA copies an operand transposed for
+  that, and forms what it holds a second time on the way: a sixth of a training step.
+  """
+  x, w = residuals
+  (x_axes, w_axes), out = equation.split('->')[0].split(','), equation.split('->')[1]
+  g = jax.lax.optimization_barrier(g)
+  dx = jnp.einsum(f'{out},{w_axes}->{x_axes}', g, w.astype(x.dtype))
+  inner = sum(axis in x_axes for axis in w_axes)
+  rows = lambda a, columns: a.reshape(-1, math.prod(columns))
+  dw = jax.lax.dot_general(rows(x, w.shape[:inner]), rows(g, w.shape[inner:]), (((0,), (0,)), ((), ())),
+                           preferred_element_type=jnp.float32)
+  return dx, dw.reshape(w.shape).astype(w.dtype)
+
+
+_dot.defvjp(lambda equation, x, w: (_dot(equation, x, w), (x, w)), _dot_backward)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
@@ -56,6 +101,27 @@ def sinusoids(positions: jax.Array, width: int) -> jax.Array:
   freq = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
   angle = positions[..., None].astype(jnp.float32) * jnp.expand_dims(freq, range(positions.ndim))
   return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+
+
+def relative_scores(w: jax.Array, content_NH: jax.Array, position_NH: jax.Array, q_BTNH: jax.Array, S: int,
+                    start: int | jax.Array) -> tuple[jax.Array, jax.Array]:
+  """Transformer-XL's scores (arXiv:1901.02860 §3.3): (q + u) k + (q + v) W r(i - j), for query t in slot start + t.
+
+  Args:
+    w: W, [D, N, H]. content_NH, position_NH: u and v.
+    S: number of keys.
+
+  Returns:
+    q + u, and the second term [B, N, T, S] times H ** -0.5, to be added to the logits.
+  """
+  T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+  content, position = (u.astype(q_BTNH.dtype)[None, None] for u in (content_NH, position_NH))
+  r_1XD = sinusoids(jnp.arange(S - 1, -T, -1), w.shape[0])[None]  # X: all distances, the largest first
+  r_XNH = dot(w, r_1XD.astype(q_BTNH.dtype), 'BXD,DNH->BXNH')[0]
+  scores_BNTX = jnp.einsum('BTNH,XNH->BNTX', q_BTNH + position, r_XNH, preferred_element_type=jnp.float32)
+  column_TS = S - 1 - (start + jnp.arange(T)[:, None] - jnp.arange(S)[None])
+  index = jnp.broadcast_to(jnp.clip(column_TS, 0, S + T - 2)[None, None], (*scores_BNTX.shape[:3], S))
+  return q_BTNH + content, jnp.take_along_axis(scores_BNTX, index, axis=-1) * H**-0.5
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

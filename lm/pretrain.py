@@ -36,7 +36,7 @@ class Config(run.Config):
 def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.Task:
   """The decoder of `c.model` under the autoregressive loss; `attend` is where another attention goes in."""
   specs = decoder.specs(c.model)
-  quiet = dataclasses.replace(c.model, dropout=decoder.Dropout())
+  quiet = dataclasses.replace(c.model, dropout=nn.Dropout())
   flops = budget.training_flops(specs, c.model.heads * c.model.head_dim, c.model.layers, c.data.length)
   return run.Task(specs, _loss(c, c.model, attend), _loss(c, quiet, attend), c.model.vocab, flops)
 

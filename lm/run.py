@@ -8,13 +8,11 @@ from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
-import importlib.metadata
-import json
 import math
 import os
 import pathlib
 import resource
-import subprocess
+import statistics
 import time
 from typing import Any
 
@@ -35,7 +33,7 @@ from lm import (
   weights,
 )
 from lm.data import loader
-from lm.errors import CheckpointError, ConfigError
+from lm.errors import ConfigError, Diverged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,8 +58,10 @@ class Config:
   def __post_init__(self):
     rows = self.optim.microbatches * self.mesh.data * self.mesh.fsdp
     if self.data.batch % rows:
-      raise ConfigError(f'data.batch={self.data.batch} is not divisible by optim.microbatches x mesh.data x mesh.fsdp = '
-                        f'{rows}; choose data.batch as a multiple of {rows}')
+      raise ConfigError(f'data.batch={self.data.batch} is not divisible by optim.microbatches x mesh.data x mesh.fsdp '
+                        f'= {rows}; choose data.batch as a multiple of {rows}')
+    if not 0 <= self.seed < 2**32:
+      raise ConfigError(f'seed={self.seed}; expected 0 <= seed < 2**32')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +101,8 @@ def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Par
   with sharding.use(mesh):
     places = train.shardings(task.specs, tx, trainable, mesh)
   step = jax.jit(train.make_step(task.loss, tx, c.optim.microbatches), donate_argnums=0, out_shardings=(places, None))
-  evaluate = jax.jit(train.make_eval(lambda s, batch, key: task.eval_loss(params.join(s.params, s.frozen), batch, key)))
+  evaluate = jax.jit(train.make_eval(lambda s, batch, key: task.eval_loss(params.join(s.params, s.frozen), batch, key)),
+                     out_shardings=sharding.replicated(mesh))
   return Parts(mesh, tx, trainable, places, step, evaluate)
 
 
@@ -113,28 +114,32 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
   """
   began = time.perf_counter()
   workdir = pathlib.Path(os.path.abspath(workdir))
-  planned = 14 * params.count(task.specs)
-  checkpoint_lib.preflight(workdir / 'checkpoints', planned, c.checkpoint)
-  with checkpoint_lib.lock(workdir), loop_lib.Signals() as signals:
-    _remember(c, workdir, resume_with_changes)
+  parts = build(c, task)
+  abstract = _abstract(task, parts)
+  nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+  checkpoint_lib.preflight(workdir / 'checkpoints', nbytes, c.checkpoint)
+  with checkpoint_lib.lock(workdir), loop_lib.Signals() as signals, sharding.use(parts.mesh):
+    _refuse(c, workdir, resume_with_changes)
     data = loader.prepare(c.data, workdir / 'data', seed=c.seed)
     loader.check(data, task.vocab)
-    data.tokenizer.save(workdir / 'tokenizer')
-    parts = build(c, task)
-    with sharding.use(parts.mesh):
-      start, state, meta = _start(c, task, parts, data, workdir, resume_with_changes)
-      if start >= c.optim.steps or (meta.get('finished') and not resume_with_changes):
-        print(f'already complete: step {start} of {c.optim.steps} in {workdir}; nothing was trained', flush=True)
-        return _summarise(c, task, workdir, meta['evaluations'], meta['wall_s'])
-      with contextlib.ExitStack() as stack:
-        log = logs.Logs(workdir, c.optim.steps, start)
-        stack.callback(log.close)
-        saver = stack.enter_context(checkpoint_lib.Saver(workdir / 'checkpoints', c.checkpoint, start or None, log.say))
-        wall = lambda: meta['wall_s'] + time.perf_counter() - began
-        program = _program(c, task, parts, data, saver, wall)
-        batches = loader.train_batches(data, sharding.batch_sharding(parts.mesh), start)
-        state, evaluations = loop_lib.fit(program, c.loop, state, batches, start, meta['evaluations'], log, signals)
-      return _summarise(c, task, workdir, evaluations, wall())
+    evaluate = _evaluation(c, parts, abstract, data)
+    start, state, meta = _start(c, task, parts, abstract, data, workdir, resume_with_changes)
+    if start >= c.optim.steps or (meta['finished'] and not resume_with_changes):
+      logs.say(f'already complete: step {start} of {c.optim.steps} in {workdir}; nothing was trained')
+      return _summarise(c, task, workdir, start, meta)
+    if start:
+      logs.say(f'resumed from step {start} in {workdir}')
+    with signals.deferred(), contextlib.ExitStack() as stack:
+      _record(c, data, workdir)
+      log = stack.enter_context(contextlib.closing(logs.Logs(workdir, c.optim.steps, start)))
+      saver = stack.enter_context(checkpoint_lib.Saver(workdir / 'checkpoints', c.checkpoint, start or None, log.say))
+      batches = stack.enter_context(contextlib.closing(
+          loader.train_batches(data, sharding.batch_sharding(parts.mesh), start)))
+      wall = lambda: meta['wall_s'] + time.perf_counter() - began
+      program = _program(c, task, parts, data, saver, evaluate, wall)
+      _, evaluations = loop_lib.fit(program, c.loop, state, batches, start, meta['evaluations'], log, signals)
+    meta = {'evaluations': evaluations, 'wall_s': wall(), 'peak_bytes': _peak_bytes()}
+    return _summarise(c, task, workdir, evaluations[-1][0], meta)
 
 
 def describe(c: Config, task: Task) -> str:
@@ -148,131 +153,134 @@ def describe(c: Config, task: Task) -> str:
   return budget.table(task.specs) + '\n\n' + budget.columns(groups)
 
 
-def _program(c, task, parts, data, saver, wall):
-  key = jax.random.fold_in(jax.random.key(c.seed), 1)
-  eval_key = jax.random.fold_in(jax.random.key(c.seed), 2)
-  schedule = optim_lib.schedule(c.optim)
-  finite = jax.jit(lambda s: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(s.params)]).all())
-
-  def evaluate(state):
-    sums = None
-    for batch in loader.eval_batches(data, 'validation', c.data.batch, sharding.batch_sharding(parts.mesh)):
-      sums = parts.evaluate(state, batch, eval_key, sums)
-    return _validation(jax.device_get(sums), data)
-
-  def save(step, state, evaluations, finished):
-    meta = {'evaluations': evaluations, 'data': data.fingerprint, 'config': config.to_json(c), 'wall_s': wall(),
-            'finished': finished}
-    metrics = evaluations[-1][1] if evaluations and evaluations[-1][0] == step else {}
-    saver.save(step, state, meta, metrics, finite=bool(finite(state)))
-
-  devices = parts.mesh.devices.ravel()
-  return loop_lib.Program(
-      step=parts.step, evaluate=evaluate, save=save, steps=c.optim.steps, key=key,
-      learning_rate=lambda n: float(schedule(n)), tokens_per_step=c.data.batch * c.data.length,
-      flops_per_step=task.flops.total * c.data.batch * c.data.length,
-      peak_flops=budget.peak_flops(devices[0]) * len(devices), save_every=c.checkpoint.every,
-      metric=c.checkpoint.metric, mode=c.checkpoint.mode)
+def _abstract(task, parts):
+  """The state as `jax.ShapeDtypeStruct`s on the mesh."""
+  shapes = jax.eval_shape(lambda: train.init(task.specs, parts.tx, parts.trainable, jax.random.key(0)))
+  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, parts.state)
 
 
-def _validation(sums, data):
-  """Sums over the validation split -> 'val_<metric>' means, and bits per byte of its raw text."""
-  values = {f'val_{k}': float(t.total) / max(float(t.weight), 1e-9) for k, t in sums.items()}
-  if 'loss' in sums and data.utf8_bytes('validation'):
-    values['val_bits_per_byte'] = float(sums['loss'].total) / math.log(2) / data.utf8_bytes('validation')
-  return values
+def _refuse(c, workdir, resume_with_changes):
+  """What can be told before any text is read: another config than the one trained here, nothing to start from."""
+  trained = bool(logs.read(workdir) or checkpoint_lib.steps(workdir / 'checkpoints'))
+  differing, note = logs.check_config(workdir, config.to_json(c))
+  if differing and trained and not resume_with_changes:
+    raise ConfigError(f'--workdir: {workdir} was trained with another config: {"; ".join(differing)}; choose another '
+                      '--workdir, or pass --resume_with_changes')
+  if note and trained:
+    logs.say(note)
+  if c.init_from and not trained:
+    try:
+      weights.kind_of(c.init_from)
+    except ConfigError as error:
+      raise ConfigError(f'init_from={error}') from error
 
 
-def _start(c, task, parts, data, workdir, resume_with_changes):
+def _record(c, data, workdir):
+  """Makes the workdir stand on its own: the config, the tokenizer; a summary is there only once all is done."""
+  if jax.process_index() == 0:
+    logs.write_config(workdir, config.to_json(c))
+    data.tokenizer.save(workdir / 'tokenizer')
+    (workdir / 'summary.json').unlink(missing_ok=True)
+
+
+def _start(c, task, parts, abstract, data, workdir, resume_with_changes):
   """(step, state, meta): restored, imported or initialised on the mesh."""
-  specs_like = jax.eval_shape(lambda: train.init(task.specs, parts.tx, parts.trainable, jax.random.key(0)))
-  abstract = jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), specs_like, parts.state)
   restored = checkpoint_lib.restore(workdir / 'checkpoints', abstract)
   if restored is not None:
     step, state, meta = restored
     if not resume_with_changes:
       loader.check_fingerprint(meta['data'], data.fingerprint)
-    print(f'resumed from step {step} in {workdir}', flush=True)
     return step, state, meta
-  key = jax.random.fold_in(jax.random.key(c.seed), 0)
   if c.init_from:
-    p = weights.params_from(c.init_from, params.abstract(task.specs))
-    state = jax.jit(functools.partial(train.state_of, tx=parts.tx, trainable=parts.trainable), out_shardings=parts.state)(p)
+    make = functools.partial(train.state_of, tx=parts.tx, trainable=parts.trainable)
+    given = jax.device_put(weights.params_from(c.init_from, params.abstract(task.specs)),
+                           params.join(parts.state.params, parts.state.frozen))
   else:
-    state = jax.jit(lambda k: train.init(task.specs, parts.tx, parts.trainable, k), out_shardings=parts.state)(key)
-  return 0, state, {'evaluations': [], 'wall_s': 0.0}
+    make = lambda key: train.init(task.specs, parts.tx, parts.trainable, key)
+    given = jax.random.fold_in(jax.random.key(c.seed), 0)
+  state = jax.jit(make, out_shardings=parts.state)(given)
+  return 0, state, {'evaluations': [], 'wall_s': 0.0, 'finished': False}
 
 
-def _remember(c, workdir, resume_with_changes):
-  """Writes config.json; refuses another config in a workdir that has one."""
-  path = workdir / 'config.json'
-  new = config.to_json(c)
-  if path.exists():
-    try:
-      old = json.loads(path.read_text(encoding='utf-8'))['config']
-    except (ValueError, KeyError) as error:
-      raise CheckpointError(f'{path}: not a config that this package wrote ({error}); choose another --workdir') from error
-    changed = _differences(old, new)
-    if changed and not resume_with_changes:
-      raise ConfigError(f'--workdir: {workdir} was made with another config: {"; ".join(changed)}; choose another '
-                        '--workdir, or pass --resume_with_changes')
-  record = {'config': new, 'git': _git(), 'packages': _packages(), 'devices': [str(d) for d in jax.devices()]}
-  part = path.with_suffix('.part')
-  part.write_text(json.dumps(record, indent=1), encoding='utf-8')
-  os.replace(part, path)
+def _evaluation(c, parts, abstract, data):
+  """state -> {'val_loss': ..., ...} of the whole validation split.
+
+  Raises, before anything is compiled:
+    DataError: nothing to evaluate. ConfigError: `c.checkpoint.metric` will not be among the metrics.
+  """
+  key = jax.random.fold_in(jax.random.key(c.seed), 2)
+  batches = lambda: loader.eval_batches(data, 'validation', c.data.batch, sharding.batch_sharding(parts.mesh))
+  with contextlib.closing(batches()) as some:
+    sums = jax.eval_shape(parts.evaluate, abstract, next(some), key)
+  known = _validation(jax.tree.map(lambda x: 0.0, sums), data)
+  if c.checkpoint.metric not in known:
+    raise ConfigError(f'checkpoint.metric={c.checkpoint.metric!r}; expected one of {", ".join(sorted(known))}')
+  zero = jax.device_put(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), sharding.replicated(parts.mesh))
+
+  def evaluate(state):
+    sums = zero
+    for batch in batches():
+      sums = parts.evaluate(state, batch, key, sums)
+    return _validation(jax.device_get(sums), data)
+  return evaluate
 
 
-def _differences(old, new, prefix=''):
-  lines = []
-  for key in sorted(old.keys() | new.keys()):
-    a, b = old.get(key), new.get(key)
-    if isinstance(a, dict) and isinstance(b, dict):
-      lines += _differences(a, b, f'{prefix}{key}.')
-    elif json.dumps(a) != json.dumps(b):
-      lines.append(f'{prefix}{key}: {a!r} there, {b!r} now')
-  return lines
+def _validation(sums, data):
+  """Sums over the validation split -> 'val_<metric>' means (NaN of nothing), and bits per byte of its raw text."""
+  values = {f'val_{k}': float(t.total) / float(t.weight) if t.weight else math.nan for k, t in sums.items()}
+  if 'loss' in sums and data.utf8_bytes('validation'):
+    values['val_bits_per_byte'] = float(sums['loss'].total) / math.log(2) / data.utf8_bytes('validation')
+  return values
 
 
-def _summarise(c, task, workdir, evaluations, wall):
-  rows = [r for r in logs.read(workdir) if 'tokens_per_s' in r]
-  last = rows[-1] if rows else {}
-  tokens = c.optim.steps * c.data.batch * c.data.length
-  steps = evaluations[-1][0] if evaluations else 0
-  summary = (evaluations[-1][1] if evaluations else {}) | {
-      'steps': steps, 'tokens': steps * c.data.batch * c.data.length, 'wall_s': wall,
-      'tokens_per_s': last.get('tokens_per_s'), 'mfu': last.get('mfu'), 'peak_bytes': _peak_bytes(),
-      'parameters': params.count(task.specs), 'published': c.published,
-      'best': _best(evaluations, c.checkpoint),
-      'planned': {'steps': c.optim.steps, 'tokens': tokens, 'flops': tokens * task.flops.total},
-  }
-  (workdir / 'summary.json').write_text(json.dumps(summary, indent=1), encoding='utf-8')
-  logs.curves(workdir)
+def _program(c, task, parts, data, saver, evaluate, wall):
+  schedule = jax.jit(optim_lib.schedule(c.optim))
+  finite = jax.jit(lambda s: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(s.params)]).all())
+
+  def save(step, state, evaluations, finished):
+    if not finite(state):
+      raise Diverged(f'step {step}: a parameter is not finite; the checkpoints before it are intact; lower optim.lr')
+    meta = {'evaluations': evaluations, 'data': data.fingerprint, 'config': config.to_json(c), 'wall_s': wall(),
+            'peak_bytes': _peak_bytes(), 'finished': finished}
+    metrics = evaluations[-1][1] if evaluations and evaluations[-1][0] == step else {}
+    saver.save(step, state, meta, metrics)
+
+  devices = parts.mesh.devices.ravel()
+  return loop_lib.Program(
+      step=parts.step, evaluate=evaluate, save=save, poll=saver.poll, wait=saver.wait, steps=c.optim.steps,
+      key=jax.random.fold_in(jax.random.key(c.seed), 1), learning_rate=lambda n: float(schedule(n)), elapsed=wall,
+      tokens_per_step=c.data.batch * c.data.length,
+      flops_per_step=task.flops.total * c.data.batch * c.data.length,
+      peak_flops=budget.peak_flops(devices[0]) * len(devices), save_every=c.checkpoint.every,
+      metric=c.checkpoint.metric, mode=c.checkpoint.mode)
+
+
+def _summarise(c, task, workdir, step, meta):
+  """summary.json from the last evaluation and metrics.jsonl; rates are medians over its rows."""
+  values = meta['evaluations'][-1][1] if meta['evaluations'] else {}
+  rows = logs.read(workdir)
+  middle = lambda name: statistics.median([r[name] for r in rows if name in r] or [math.nan])
+  per_step = c.data.batch * c.data.length
+  summary = values | {
+      'steps': step, 'tokens': step * per_step, 'flops': step * per_step * task.flops.total, 'wall_s': meta['wall_s'],
+      'tokens_per_s': middle('tokens_per_s'), 'mfu': middle('mfu'), 'peak_bytes': meta['peak_bytes'],
+      'parameters': params.count(task.specs), 'best': _best(meta['evaluations'], c.checkpoint),
+      'planned': {'steps': c.optim.steps, 'tokens': c.optim.steps * per_step,
+                  'flops': c.optim.steps * per_step * task.flops.total},
+  } | ({} if c.published is None else {'published': c.published})
+  if jax.process_index() == 0:
+    logs.write_summary(workdir, summary)
   return summary
 
 
 def _best(evaluations, c):
-  values = [(v[c.metric], step) for step, v in evaluations if c.metric in v]
-  if not values:
-    return None
-  value, step = (min if c.mode == 'min' else max)(values)
-  return {'step': step, c.metric: value}
+  """The evaluation whose checkpoint is kept as the best (of equal ones the last, as in `seal.ranked`)."""
+  sign = 1 if c.mode == 'min' else -1
+  scores = [(sign * v[c.metric], -step) for step, v in evaluations if math.isfinite(v.get(c.metric, math.nan))]
+  return {'step': -min(scores)[1], c.metric: sign * min(scores)[0]} if scores else None
 
 
 def _peak_bytes():
+  """Of the device; of the whole process where the device does not tell, as a CPU."""
   stats = jax.local_devices()[0].memory_stats() or {}
   return stats.get('peak_bytes_in_use', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-
-
-def _packages():
-  names = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
-  return {name: importlib.metadata.version(name) for name in names}
-
-
-def _git():
-  """Commit of this source tree, with '+' if it has changes; None outside a checkout."""
-  def git(*args):
-    return subprocess.run(['git', *args], capture_output=True, text=True, cwd=pathlib.Path(__file__).parent, check=True)
-  try:
-    return git('rev-parse', 'HEAD').stdout.strip() + ('+' if git('status', '--porcelain').stdout.strip() else '')
-  except (OSError, subprocess.CalledProcessError):
-    return None

@@ -235,7 +235,10 @@ def failing(where: str, action: str) -> Iterator[None]:
   except CheckpointError:
     raise
   except Exception as error:
-    raise CheckpointError(f'{where}: {type(error).__name__}: {" ".join(str(error).split())[:400]}; {action}') from error
+    text = ' '.join(str(error).split())
+    if len(text) > 400:  # what a library says first and, the cause, last
+      text = f'{text[:200]} ... {text[-200:]}'
+    raise CheckpointError(f'{where}: {type(error).__name__}: {text}; {action}') from error
 
 
 def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:

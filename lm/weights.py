@@ -3,14 +3,17 @@
 import json
 import os
 import pathlib
+import sys
 from typing import NamedTuple
 
 import jax
 
-from lm import checkpoint, config, params
+from lm import checkpoint, config, params, seal
 from lm.errors import CheckpointError, ConfigError
 from lm.models import decoder, gguf, hf
 from lm.text import tokenizer as tokenizers
+
+_TOKENIZERS = ('*.model', 'tokenizer.json', 'vocab.*', 'encoder.json', 'char.json', 'byte.json')
 
 
 class Model(NamedTuple):
@@ -24,8 +27,11 @@ class Model(NamedTuple):
 def load(path: str | os.PathLike, best: bool = True) -> Model:
   """The model at `path`; of a workdir the best checkpoint by its own metric, or the newest with best=False.
 
+  A damaged checkpoint is passed over for the newest intact one; a warning on stderr names both.
+
   Raises:
     ConfigError: `path` is none of the three kinds. CheckpointError: damaged, or without a checkpoint.
+    DataError: a damaged tokenizer.
   """
   path = pathlib.Path(path)
   kind = kind_of(path)
@@ -53,7 +59,13 @@ def params_from(path: str | os.PathLike, abstract: params.Tree) -> params.Tree:
   return have
 
 
-def kind_of(path: pathlib.Path) -> str:
+def kind_of(path: str | os.PathLike) -> str:
+  """'workdir', 'hf' or 'gguf', by what lies there; reads nothing.
+
+  Raises:
+    ConfigError: none of them.
+  """
+  path = pathlib.Path(path)
   if path.is_dir() and (path / 'checkpoints').is_dir():
     return 'workdir'
   if path.is_dir() and (path / 'config.json').exists():
@@ -66,24 +78,35 @@ def kind_of(path: pathlib.Path) -> str:
 
 def _workdir(path, best):
   try:
-    saved = json.loads((path / 'config.json').read_text(encoding='utf-8'))['config']
+    saved = json.loads((path / 'config.json').read_bytes())['config']
     c, kept = config.from_json(decoder.Config, saved['model']), saved['checkpoint']
-  except (OSError, ValueError, KeyError) as error:
-    raise CheckpointError(f'{path / "config.json"}: {error}; expected the config of a decoder run') from error
-  folder = path / 'checkpoints'
-  step = checkpoint.best(folder, kept['metric'], kept['mode']) if best else None
+    ranked = checkpoint.best(path / 'checkpoints', kept['metric'], kept['mode']) if best else None
+  except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+    raise CheckpointError(f'{path / "config.json"}: {type(error).__name__}: {error}; expected the config of a decoder '
+                          'run; name another model') from error
   specs = decoder.specs(c)
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  p = checkpoint.restore_params(folder, params.abstract(specs, jax.tree.map(lambda _: here, specs)), step=step)
+  p = _intact(path / 'checkpoints', params.abstract(specs, jax.tree.map(lambda _: here, specs)), ranked)
   return Model(c, p, _tokenizer(path / 'tokenizer'))
 
 
+def _intact(folder, abstract, first):
+  """The parameters of step `first`, else of the newest step that is whole; a warning names what was passed over."""
+  newest = sorted(checkpoint.steps(folder), key=lambda s: (s == first, s), reverse=True)
+  rejected = []
+  for step in newest:
+    try:
+      p = checkpoint.restore_params(folder, abstract, step=step, log=lambda line: None)
+    except CheckpointError as error:
+      rejected.append(f'step {step} ({seal.check(folder, step) or error})')
+      continue
+    if rejected:
+      print(f'warning: rejected {"; ".join(rejected)}; using step {step} of {folder}', file=sys.stderr, flush=True)
+    return p
+  raise CheckpointError(f'{folder}: no intact checkpoint{": rejected " * bool(rejected)}{"; ".join(rejected)}; '
+                        'expected a sealed and undamaged step; copy one back, or name another model')
+
+
 def _tokenizer(path):
-  try:
-    return tokenizers.load(path)
-  except (ConfigError, CheckpointError):
-    raise
-  except Exception as error:
-    if path.is_dir() and not any(path.glob('*token*')) and not any(path.glob('vocab*')):
-      return None
-    raise CheckpointError(f'{path}: {error}') from error
+  """The tokenizer in the folder, None where it holds none of its files."""
+  return tokenizers.load(path) if any(any(path.glob(name)) for name in _TOKENIZERS) else None

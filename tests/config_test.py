@@ -7,7 +7,7 @@ from typing import Literal
 
 import pytest
 
-from lm import config, optim, sharding
+from lm import config, nn, optim, sharding
 from lm.errors import ConfigError
 from lm.models import decoder
 
@@ -116,7 +116,7 @@ def test_override_leaves_its_argument_alone():
     Outer(), Outer(maybe=Inner(5, 2)),
     Outer(path='p', top_k=3, level=2, sizes=(1, 2), table=(('a', 1.0), ('b', (0.5,)))),
     optim.Config(), optim.Config(multipliers=(('embed', 0.1), ('blocks', (1.0, 0.5)))), sharding.Config(data=4),
-    decoder.Config(), decoder.Config(dropout=decoder.Dropout(attention=0.1), activation='swiglu'),
+    decoder.Config(), decoder.Config(dropout=nn.Dropout(attention=0.1), activation='swiglu'),
 ], ids=lambda c: type(c).__module__)
 def test_json_round_trip(c):
   assert config.from_json(type(c), json.loads(json.dumps(config.to_json(c)))) == c

@@ -89,7 +89,7 @@ def test_a_token_never_sees_the_future(name):
 @pytest.mark.parametrize('name', KINDS)
 def test_scan_unroll_and_remat_agree(name):
   ids_BT = random_ids(2, 10)
-  drop = decoder.Dropout(0.1, 0.1, 0.2)
+  drop = nn.Dropout(0.1, 0.1, 0.2)
 
   def value_and_grad(**changes):
     c = dataclasses.replace(KINDS[name], dropout=drop, **changes)
@@ -102,7 +102,7 @@ def test_scan_unroll_and_remat_agree(name):
 
 
 def test_dropout_needs_a_key_and_follows_it():
-  c = dataclasses.replace(SMALL, dropout=decoder.Dropout(0.1, 0.1, 0.1))
+  c = dataclasses.replace(SMALL, dropout=nn.Dropout(0.1, 0.1, 0.1))
   f = lambda key: apply(weights('gpt2'), c, random_ids(1, 8), key=key)
   np.testing.assert_array_equal(f(None), apply(weights('gpt2'), SMALL, random_ids(1, 8)))
   np.testing.assert_array_equal(f(jax.random.key(0)), f(jax.random.key(0)))

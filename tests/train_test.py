@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import config, params, pretrain, run, sharding, train
+from lm import config, nn, params, pretrain, run, sharding, train
 from lm.data.packing import Batch
 from lm.losses import Term
 from lm.models import decoder
@@ -80,7 +80,7 @@ def test_the_pass_for_weights_holds_no_matmul():
 @pytest.mark.parametrize('mesh', [{'data': 8}, {'fsdp': 8}, {'tensor': 4, 'data': 2}, {'data': 2, 'fsdp': 2, 'tensor': 2}],
                          ids=str)
 def test_any_mesh_equals_one_device(mesh):
-  c = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dropout=decoder.Dropout(0.1, 0.1, 0.1)))
+  c = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dropout=nn.Dropout(0.1, 0.1, 0.1)))
   c = dataclasses.replace(c, optim=dataclasses.replace(c.optim, microbatches=2))
   _, want, want_norms, _ = steps(c, 30)
   state, got, got_norms, parts = steps(dataclasses.replace(c, mesh=sharding.Config(**mesh)), 30)

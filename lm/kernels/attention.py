@@ -1,38 +1,188 @@
 """Exact attention in query blocks: a causal block never touches keys ahead of it, and [B, N, T, S] is never held.
 
-Shapes: B batch, T query length, S key length, N query heads, K key/value heads, H head dim, C block of queries.
+Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K heads a group, H head dim; t and
+s a block's queries and its keys, X = G * t rows of queries that share keys.
+
+The derivative recomputes each block's probabilities from the saved logarithm of their sum, as FlashAttention does
+(arXiv:2205.14135 §3.1), so nothing of a block outlives it.
 """
+
+import functools
+import math
 
 import jax
 import jax.numpy as jnp
 
 from lm import nn
 
-BLOCK = 128  # queries; large enough for full-rate matmuls, small enough to skip nearly half of a causal square
+SMALLEST, MOST = 128, 8  # a block has at least so many queries; there are at most so many blocks, which are unrolled
+CACHE = 1 << 20  # bytes of a block's scores that a CPU core works on at once
 
 
-def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: nn.Mask, *, bias_BNTS: jax.Array | None = None,
-           scale: float | None = None, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
-  """`nn.attend` by blocks of `BLOCK` queries; the same arguments, shapes and values.
+def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: nn.Mask, *,
+           bias_BNTS: jax.Array | None = None, scale: float | None = None, rate: float = 0.0,
+           key: jax.Array | None = None) -> jax.Array:
+  """`nn.attend` by blocks of queries; the same arguments, shapes and values.
 
-  One query block, or a mask whose start is traced (decoding), goes to the reference.
+  A mask whose start is traced (decoding) and few queries go to the reference; so does each block where there is a bias.
   """
-  T, S = q_BTNH.shape[1], k_BSKH.shape[1]
-  if T <= BLOCK or not isinstance(mask.start, int):
+  T, H = q_BTNH.shape[1], q_BTNH.shape[3]
+  scale = H**-0.5 if scale is None else scale
+  if T <= SMALLEST // 2 or not isinstance(mask.start, int):
     return nn.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS=bias_BNTS, scale=scale, rate=rate, key=key)
-  out = []
-  for i, first in enumerate(range(0, T, BLOCK)):
-    rows = slice(first, min(first + BLOCK, T))
-    columns = slice(_first_key(mask, rows), min(mask.start + rows.stop, S) if mask.causal else S)
-    part = None if bias_BNTS is None else bias_BNTS[:, :, rows, columns]
-    k_BsKH, v_BsKH = k_BSKH[:, columns], v_BSKH[:, columns]
-    out.append(nn.attend(q_BTNH[:, rows], k_BsKH, v_BsKH, mask.cut(rows, columns), bias_BNTS=part, scale=scale, rate=rate,
-                         key=None if key is None else jax.random.fold_in(key, i)))
+  if bias_BNTS is None:
+    segments, static = (mask.q_segments_BT, mask.k_segments_BS), mask.replace(q_segments_BT=None, k_segments_BS=None)
+    return _attend(q_BTNH, k_BSKH, v_BSKH, segments, key if rate else None, static, scale, rate)
+  out = [nn.attend(q_BTNH[:, rows], k_BSKH[:, columns], v_BSKH[:, columns], mask.cut(rows, columns),
+                   bias_BNTS=bias_BNTS[:, :, rows, columns], scale=scale, rate=rate, key=_fold(key, i))
+         for i, (rows, columns) in enumerate(_blocks(mask, T, k_BSKH.shape[1]))]
   return jnp.concatenate(out, axis=1)
 
 
-def _first_key(mask: nn.Mask, rows: slice) -> int:
-  """The first key that any of these queries may see, rounded down to a block."""
-  if mask.window is None:
-    return 0
-  return max(0, mask.start + rows.start - mask.window + 1) // BLOCK * BLOCK
+def _blocks(mask: nn.Mask, T: int, S: int) -> list[tuple[slice, slice]]:
+  """(queries, keys that any of them may see) of each block."""
+  size = max(SMALLEST, -(-T // MOST // SMALLEST) * SMALLEST)
+  blocks = []
+  for first in range(0, T, size):
+    rows = slice(first, min(first + size, T))
+    start = 0 if mask.window is None else max(0, mask.start + first - mask.window + 1) // size * size
+    blocks.append((rows, slice(start, min(mask.start + rows.stop, S) if mask.causal else S)))
+  return blocks
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _attend(q_BTNH, k_BSKH, v_BSKH, segments, key, static, scale, rate):
+  return _forward(q_BTNH, k_BSKH, v_BSKH, segments, key, static, scale, rate)[0]
+
+
+def _forward(q_BTNH, k_BSKH, v_BSKH, segments, key, static, scale, rate):
+  arrays = (q_BTNH, k_BSKH, v_BSKH)
+  out_BTNH, sums_BTN = _by_parts(functools.partial(_forward_part, static=static, scale=scale, rate=rate), static, arrays,
+                                 segments, key)
+  return out_BTNH, (arrays, out_BTNH, sums_BTN, segments, key)
+
+
+def _backward(static, scale, rate, residuals, g_BTNH):
+  arrays, out_BTNH, sums_BTN, segments, key = residuals
+  delta_BTN = (g_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32)).sum(-1)
+  grads = _by_parts(functools.partial(_backward_part, static=static, scale=scale, rate=rate), static,
+                    (*arrays, g_BTNH, sums_BTN, delta_BTN), segments, key)
+  return *(d.astype(x.dtype) for d, x in zip(grads, arrays, strict=True)), None, None
+
+
+_attend.defvjp(_forward, _backward)
+
+
+def _by_parts(f, static, arrays, segments, key):
+  """f(arrays, segments, key) over parts of the batch and heads whose scores stay in a CPU's cache; whole elsewhere."""
+  B, T, K, S = arrays[0].shape[0], arrays[0].shape[1], arrays[1].shape[2], arrays[1].shape[1]
+  groups = arrays[0].shape[2] // K
+  rows, columns = _blocks(static, T, S)[-1]
+  heads = max(1, CACHE // (4 * groups * (rows.stop - rows.start) * (columns.stop - columns.start)))
+  k = math.gcd(K, heads) if heads < K else K
+  b = max(d for d in range(1, B + 1) if B % d == 0 and d * K <= max(heads, K)) if k == K else 1
+  if jax.sharding.get_abstract_mesh().size > 1:  # a loop over parts would gather what the mesh keeps apart
+    return f(arrays, segments, key)
+  return jax.lax.platform_dependent(
+      arrays, segments, key, cpu=functools.partial(_mapped, f, b, k), default=lambda a, s, r: f(a, s, r))
+
+
+def _mapped(f, b, k, arrays, segments, key):
+  B, K = arrays[0].shape[0], arrays[1].shape[2]
+  shape = (B // b, K // k)
+
+  def part(ij):
+    i, j = ij // shape[1], ij % shape[1]
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(jax.lax.dynamic_slice_in_dim(x, i * b, b, 0), j * (x.shape[2] // shape[1]),
+                                                 x.shape[2] // shape[1], 2)
+    rows = jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, i * b, b, 0), segments)
+    return f(jax.tree.map(cut, arrays), rows, _fold(key, ij))
+  if shape == (1, 1):
+    return f(arrays, segments, _fold(key, 0))
+  outs = jax.lax.map(part, jnp.arange(shape[0] * shape[1]))
+
+  def whole(x):  # [parts, b, T, n, ...] -> [B, T, N, ...]
+    x = x.reshape(*shape, *x.shape[1:])
+    return jnp.moveaxis(x, 1, 3).reshape(B, x.shape[3], -1, *x.shape[5:])
+  return jax.tree.map(whole, outs)
+
+
+def _forward_part(arrays, segments, key, *, static, scale, rate):
+  """(out [B, T, N, H], log-sum-exp of the logits [B, T, N])."""
+  q_BTNH, k_BKSH, v_BKSH = arrays[0], _heads_first(arrays[1]), _heads_first(arrays[2])
+  mask = static.replace(q_segments_BT=segments[0], k_segments_BS=segments[1])
+  outs, sums = [], []
+  for i, (rows, columns) in enumerate(_blocks(mask, q_BTNH.shape[1], k_BKSH.shape[2])):
+    q_BKXH = _group(q_BTNH[:, rows] * scale, k_BKSH.shape[1])
+    logits_BKXs = _product('BKXH,BKSH->BKXS', q_BKXH, k_BKSH[:, :, columns])
+    visible = _visible(mask, rows, columns, q_BTNH.shape[2] // k_BKSH.shape[1])
+    if visible is not None:
+      logits_BKXs = jnp.where(visible, logits_BKXs, nn.NEVER)
+    top_BKX1 = logits_BKXs.max(-1, keepdims=True)
+    p_BKXs = jnp.exp(logits_BKXs - top_BKX1)
+    sum_BKX1 = p_BKXs.sum(-1, keepdims=True)
+    p_BKXs = nn.dropout(p_BKXs, rate, _fold(key, i)).astype(v_BKSH.dtype)
+    x_BKXH = _product('BKXS,BKSH->BKXH', p_BKXs, v_BKSH[:, :, columns]) / sum_BKX1
+    outs.append(_ungroup(x_BKXH, rows).astype(v_BKSH.dtype))
+    sums.append(_ungroup(top_BKX1 + jnp.log(sum_BKX1), rows)[..., 0])
+  return jnp.concatenate(outs, axis=1), jnp.concatenate(sums, axis=1)
+
+
+def _backward_part(arrays, segments, key, *, static, scale, rate):
+  """Gradients of q, k, v. Scores are formed transposed, [keys, queries]: fewer products of them need a transpose."""
+  q_BTNH, k_BSKH, v_BSKH, g_BTNH, sums_BTN, delta_BTN = arrays
+  k_BKSH, v_BKSH = _heads_first(k_BSKH), _heads_first(v_BSKH)
+  mask = static.replace(q_segments_BT=segments[0], k_segments_BS=segments[1])
+  dk_BKSH, dv_BKSH = (jnp.zeros(k_BKSH.shape, jnp.float32) for _ in 'kv')
+  dqs = []
+  for i, (rows, columns) in enumerate(_blocks(mask, q_BTNH.shape[1], k_BKSH.shape[2])):
+    k_BKsH, v_BKsH = k_BKSH[:, :, columns], v_BKSH[:, :, columns]
+    q_BKXH, g_BKXH, sums_BKX1, delta_BKX1 = (
+        _group(x[:, rows], k_BKSH.shape[1]) for x in (q_BTNH * scale, g_BTNH, sums_BTN[..., None], delta_BTN[..., None]))
+    logits_BKsX = _product('BKSH,BKXH->BKSX', k_BKsH, q_BKXH)
+    p_BKsX = jnp.exp(logits_BKsX - sums_BKX1.swapaxes(2, 3))
+    visible = _visible(mask, rows, columns, q_BTNH.shape[2] // k_BKSH.shape[1])
+    if visible is not None:
+      p_BKsX = jnp.where(visible.swapaxes(2, 3), p_BKsX, 0.0)
+    dp_BKsX = _product('BKSH,BKXH->BKSX', v_BKsH, g_BKXH)
+    kept_BKsX = p_BKsX
+    if rate:
+      keep = nn.dropout(jnp.ones_like(p_BKsX.swapaxes(2, 3)), rate, _fold(key, i)).swapaxes(2, 3)
+      kept_BKsX, dp_BKsX = p_BKsX * keep, dp_BKsX * keep
+    ds_BKsX = (p_BKsX * (dp_BKsX - delta_BKX1.swapaxes(2, 3))).astype(q_BKXH.dtype)
+    dv_BKSH = dv_BKSH.at[:, :, columns].add(_product('BKSX,BKXH->BKSH', kept_BKsX.astype(g_BKXH.dtype), g_BKXH))
+    dk_BKSH = dk_BKSH.at[:, :, columns].add(_product('BKSX,BKXH->BKSH', ds_BKsX, q_BKXH))
+    dqs.append(_ungroup(_product('BKSX,BKSH->BKXH', ds_BKsX, k_BKsH) * scale, rows))
+  return jnp.concatenate(dqs, axis=1), _heads_first(dk_BKSH), _heads_first(dv_BKSH)
+
+
+def _product(equation, a, b):
+  return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _heads_first(x_BSKH):
+  """[B, S, K, H] <-> [B, K, S, H]."""
+  return x_BSKH.swapaxes(1, 2)
+
+
+def _group(x_BtNH, K):
+  """[B, t, N, H] -> [B, K, G * t, H]: the queries that share keys are rows of one matrix."""
+  B, t, N, H = x_BtNH.shape
+  return x_BtNH.reshape(B, t, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * t, H)
+
+
+def _ungroup(x_BKXH, rows):
+  """Inverse of `_group`."""
+  B, K, X, H = x_BKXH.shape
+  t = rows.stop - rows.start
+  return x_BKXH.reshape(B, K, X // t, t, H).transpose(0, 3, 1, 2, 4).reshape(B, t, K * X // t, H)
+
+
+def _visible(mask, rows, columns, groups):
+  """bool [B or 1, 1, X, s], or None where all is visible."""
+  seen_Bts = mask.block(rows, columns)
+  return None if seen_Bts is None else jnp.tile(seen_Bts, (1, groups, 1))[:, None]
+
+
+def _fold(key, i):
+  return None if key is None else jax.random.fold_in(key, i)

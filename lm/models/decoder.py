@@ -21,21 +21,6 @@ from lm.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
-class Dropout:
-  """Probabilities of dropping: the embedding, attention probabilities, each block's two outputs, a classifier's input."""
-
-  embedding: float = 0.0
-  attention: float = 0.0
-  hidden: float = 0.0
-  classifier: float = 0.0
-
-  def __post_init__(self):
-    for field in dataclasses.fields(self):
-      if not 0 <= getattr(self, field.name) < 1:
-        raise ConfigError(f'dropout.{field.name}={getattr(self, field.name)}; expected 0 <= rate < 1')
-
-
-@dataclasses.dataclass(frozen=True)
 class Init:
   """Standard deviations at the start; `scheme` 'fan_in' replaces `std` for kernels (PaLM §5)."""
 
@@ -68,7 +53,7 @@ class Config:
   parallel: bool = False  # x + attention(norm(x)) + mlp(norm(x)) with one norm (PaLM §2)
   tied: bool = True  # the output matrix is the embedding
   logit_scale: float = 1.0
-  dropout: Dropout = Dropout()
+  dropout: nn.Dropout = nn.Dropout()
   init: Init = Init()
   dtype: Literal['float32', 'bfloat16'] = 'float32'
   scan_layers: bool = True  # compile one block, not L; off runs faster on a CPU
@@ -89,7 +74,8 @@ class Cache:
   """Keys and values of the tokens so far; slots fill from the left. Per-layer tuples, so that no step copies all.
 
   Attributes:
-    keys, values: L arrays [B, K, S, H], the order in which attention reads them.
+    keys, values: L arrays [B, K, S, H], the order in which attention reads them, without B or K where it is 1: with
+      such a dimension XLA on a CPU does not see that a step writes in place, and copies each array four times.
     segments_BS: int32, 0 = empty or padding.
     length: int32 scalar, slots in use.
   """
@@ -203,7 +189,7 @@ def logits(p: params.Tree, c: Config, x_BTD: jax.Array) -> jax.Array:
 
 def init_cache(c: Config, B: int, S: int) -> Cache:
   """An empty cache of S slots; a learned position table bounds how many are of use."""
-  slot = lambda: tuple(jnp.zeros((B, c.kv_heads, S, c.head_dim), c.dtype) for _ in range(c.layers))
+  slot = lambda: tuple(jnp.zeros((*_lead(B, c.kv_heads), S, c.head_dim), c.dtype) for _ in range(c.layers))
   return Cache(slot(), slot(), jnp.zeros((B, S), jnp.int32), jnp.int32(0))
 
 
@@ -265,29 +251,27 @@ def _attention(p, y_BTD, key, cache, c, positions_BT, mask, attend):
     q_BTNH, k_BSKH = (nn.rotary(x, positions_BT, c.rope_theta) for x in (q_BTNH, k_BSKH))
   if cache is not None:
     old_k, old_v, length = cache
-    cache = tuple(jax.lax.dynamic_update_slice_in_dim(old, new.swapaxes(1, 2), length, axis=2)
-                  for old, new in ((old_k, k_BSKH), (old_v, v_BSKH)))
-    k_BSKH, v_BSKH = (x.swapaxes(1, 2) for x in cache)
+    cache = _append(old_k, k_BSKH, length), _append(old_v, v_BSKH, length)
+    B, _, K, H = k_BSKH.shape
+    k_BSKH, v_BSKH = (x.reshape(B, K, -1, H).swapaxes(1, 2) for x in cache)
   q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
   bias_BNTS = None
   if c.positions == 'relative':
-    q_BTNH, bias_BNTS = _relative(p, q_BTNH, k_BSKH.shape[1], mask.start)
+    q_BTNH, bias_BNTS = nn.relative_scores(p['relative'], p['content_bias'], p['position_bias'], q_BTNH, k_BSKH.shape[1],
+                                           mask.start)
   x_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS=bias_BNTS, rate=c.dropout.attention, key=key)
   return _bias(nn.dot(p['o'], x_BTNH, 'BTNH,NHD->BTD'), p, 'o_bias'), cache
 
 
-def _relative(p, q_BTNH, S, start):
-  """Transformer-XL scores (arXiv:1901.02860 §3.3): (q + u)·k + (q + v)·W r(i - j). -> (q + u, the second term)."""
-  B, T, N, H = q_BTNH.shape
-  distance_ST = jnp.arange(S - 1, -T, -1)  # i - j + (S - T) for the skewed layout below, largest first
-  content, position = (p[n].astype(q_BTNH.dtype)[None, None] for n in ('content_bias', 'position_bias'))
-  r_XNH = nn.dot(p['relative'], nn.sinusoids(distance_ST, p['relative'].shape[0])[None].astype(q_BTNH.dtype),
-                 'BXD,DNH->BXNH')[0]
-  rel_BNTX = jnp.einsum('BTNH,XNH->BNTX', q_BTNH + position, r_XNH, preferred_element_type=jnp.float32)
-  # Query t sits in slot start + t; key s is start + t - s back, which is column S - 1 - (start + t - s) of X.
-  column_TS = S - 1 - (start + jnp.arange(T)[:, None] - jnp.arange(S)[None])
-  index = jnp.broadcast_to(jnp.clip(column_TS, 0, S + T - 2), (B, N, T, S))
-  return q_BTNH + content, jnp.take_along_axis(rel_BNTX, index, axis=-1) * H**-0.5
+def _lead(B, K):
+  return tuple(n for n in (B, K) if n > 1)
+
+
+def _append(old, new_BTKH, length):
+  """The cache array with T new slots from `length` on."""
+  B, T, K, H = new_BTKH.shape
+  lead = _lead(B, K)
+  return jax.lax.dynamic_update_slice_in_dim(old, new_BTKH.swapaxes(1, 2).reshape(*lead, T, H), length, len(lead))
 
 
 def _mlp(p, y_BTD, c):

@@ -5,6 +5,7 @@ Layouts and shape letters: see `lm.models.tables`.
 
 from typing import Any
 
+from lm import nn
 from lm.errors import ConfigError
 from lm.models import decoder
 from lm.models.tables import Family, Fields, linear, norm, Row
@@ -61,7 +62,7 @@ def _read_gpt2(f: Fields) -> decoder.Config:
       vocab=f.take('vocab_size', int), length=f.take('n_positions', int), layers=L, embed=D, heads=N, kv_heads=N,
       head_dim=D // N, mlp=f.take('n_inner', int, 4 * D), activation=_GELU[activation],
       norm_eps=f.take('layer_norm_epsilon', float, 1e-5), tied=f.take('tie_word_embeddings', bool, True),
-      dropout=decoder.Dropout(f.take('embd_pdrop', float, 0.1), f.take('attn_pdrop', float, 0.1),
+      dropout=nn.Dropout(f.take('embd_pdrop', float, 0.1), f.take('attn_pdrop', float, 0.1),
                               f.take('resid_pdrop', float, 0.1)),
       init=decoder.Init(std=std, tokens=std, positions=std, residual=decoder.residual_std(L, std)))
 
@@ -81,7 +82,7 @@ def _read_llama(f: Fields) -> decoder.Config:
   if f.take('mlp_bias', bool, False) != bias:
     raise f.error('mlp_bias', not bias, f'{bias} like attention_bias: all projections have a bias here, or none')
   std, eps = f.take('initializer_range', float, 0.02), f.take('rms_norm_eps', float)
-  dropout = decoder.Dropout(attention=f.take('attention_dropout', float, 0.0))
+  dropout = nn.Dropout(attention=f.take('attention_dropout', float, 0.0))
   return decoder.Config(
       vocab=f.take('vocab_size', int), length=f.take('max_position_embeddings', int),
       layers=f.take('num_hidden_layers', int), embed=D, heads=N, kv_heads=f.take('num_key_value_heads', int, N),

@@ -1,0 +1,381 @@
+"""A whole run in its workdir: what it writes, resumes exactly, refuses, and leaves behind when it fails."""
+
+import json
+import math
+import os
+import shutil
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from lm import budget, checkpoint, config, logs, params, run
+from lm.data import loader
+from lm.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted, Preempted
+from lm.text import tokenizer
+
+TASK = tiny.task()
+EXACT = ('loss', 'accuracy', 'objective', 'grad_norm', 'skipped', 'learning_rate', 'val_loss', 'val_accuracy',
+         'val_bits_per_byte', 'tokens')
+
+
+@pytest.fixture(autouse=True)
+def _no_measuring(monkeypatch):
+  monkeypatch.setattr(budget, 'peak_flops', lambda device: 1e9)
+
+
+@pytest.fixture(scope='module')
+def corpus(tmp_path_factory):
+  return tiny.write_text(tmp_path_factory.mktemp('corpus') / 'text.txt')
+
+
+@pytest.fixture(scope='module')
+def straight(corpus, tmp_path_factory):
+  """(config, workdir, summary) of an uninterrupted run: what others are compared with. Not to be changed."""
+  c, workdir = tiny.make_config(corpus), tmp_path_factory.mktemp('straight') / 'run'
+  with pytest.MonkeyPatch.context() as m:
+    m.setattr(budget, 'peak_flops', lambda device: 1e9)
+    return c, workdir, run.run(c, TASK, workdir)
+
+
+@pytest.fixture
+def finished(straight, tmp_path):
+  """A copy of it, for a test that changes it."""
+  shutil.copytree(straight[1], tmp_path / 'run')
+  return straight[0], tmp_path / 'run'
+
+
+def exact(workdir):
+  """What must be equal bit for bit: {step: {metric: hex}}, and the number of rows."""
+  rows = logs.read(workdir)
+  assert len({r['step'] for r in rows}) == len(rows)
+  return {r['step']: {k: float.hex(float(r[k])) for k in EXACT if k in r} for r in rows}
+
+
+def test_summary_has_what_a_reader_compares(straight, corpus):
+  c, workdir, summary = straight
+  on_disk = json.loads((workdir / 'summary.json').read_text())
+  assert on_disk == summary
+  assert summary.keys() == {'val_loss', 'val_accuracy', 'val_bits_per_byte', 'tokens', 'steps', 'wall_s', 'mfu',
+                            'tokens_per_s', 'peak_bytes', 'parameters', 'flops', 'best', 'planned'}
+  assert summary['steps'] == 12
+  assert summary['tokens'] == 12 * 8 * 16
+  assert summary['parameters'] == 2 * 258 * 8
+  assert summary['planned'] == {'steps': 12, 'tokens': summary['tokens'], 'flops': summary['flops']}
+  assert summary['flops'] == summary['tokens'] * TASK.flops.total
+  assert summary['peak_bytes'] > 1e6
+  rates = [r['tokens_per_s'] for r in logs.read(workdir)]
+  assert min(rates) < summary['tokens_per_s'] < max(rates)
+  assert summary['mfu'] == pytest.approx(summary['tokens_per_s'] * TASK.flops.total / 1e9)
+  assert summary['wall_s'] > logs.read(workdir)[-1]['elapsed_s'] > 0
+
+
+def test_workdir_holds_everything(straight):
+  c, workdir, _ = straight
+  assert {p.name for p in workdir.iterdir()} == {
+      'config.json', 'metrics.jsonl', 'tensorboard', 'checkpoints', 'curves.png', 'summary.json', 'tokenizer', 'data',
+      'lock'}
+  assert config.from_json(run.Config, json.loads((workdir / 'config.json').read_text())['config']) == c
+  assert tokenizer.load(workdir / 'tokenizer').kind == 'byte'
+  assert checkpoint.steps(workdir / 'checkpoints') == [10, 12]
+  rows = logs.read(workdir)
+  assert [r['step'] for r in rows] == list(range(1, 13))
+  assert [r['step'] for r in rows if 'val_loss' in r] == [4, 8, 12]
+  assert rows[0].keys() >= {'loss', 'accuracy', 'grad_norm', 'learning_rate', 'tokens_per_s', 'mfu', 'elapsed_s',
+                            'tokens'}
+  assert rows[-1]['loss'] < rows[0]['loss'] - 0.5  # it learns
+
+
+def test_published_is_copied(straight, tmp_path, corpus):
+  c = tiny.make_config(corpus, published=1.25, optim__steps=2)
+  assert run.run(c, TASK, tmp_path)['published'] == 1.25
+
+
+def test_validation_is_the_whole_split_and_bits_are_per_byte_of_text(straight, corpus):
+  """Recomputed with numpy from the final parameters and the text itself."""
+  c, workdir, summary = straight
+  state = {'params': {'embed': {'tokens': jax.ShapeDtypeStruct((258, 8), jnp.float32)},
+                      'unembed': jax.ShapeDtypeStruct((258, 8), jnp.float32)}}
+  p = checkpoint.restore_params(workdir / 'checkpoints', state['params'], log=lambda line: None)
+  text = corpus.read_text()
+  held_out = text[int(len(text) * 0.9):]
+  ids = tokenizer.byte().document(held_out)
+  logits = np.asarray(p['embed']['tokens'])[ids[:-1]] @ np.asarray(p['unembed']).T
+  logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  nll = -logprobs[np.arange(len(ids) - 1), ids[1:]]
+  assert summary['val_loss'] == pytest.approx(nll.mean(), rel=1e-5)
+  assert summary['val_bits_per_byte'] == pytest.approx(nll.sum() / math.log(2) / len(held_out.encode()), rel=1e-5)
+  assert summary['val_accuracy'] == pytest.approx((logits.argmax(-1) == ids[1:]).mean(), abs=1e-6)
+
+
+@pytest.mark.parametrize('number, kind', [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)])
+def test_stopped_and_started_again_equals_the_straight_run(straight, tmp_path, monkeypatch, capsys, number, kind):
+  """At steps that neither an evaluation nor the schedule would have saved, the first (compiling) one among them."""
+  c, want, _ = straight
+  for step in (1, 6, 11):
+    with tiny.batches_through(monkeypatch, tiny.signal_at(step, number)), pytest.raises(kind, match=f'step {step} is'):
+      run.run(c, TASK, tmp_path)
+    assert checkpoint.steps(tmp_path / 'checkpoints')[-1] == step
+    assert not (tmp_path / 'summary.json').exists()
+  summary = run.run(c, TASK, tmp_path)
+  assert f'resumed from step 11 in {tmp_path}' in capsys.readouterr().out
+  assert exact(tmp_path) == exact(want)
+  assert tiny.state_sha(c, TASK, tmp_path) == tiny.state_sha(c, TASK, want)
+  assert summary['best'] == straight[2]['best']
+
+
+def test_rows_after_the_restored_step_are_written_again(straight, tmp_path, monkeypatch):
+  """A kill leaves rows that no checkpoint covers."""
+  c, want, _ = straight
+
+  def fault(n, batch):
+    if n == 9:
+      raise ZeroDivisionError
+    return batch
+  with tiny.batches_through(monkeypatch, fault), pytest.raises(ZeroDivisionError):
+    run.run(c, TASK, tmp_path)
+  with open(tmp_path / 'metrics.jsonl', 'a') as f:
+    f.write('{"step": 9, "loss": 99.0}\n{"step": 10, "lo')
+  assert checkpoint.steps(tmp_path / 'checkpoints')[-1] == 8
+  run.run(c, TASK, tmp_path)
+  assert exact(tmp_path) == exact(want)
+
+
+def test_a_damaged_checkpoint_is_passed_over(straight, finished, capsys):
+  c, workdir = finished
+  big = max((workdir / 'checkpoints' / '12').rglob('*'), key=lambda p: p.stat().st_size * p.is_file())
+  data = bytearray(big.read_bytes())
+  data[len(data) // 2] ^= 1
+  big.write_bytes(data)
+  run.run(c, TASK, workdir)
+  out = capsys.readouterr().out
+  assert 'rejected step 12' in out and 'using step 10' in out
+  assert exact(workdir) == exact(straight[1])
+  assert tiny.state_sha(c, TASK, workdir) == tiny.state_sha(c, TASK, straight[1])
+
+
+def test_a_finished_run_is_left_alone(straight, finished, monkeypatch, capsys):
+  c, workdir = finished
+  tiny.stop_before_the_step(monkeypatch)
+  before = (workdir / 'metrics.jsonl').read_bytes(), (workdir / 'config.json').read_bytes()
+  summary = run.run(c, TASK, workdir)
+  assert f'already complete: step 12 of 12 in {workdir}' in capsys.readouterr().out
+  assert summary.keys() == straight[2].keys()
+  assert {k: summary[k] for k in summary if k not in ('wall_s', 'peak_bytes')} == {
+      k: straight[2][k] for k in summary if k not in ('wall_s', 'peak_bytes')}
+  assert summary['wall_s'] == pytest.approx(straight[2]['wall_s'], abs=5)
+  assert ((workdir / 'metrics.jsonl').read_bytes(), (workdir / 'config.json').read_bytes()) == before
+
+
+def test_killed_between_the_last_save_and_the_summary(straight, finished, monkeypatch):
+  c, workdir = finished
+  (workdir / 'summary.json').unlink()
+  (workdir / 'curves.png').unlink()
+  tiny.stop_before_the_step(monkeypatch)
+  run.run(c, TASK, workdir)
+  assert json.loads((workdir / 'summary.json').read_text())['val_loss'] == straight[2]['val_loss']
+  assert (workdir / 'curves.png').exists()
+
+
+def test_another_config_is_refused_and_nothing_changes(finished, monkeypatch):
+  c, workdir = finished
+  tiny.stop_before_the_step(monkeypatch)
+  before = (workdir / 'config.json').read_bytes()
+  changed = config.replace(c, optim__lr=0.2, data__batch=16, seed=3)
+  with pytest.raises(ConfigError, match=r'--workdir.*data.batch: 8 there, 16 now; optim.lr: 0.1 there, 0.2 now; '
+                                        r'seed: 0 there, 3 now; .*--resume_with_changes') as error:
+    run.run(changed, TASK, workdir)
+  assert error.value.code == 2
+  assert (workdir / 'config.json').read_bytes() == before
+
+
+def test_resume_with_changes(finished, monkeypatch):
+  c, workdir = finished
+  more = config.replace(c, optim__steps=16, optim__lr=0.05, loop__eval_every=8)
+  wall = json.loads((workdir / 'summary.json').read_text())['wall_s']
+  summary = run.run(more, TASK, workdir, resume_with_changes=True)
+  assert summary['steps'] == 16
+  assert summary['wall_s'] > wall + 0.01
+  rows = logs.read(workdir)
+  assert [r['step'] for r in rows] == list(range(1, 17))
+  assert all(a['elapsed_s'] < b['elapsed_s'] for a, b in zip(rows, rows[1:], strict=False))
+  assert rows[12]['elapsed_s'] > wall / 2
+  assert json.loads((workdir / 'config.json').read_text())['config']['optim']['lr'] == 0.05
+  tiny.stop_before_the_step(monkeypatch)
+  run.run(more, TASK, workdir)  # now this is its config
+  with pytest.raises(ConfigError, match='optim.lr: 0.05 there, 0.1 now'):
+    run.run(c, TASK, workdir)
+  fewer = config.replace(more, optim__steps=3, optim__warmup=0)
+  assert run.run(fewer, TASK, workdir, resume_with_changes=True)['steps'] == 16
+
+
+def test_a_run_that_never_trained_binds_nobody(tmp_path, corpus, monkeypatch):
+  """A first start that fails (here: out of memory while compiling) may be mended in the same workdir."""
+  c = tiny.make_config(corpus, optim__steps=2)
+  with monkeypatch.context() as m:
+    tiny.stop_before_the_step(m)
+    with pytest.raises(tiny.Reached):
+      run.run(c, TASK, tmp_path)
+  assert (tmp_path / 'config.json').exists()
+  run.run(config.replace(c, data__batch=4), TASK, tmp_path)
+  assert json.loads((tmp_path / 'config.json').read_text())['config']['data']['batch'] == 4
+
+
+def test_the_data_of_a_saved_run_may_not_change(finished, tmp_path, monkeypatch):
+  c, workdir = finished
+  other = tiny.write_text(tmp_path / 'text.txt', lines=151)
+  for name in ('config.json',):
+    saved = json.loads((workdir / name).read_text())
+    saved['config']['data']['corpus'] = str(other)
+    (workdir / name).write_text(json.dumps(saved))
+  tiny.stop_before_the_step(monkeypatch)
+  with pytest.raises(ConfigError, match='data differs from the saved run.*datasets'):
+    run.run(config.replace(c, data__corpus=str(other)), TASK, workdir)
+
+
+def test_resumes_on_another_mesh(straight, tmp_path, monkeypatch):
+  """Eight devices that share parameters, then eight that share the batch, then one: equal but for the order of sums."""
+  c, want, _ = straight
+  with tiny.batches_through(monkeypatch, tiny.signal_at(4)), pytest.raises(Preempted):
+    run.run(config.replace(c, mesh__fsdp=8), TASK, tmp_path)
+  with tiny.batches_through(monkeypatch, tiny.signal_at(8)), pytest.raises(Preempted):
+    run.run(config.replace(c, mesh__data=8), TASK, tmp_path, resume_with_changes=True)
+  summary = run.run(c, TASK, tmp_path, resume_with_changes=True)
+  for got, right in zip(logs.read(tmp_path), logs.read(want), strict=True):
+    assert got['step'] == right['step']
+    assert got['loss'] == pytest.approx(right['loss'], rel=2e-6)
+  assert summary['val_loss'] == pytest.approx(straight[2]['val_loss'], rel=2e-6)
+
+
+def test_bad_steps_end_the_run_and_the_good_checkpoint_stays(straight, tmp_path, monkeypatch):
+  c, want, _ = straight
+  with tiny.batches_through(monkeypatch, tiny.deaf_from(7)):
+    with pytest.raises(Diverged, match='step 11: loss or gradient was not finite 5 times in a row') as error:
+      run.run(c, TASK, tmp_path)
+  assert error.value.code == 5
+  rows = logs.read(tmp_path)
+  assert rows[-1]['step'] == 11 and rows[-1]['loss'] == 'nan'
+  assert checkpoint.steps(tmp_path / 'checkpoints')[-1] == 10  # saved with 4 bad steps that changed nothing
+  assert run.run(c, TASK, tmp_path)['val_loss'] < 4  # with the data mended, it goes on from there
+  rows = logs.read(tmp_path)
+  assert [rows[n]['skipped'] for n in (5, 6, 9, 11)] == [0, 1, 4, 4]
+  assert {n: row for n, row in exact(tmp_path).items() if n < 7} == {n: r for n, r in exact(want).items() if n < 7}
+
+
+def test_single_bad_steps_are_passed_over(straight, tmp_path, monkeypatch):
+  c, _, _ = straight
+  with tiny.batches_through(monkeypatch, tiny.deaf_from(6, 7)):
+    summary = run.run(c, TASK, tmp_path)
+  rows = {r['step']: r for r in logs.read(tmp_path)}
+  assert rows[6]['loss'] == rows[7]['objective'] == 'nan'
+  assert rows[12]['skipped'] == 2
+  assert math.isfinite(summary['val_loss'])
+  assert [rows[n]['learning_rate'] for n in (8, 9)] == [logs.read(straight[1])[n]['learning_rate'] for n in (5, 6)]
+
+
+def test_parameters_that_are_not_finite_are_never_saved(straight, tmp_path, monkeypatch):
+  """They cannot arise from a step, whose updates are guarded; from memory or a device they can."""
+  c, _, _ = straight
+  build = run.build
+
+  def broken(*args):
+    parts = build(*args)
+
+    def step(state, batch, key):
+      state, metrics = parts.step(state, batch, key)
+      if metrics['loss'] < 5.2:
+        state = state.replace(params=jax.tree.map(lambda x: x * jnp.inf, state.params))
+      return state, metrics
+    return run.dataclasses.replace(parts, step=step)
+  monkeypatch.setattr(run, 'build', broken)
+  with pytest.raises(Diverged, match='a parameter is not finite'):
+    run.run(config.replace(c, loop__max_skipped=100, checkpoint__every=1, loop__eval_every=0), TASK, tmp_path)
+  monkeypatch.setattr(run, 'build', build)
+  step, state, _ = checkpoint.restore(tmp_path / 'checkpoints', run._abstract(TASK, build(c, TASK)), log=print)
+  assert step >= 1
+  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_stops_early_and_keeps_the_best(corpus, tmp_path, monkeypatch):
+  """Trained far too fast, the model gets worse; the run ends there, and the best step outlives newer ones."""
+  c = tiny.make_config(corpus, optim__lr=5.0, optim__schedule='constant', optim__steps=60, loop__eval_every=2,
+                       loop__patience=3, checkpoint__keep=1, optim__warmup=0)
+  summary = run.run(c, TASK, tmp_path)
+  values = {r['step']: r['val_loss'] for r in logs.read(tmp_path) if 'val_loss' in r}
+  best = min(values, key=values.get)
+  assert summary['steps'] == best + 6 == max(values) < 60
+  assert summary['best'] == {'step': best, 'val_loss': values[best]}
+  assert summary['val_loss'] == values[best + 6] > values[best]
+  assert checkpoint.steps(tmp_path / 'checkpoints') == [best, best + 6]
+  assert checkpoint.best(tmp_path / 'checkpoints', 'val_loss') == best
+  tiny.stop_before_the_step(monkeypatch)
+  assert run.run(c, TASK, tmp_path)['steps'] == best + 6  # complete, though not at the planned step
+
+
+def test_metric_to_watch_must_exist(corpus, tmp_path, monkeypatch):
+  tiny.stop_before_the_step(monkeypatch)
+  with pytest.raises(ConfigError, match="checkpoint.metric='val_los'; expected one of val_accuracy, val_bits_per_byte"):
+    run.run(tiny.make_config(corpus, checkpoint__metric='val_los'), TASK, tmp_path)
+
+
+def test_watching_a_metric_to_maximise(corpus, tmp_path):
+  c = tiny.make_config(corpus, checkpoint__metric='val_accuracy', checkpoint__mode='max', optim__steps=8,
+                       loop__eval_every=2)
+  summary = run.run(c, TASK, tmp_path)
+  values = [r['val_accuracy'] for r in logs.read(tmp_path) if 'val_accuracy' in r]
+  assert summary['best']['val_accuracy'] == max(values)
+
+
+def test_nothing_to_validate_is_known_before_training(corpus, tmp_path, monkeypatch):
+  tiny.stop_before_the_step(monkeypatch)
+  with pytest.raises(DataError, match="nothing to evaluate in 'validation'.*validation_fraction"):
+    run.run(tiny.make_config(corpus, data__validation_fraction=0.0), TASK, tmp_path)
+
+
+def test_stopped_while_data_is_prepared(corpus, tmp_path, monkeypatch):
+  """Nothing to save: it ends at once, also where a library would have caught an Exception."""
+  def prepare(*args, **kwargs):
+    try:
+      os.kill(os.getpid(), signal.SIGTERM)
+    except Exception:  # noqa: BLE001
+      pytest.fail('taken for bad data')
+  with monkeypatch.context() as m:
+    m.setattr(loader, 'prepare', prepare)
+    with pytest.raises(Preempted, match='no step was under way'):
+      run.run(tiny.make_config(corpus, optim__steps=2), TASK, tmp_path)
+  assert run.run(tiny.make_config(corpus, optim__steps=2), TASK, tmp_path)['steps'] == 2
+
+
+def test_a_save_that_fails_after_sigterm_is_not_called_saved(corpus, tmp_path, monkeypatch):
+  def full(*args):
+    raise OSError(28, 'No space left on device')
+  monkeypatch.setattr(checkpoint.seal, 'write', full)
+  with tiny.batches_through(monkeypatch, tiny.signal_at(3)), pytest.raises(CheckpointError, match='No space left'):
+    run.run(tiny.make_config(corpus), TASK, tmp_path)
+
+
+def test_one_writer_at_a_time(straight, corpus, tmp_path, monkeypatch):
+  tiny.stop_before_the_step(monkeypatch)
+  with checkpoint.lock(tmp_path), pytest.raises(CheckpointError, match=f'in use by host .* pid {os.getpid()}'):
+    run.run(tiny.make_config(corpus), TASK, tmp_path)
+
+
+def test_seed_and_batch_are_checked():
+  with pytest.raises(ConfigError, match='seed=-1'):
+    run.Config(seed=-1)
+  with pytest.raises(ConfigError, match='seed=4294967296'):
+    run.Config(seed=2**32)
+  with pytest.raises(ConfigError, match='data.batch=8 is not divisible .* = 3;'):
+    config.replace(run.Config(), mesh__data=3)
+
+
+def test_describe_allocates_nothing(corpus):
+  before = len(jax.live_arrays())
+  text = run.describe(tiny.make_config(corpus), TASK)
+  assert 'embed/tokens' in text and '4,128' in text
+  assert f'{12 * 8 * 16:,}' in text
+  assert len(jax.live_arrays()) == before
+  assert params.count(TASK.specs) == 4128
