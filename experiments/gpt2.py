@@ -2,12 +2,13 @@ r"""GPT-2 (Radford et al. 2019) and its reproductions: nanoGPT (Karpathy) and ll
 
   python -m experiments.gpt2 --config=quickstart --workdir=runs/quickstart \
       --set "data.corpus=('corpora/web_bible.jsonl','corpora/sanguo.jsonl')" --set data.tokenizer=corpora/tokenizer
-  python -m experiments.gpt2 --config=shakespeare_char_cpu --set data.corpus=tinyshakespeare.txt --workdir=runs/shakespeare
+  python -m experiments.gpt2 --config=shakespeare_char_cpu --set data.corpus=tinyshakespeare.txt \
+      --workdir=runs/shakespeare
   python -m experiments.gpt2 --config=gpt2_124m --describe
 
-Published: shakespeare_char_cpu, validation loss 1.88 after 2,000 steps (nanoGPT's README, a 20-batch estimate; its model
-gives 1.91 on the whole split); shakespeare_char_gpu 1.4697; gpt2_124m on FineWeb 10B 3.29 (llm.c); nanogpt_124m on
-OpenWebText 2.85. What we measured, and on which machine, is in experiments/README.md.
+Published: shakespeare_char_cpu, validation loss 1.88 after 2,000 steps (nanoGPT's README, a 20-batch estimate; its
+model gives 1.91 on the whole split); shakespeare_char_gpu 1.4697; gpt2_124m on FineWeb 10B 3.29 (llm.c); nanogpt_124m
+on OpenWebText 2.85. What we measured, and on which machine, is in experiments/README.md.
 
 GPT-2's own learning rate and number of steps were never published: the gpt2_* configs follow llm.c.
 """
@@ -21,14 +22,14 @@ from lm.models import decoder
 
 
 def model(layers: int, embed: int, heads: int, **changes) -> decoder.Config:
-  """GPT-2's shape rules: heads of embed / heads dimensions, an MLP four times as wide, residual projections start small."""
+  """GPT-2's shape rules: heads of embed / heads dimensions, an MLP 4 times as wide, residual projections start small."""
   init = decoder.Init(positions=0.01, residual=decoder.residual_std(layers))
-  return decoder.Config(**{'layers': layers, 'embed': embed, 'heads': heads, 'kv_heads': heads, 'head_dim': embed // heads,
-                           'mlp': 4 * embed, 'init': init} | changes)
+  return decoder.Config(**{'layers': layers, 'embed': embed, 'heads': heads, 'kv_heads': heads,
+                           'head_dim': embed // heads, 'mlp': 4 * embed, 'init': init} | changes)
 
 
 def llm_c(shape: decoder.Config, lr: float, steps: int, batch: int, final: float = 0.0) -> pretrain.Config:
-  """llm.c's recipe: cosine after 700 warm-up steps, AdamW (.9, .95), decay 0.1 on matrices, clip 1, bf16, no dropout."""
+  """llm.c's recipe: cosine after 700 warm-up steps, AdamW (.9, .95), decay .1 on matrices, clip 1, bf16, no dropout."""
   return pretrain.Config(
       model=dataclasses.replace(shape, dtype='bfloat16', remat='dots'),
       data=loader.Config(length=1024, batch=batch),
@@ -59,8 +60,9 @@ def shakespeare_char_gpu() -> pretrain.Config:
   """nanoGPT's GPU run: 10.7M parameters, 5,000 steps of 64 x 256 characters; overfits, so the best step is kept."""
   c = shakespeare_char_cpu()
   return config.replace(
-      c, model=model(6, 384, 6, vocab=65, length=256, activation='gelu_erf', bias=False, norm_bias=False, dtype='bfloat16',
-                     dropout=nn.Dropout(0.2, 0.2, 0.2), init=decoder.Init(residual=decoder.residual_std(6))),
+      c, model=model(6, 384, 6, vocab=65, length=256, activation='gelu_erf', bias=False, norm_bias=False,
+                     dtype='bfloat16', dropout=nn.Dropout(0.2, 0.2, 0.2),
+                     init=decoder.Init(residual=decoder.residual_std(6))),
       data__length=256, data__batch=64, optim__steps=5000, published=1.4697)
 
 

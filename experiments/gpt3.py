@@ -3,10 +3,10 @@ r"""GPT-3 (Brown et al. 2020, arXiv:2005.14165), table 2.1: eight sizes, 300B to
   python -m experiments.gpt3 --config=gpt3_small --set data.corpus=CORPUS --set data.tokenizer=gpt2 --workdir=runs/gpt3
   python -m experiments.gpt3 --config=gpt3_175b --describe
 
-Two rows of the table cannot be what was trained, and follow table D.1's parameter counts here: XL has 16 heads (not 24) of
-128, 13B is 5120 wide (not 5140). Differences from the paper: every layer attends densely (the paper alternates with a
-banded pattern whose width it never gives), and the batch has its final size from the start (the paper ramps it up from
-32k tokens over the first 4 to 12 billion).
+Two rows of the table cannot be what was trained, and follow table D.1's parameter counts here: XL has 16 heads (not 24)
+of 128, 13B is 5120 wide (not 5140). Differences from the paper: every layer attends densely (the paper alternates with
+a banded pattern whose width it never gives), and the batch has its final size from the start (the paper ramps it up
+from 32k tokens over the first 4 to 12 billion).
 """
 
 from experiments import cli
@@ -19,7 +19,7 @@ LENGTH = 2048
 
 
 def size(layers: int, embed: int, heads: int, head_dim: int, lr: float, rows: int) -> pretrain.Config:
-  """One row of table 2.1: Adam (.9, .95), clip 1, decay 0.1, 375M tokens of warm-up, cosine to a tenth at 260B tokens."""
+  """One row of table 2.1: Adam (.9, .95), clip 1, decay 0.1, 375M warm-up tokens, cosine to a tenth at 260B tokens."""
   tokens_a_step = rows * LENGTH
   warmup = 375_000_000 // tokens_a_step
   return pretrain.Config(

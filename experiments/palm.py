@@ -23,8 +23,8 @@ def size(layers: int, embed: int, heads: int, steps: int) -> pretrain.Config:
   """One row of table 1; every size has heads of 256 and a vocabulary of 256,000."""
   lr = 1e-2 * embed**-0.5
   return pretrain.Config(
-      model=decoder.Config(layers=layers, embed=embed, heads=heads, kv_heads=1, head_dim=256, mlp=4 * embed, vocab=256_000,
-                           length=LENGTH, positions='rotary', norm_bias=False, activation='swiglu', bias=False,
+      model=decoder.Config(layers=layers, embed=embed, heads=heads, kv_heads=1, head_dim=256, mlp=4 * embed,
+                           vocab=256_000, length=LENGTH, positions='rotary', norm_bias=False, activation='swiglu', bias=False,
                            parallel=True, logit_scale=embed**-0.5, dtype='bfloat16', remat='full',
                            init=decoder.Init(scheme='fan_in', tokens=1.0)),
       data=loader.Config(length=LENGTH, batch=1024), loss=ar.Config(z=1e-4),

@@ -47,8 +47,8 @@ def _dot(equation, x, w):
 def _dot_backward(equation, residuals, g):
   """The derivative, with the weight's as one product of matrices.
 
-  Einsum's own derivative contracts over batch and length as two dimensions. On a CPU XLA copies an operand transposed for
-  that, and forms what it holds a second time on the way: a sixth of a training step.
+  Einsum's own derivative contracts over batch and length as two dimensions. On a CPU XLA copies an operand transposed
+  for that, and forms what it holds a second time on the way: a sixth of a training step.
   """
   x, w = residuals
   (x_axes, w_axes), out = equation.split('->')[0].split(','), equation.split('->')[1]

@@ -49,5 +49,5 @@ def _loss(c, model, attend):
 
 def _apply(p, ids_BT, *, positions_BT, segments_BT, key, model, attend, isolate):
   """Without isolation a row is one document for attention too: no mask but the causal one, padding comes last."""
-  return decoder.apply(p, model, ids_BT, positions_BT=positions_BT, segments_BT=segments_BT if isolate else None, key=key,
-                       attend=attend or nn.attend)
+  return decoder.apply(p, model, ids_BT, positions_BT=positions_BT, segments_BT=segments_BT if isolate else None,
+                       key=key, attend=attend or nn.attend)

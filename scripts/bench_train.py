@@ -4,10 +4,10 @@ r"""Training speed of the same GPT-2 shapes in this package and in PyTorch, in t
   python -m scripts.bench_train --peer=torch          # needs the oracle extras; interleaved, prints the ratio
   python -m scripts.bench_train --peer=torch --shapes=6x384 --rounds=10
 
-Both sides run whole steps in f32: forward, backward, clip to norm 1, AdamW with decoupled decay, no dropout, random ids.
-Each side lives in a process of its own with all cores; they take turns, a round at a time, so drift of the machine's speed
-hits both. Prints the medians over the rounds: tokens/s, the ratio, peak memory, and the share of the machine's own f32
-matmul rate (measured between the rounds) that the model's FLOPs amount to.
+Both sides run whole steps in f32: forward, backward, clip to norm 1, AdamW with decoupled decay, no dropout, random
+ids. Each side lives in a process of its own with all cores; they take turns, a round at a time, so drift of the
+machine's speed hits both. Prints the medians over the rounds: tokens/s, the ratio, peak memory, and the share of the
+machine's own f32 matmul rate (measured between the rounds) that the model's FLOPs amount to.
 """
 
 import json
@@ -103,7 +103,8 @@ def _serve(run):
     start = time.perf_counter()
     run(int(line))
     seconds = time.perf_counter() - start
-    print(json.dumps({'seconds': seconds, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+    print(json.dumps({'seconds': seconds, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}),
+          flush=True)
 
 
 def _matmul(*unused):
@@ -129,7 +130,8 @@ def _lm(layers, embed, heads, T, B, V):
 
   model = decoder.Config(vocab=V, length=T, layers=layers, embed=embed, heads=heads, kv_heads=heads,
                          head_dim=embed // heads, mlp=4 * embed, bias=False, norm_bias=False, scan_layers=False)
-  c = pretrain.Config(model=model, data=loader.Config(length=T, batch=B), optim=optim.Config(lr=1e-4, schedule='constant'))
+  c = pretrain.Config(model=model, data=loader.Config(length=T, batch=B),
+                      optim=optim.Config(lr=1e-4, schedule='constant'))
   c = config.override(c, *_SET.value)
   task = pretrain.task(c)
   parts = run_lib.build(c, task)

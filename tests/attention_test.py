@@ -45,7 +45,8 @@ def test_padding_rows_do_not_leak_gradients():
   segments_BT = jnp.where(jnp.arange(T)[None] < jnp.array([[150], [180]]), 1, 0)
   mask = nn.Mask(q_segments_BT=segments_BT, k_segments_BS=segments_BT)
   used = (segments_BT > 0)[..., None, None]
-  grads = [jax.jit(jax.grad(lambda q, k, v, f=f: jnp.square(jnp.where(used, f(q, k, v, mask), 0)).sum(), (0, 1, 2)))(q, k, v)
+  grads = [jax.jit(jax.grad(lambda q, k, v, f=f: jnp.square(jnp.where(used, f(q, k, v, mask), 0)).sum(),
+                            (0, 1, 2)))(q, k, v)
            for f in (attention.attend, nn.attend)]
   for a, b in zip(*grads, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)

@@ -19,8 +19,8 @@ LLAMA = dataclasses.replace(SMALL, kv_heads=2, positions='rotary', norm='rms', n
 KINDS = {
     'gpt2': SMALL,
     'llama': LLAMA,
-    'palm': dataclasses.replace(SMALL, kv_heads=1, positions='rotary', parallel=True, activation='swiglu', norm_bias=False,
-                                bias=False, logit_scale=0.2),
+    'palm': dataclasses.replace(SMALL, kv_heads=1, positions='rotary', parallel=True, activation='swiglu',
+                                norm_bias=False, bias=False, logit_scale=0.2),
     'chinchilla': dataclasses.replace(SMALL, positions='relative', norm='rms'),
 }
 
@@ -30,7 +30,8 @@ def weights(name):
   """Random everywhere, so that no bias is 0 and no scale is 1."""
   shapes = params.init(decoder.specs(KINDS[name]), jax.random.key(0))
   return params.map_with_path(
-      lambda path, x: x + 0.1 * jax.random.normal(jax.random.fold_in(jax.random.key(1), len(path) + x.size), x.shape), shapes)
+      lambda path, x: x + 0.1 * jax.random.normal(jax.random.fold_in(jax.random.key(1), len(path) + x.size), x.shape),
+      shapes)
 
 
 apply = jax.jit(decoder.apply, static_argnums=1, static_argnames='attend')

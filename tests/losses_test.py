@@ -24,7 +24,8 @@ def reference(x, w, targets, weights, z):
   logits = np.einsum('btd,vd->btv', np.asarray(x, np.float64), np.asarray(w, np.float64))
   lse = np.log(np.exp(logits).sum(-1))
   picked = np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
-  return (weights * (lse - picked)).sum(), (weights * lse**2).sum() * z, (weights * (logits.argmax(-1) == targets)).sum()
+  return ((weights * (lse - picked)).sum(), (weights * lse**2).sum() * z,
+          (weights * (logits.argmax(-1) == targets)).sum())
 
 
 @pytest.mark.parametrize('chunk', [1, 6, 15, 1000])

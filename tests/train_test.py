@@ -62,8 +62,8 @@ def test_accumulated_gradient_is_the_gradient_of_the_whole_batch():
 def test_a_mean_of_microbatch_means_would_be_wrong():
   """Guards the test above: its microbatches really have unequal weights."""
   task = pretrain.task(CONFIG)
-  weights = [float(task.loss(params.init(task.specs, jax.random.key(0)), jax.tree.map(lambda x, i=i: x[i::4], make_batch()),
-                             None)[0]['nll'].weight) for i in range(4)]
+  weights = [float(task.loss(params.init(task.specs, jax.random.key(0)),
+                             jax.tree.map(lambda x, i=i: x[i::4], make_batch()), None)[0]['nll'].weight) for i in range(4)]
   assert max(weights) > min(weights)
 
 
@@ -77,7 +77,8 @@ def test_the_pass_for_weights_holds_no_matmul():
   assert ' dot(' not in jax.jit(weights_only).lower(p, make_batch()).compile().as_text()
 
 
-@pytest.mark.parametrize('mesh', [{'data': 8}, {'fsdp': 8}, {'tensor': 4, 'data': 2}, {'data': 2, 'fsdp': 2, 'tensor': 2}],
+@pytest.mark.parametrize('mesh', [{'data': 8}, {'fsdp': 8}, {'tensor': 4, 'data': 2},
+                                  {'data': 2, 'fsdp': 2, 'tensor': 2}],
                          ids=str)
 def test_any_mesh_equals_one_device(mesh):
   c = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dropout=nn.Dropout(0.1, 0.1, 0.1)))

@@ -1,7 +1,7 @@
 """Exact attention in query blocks: a causal block never touches keys ahead of it, and [B, N, T, S] is never held.
 
-Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K heads a group, H head dim; t and
-s a block's queries and its keys, X = G * t rows of queries that share keys.
+Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K heads a group, H head dim; t
+and s a block's queries and its keys, X = G * t rows of queries that share keys.
 
 The derivative recomputes each block's probabilities from the saved logarithm of their sum, as FlashAttention does
 (arXiv:2205.14135 §3.1), so nothing of a block outlives it.
@@ -57,8 +57,8 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, segments, key, static, scale, rate):
 
 def _forward(q_BTNH, k_BSKH, v_BSKH, segments, key, static, scale, rate):
   arrays = (q_BTNH, k_BSKH, v_BSKH)
-  out_BTNH, sums_BTN = _by_parts(functools.partial(_forward_part, static=static, scale=scale, rate=rate), static, arrays,
-                                 segments, key)
+  out_BTNH, sums_BTN = _by_parts(functools.partial(_forward_part, static=static, scale=scale, rate=rate), static,
+                                 arrays, segments, key)
   return out_BTNH, (arrays, out_BTNH, sums_BTN, segments, key)
 
 
@@ -93,8 +93,8 @@ def _mapped(f, b, k, arrays, segments, key):
 
   def part(ij):
     i, j = ij // shape[1], ij % shape[1]
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(jax.lax.dynamic_slice_in_dim(x, i * b, b, 0), j * (x.shape[2] // shape[1]),
-                                                 x.shape[2] // shape[1], 2)
+    cut = lambda x: jax.lax.dynamic_slice_in_dim(
+        jax.lax.dynamic_slice_in_dim(x, i * b, b, 0), j * (x.shape[2] // shape[1]), x.shape[2] // shape[1], 2)
     rows = jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, i * b, b, 0), segments)
     return f(jax.tree.map(cut, arrays), rows, _fold(key, ij))
   if shape == (1, 1):
@@ -138,7 +138,8 @@ def _backward_part(arrays, segments, key, *, static, scale, rate):
   for i, (rows, columns) in enumerate(_blocks(mask, q_BTNH.shape[1], k_BKSH.shape[2])):
     k_BKsH, v_BKsH = k_BKSH[:, :, columns], v_BKSH[:, :, columns]
     q_BKXH, g_BKXH, sums_BKX1, delta_BKX1 = (
-        _group(x[:, rows], k_BKSH.shape[1]) for x in (q_BTNH * scale, g_BTNH, sums_BTN[..., None], delta_BTN[..., None]))
+        _group(x[:, rows], k_BKSH.shape[1])
+        for x in (q_BTNH * scale, g_BTNH, sums_BTN[..., None], delta_BTN[..., None]))
     logits_BKsX = _product('BKSH,BKXH->BKSX', k_BKsH, q_BKXH)
     p_BKsX = jnp.exp(logits_BKsX - sums_BKX1.swapaxes(2, 3))
     visible = _visible(mask, rows, columns, q_BTNH.shape[2] // k_BKSH.shape[1])

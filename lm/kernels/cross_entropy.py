@@ -35,7 +35,7 @@ def _nll(x_BTD, w_VD, targets_BT, weights_BT, columns, z):
 
 
 def _forward(x_BTD, w_VD, targets_BT, weights_BT, columns, z):
-  """The gradient is formed beside the value, while the chunk's logits are there: recomputing would cost a third more."""
+  """The gradient is formed beside the value, while the chunk's logits are there: recomputing costs a third more."""
   def chunk(x_BCD, targets_BC, weights_BC):
     logits_BCV = _logits(x_BCD, w_VD)
     sums, (lse_BC, hit_BCV) = _sums(logits_BCV, targets_BC, weights_BC, z)

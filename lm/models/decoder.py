@@ -257,8 +257,8 @@ def _attention(p, y_BTD, key, cache, c, positions_BT, mask, attend):
   q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
   bias_BNTS = None
   if c.positions == 'relative':
-    q_BTNH, bias_BNTS = nn.relative_scores(p['relative'], p['content_bias'], p['position_bias'], q_BTNH, k_BSKH.shape[1],
-                                           mask.start)
+    q_BTNH, bias_BNTS = nn.relative_scores(p['relative'], p['content_bias'], p['position_bias'], q_BTNH,
+                                           k_BSKH.shape[1], mask.start)
   x_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS=bias_BNTS, rate=c.dropout.attention, key=key)
   return _bias(nn.dot(p['o'], x_BTNH, 'BTNH,NHD->BTD'), p, 'o_bias'), cache
 

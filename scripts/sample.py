@@ -1,0 +1,117 @@
+r"""Continues prompts with a trained model, streaming the text as it comes.
+
+  python -m scripts.sample --model=runs/quickstart --prompt='In the beginning' --prompt='却说曹操'
+  python -m scripts.sample --model=SmolLM2-135M-Instruct.Q4_1.gguf --chat --temperature=0 --prompt='What is JAX?'
+  echo 'Once upon a time' | python -m scripts.sample --model=HF_FOLDER --max_new=200 --top_p=0.95
+
+--model is a workdir of an experiment (its best checkpoint), a Hugging Face folder (GPT-2 or Llama) or a GGUF file.
+Without --prompt, one is read from standard input. One prompt streams, in whole characters: one that takes several tokens
+appears with its last. Several prompts are decoded together, which takes little longer than one, and printed at the end.
+Text ends at the model's end token, or after --max_new tokens. The program for a model is compiled once and kept in
+~/.cache/lm (or $XDG_CACHE_HOME/lm).
+
+Exit status: 0 done, 2 a flag is wrong, 3 the tokenizer, 4 the weights.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+import os
+import pathlib
+import sys
+
+from absl import flags
+import jax
+import numpy as np
+
+from experiments import cli
+from lm import decode, weights
+from lm.errors import ConfigError, DataError
+from lm.models import decoder
+
+_MODEL = flags.DEFINE_string('model', '', 'A workdir, a Hugging Face folder, or a .gguf file.')
+_PROMPT = flags.DEFINE_multi_string('prompt', [], 'What to continue; may be repeated.')
+_MAX_NEW = flags.DEFINE_integer('max_new', None, 'Most new tokens; default 256, or as many positions as the model has.')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'Divides the logits; 0 = always the most likely token.')
+_TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0 = all.')
+_TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the most likely tokens that hold this much probability.')
+_SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same text.')
+_CHAT = flags.DEFINE_bool('chat', False, 'Wrap each prompt as a user turn in ChatML, for models tuned to it.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'int8'], 'How weights are held; int8 is fastest on '
+                           'a CPU and changes the text slightly.')
+_NEWEST = flags.DEFINE_bool('newest', False, 'Of a workdir, the newest checkpoint instead of the best.')
+
+
+def main(_: list[str]) -> None:
+  if not _MODEL.value:
+    raise ConfigError('--model: not given; expected a workdir, a Hugging Face folder or a .gguf file; see --help')
+  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'lm' / 'jax'
+  jax.config.update('jax_compilation_cache_dir', str(cache))
+  found = weights.load(_MODEL.value, best=not _NEWEST.value)
+  tokenizer = found.tokenizer
+  if tokenizer is None:
+    raise DataError(f'{_MODEL.value}: no tokenizer beside the weights; expected tokenizer.json, vocab files or a .model; '
+                    'copy it there')
+  texts = _PROMPT.value or [_read()]
+  prompts = [_encode(tokenizer, text) for text in texts]
+  model = decode.of(decoder, found.config)
+  stop = [tokenizer.eos_id, tokenizer.control.get('<|im_end|>')]
+  s = decode.Sampling(_room(model, prompts), _TEMPERATURE.value, _TOP_K.value, _TOP_P.value,
+                      tuple(i for i in stop if i is not None))
+  p, key = decode.prepare(found.params, _DTYPE.value), jax.random.key(_SEED.value)
+  shown = [''] * len(texts) if _CHAT.value else texts
+  if len(prompts) == 1:
+    print(shown[0], end='', flush=True)
+    for piece in pieces(tokenizer.decode, (int(ids_B[0]) for ids_B in decode.stream(model, p, prompts, s, key))):
+      print(piece, end='', flush=True)
+    print()
+    return
+  sample = decode.generate(model, p, prompts, s, key)
+  for text, ids, n in zip(shown, np.asarray(sample.tokens_BT), np.asarray(sample.lengths_B), strict=True):
+    print(text + ''.join(pieces(tokenizer.decode, ids[:n].tolist())), end='\n\n')
+
+
+def pieces(to_text: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+  """The text of the ids, piece by piece; only whole characters, so an unfinished last one is left out.
+
+  Each piece is what its ids add to those of the piece before: a tokenizer may treat the first id of a text specially.
+  """
+  before, now = [], []
+  for i in ids:
+    now.append(i)
+    old, text = to_text(before), to_text(before + now)
+    if len(text) > len(old) and not text.endswith('\ufffd'):
+      yield text[len(old):]
+      before, now = now, []
+
+
+def _read() -> str:
+  if sys.stdin.isatty():
+    print('prompt, then Ctrl-D:', file=sys.stderr, flush=True)
+  return sys.stdin.read().rstrip('\n')
+
+
+def _encode(tokenizer, text: str) -> list[int]:
+  """Ids of the prompt, begun as documents are begun in training; control ids come from here, never from the text."""
+  plain = lambda text: tokenizer.encode(text).tolist()
+  begin, end = (tokenizer.control.get(name) for name in ('<|im_start|>', '<|im_end|>'))
+  if _CHAT.value:
+    if begin is None or end is None:
+      raise ConfigError('--chat: the tokenizer has no <|im_start|> and <|im_end|>; expected a model tuned to ChatML; '
+                        'leave --chat out')
+    return [begin, *plain(f'user\n{text}'), end, *plain('\n'), begin, *plain('assistant\n')]
+  first = tokenizer.bos_id if tokenizer.bos_id not in (None, begin) else None  # a turn's mark begins no document
+  ids = plain(text)
+  if first is not None and (first != tokenizer.eos_id or not ids):
+    ids = [first, *ids]
+  if not ids:
+    raise ConfigError('--prompt: empty, and no token of this tokenizer begins a document; expected text; give some')
+  return ids
+
+
+def _room(model: decode.Model, prompts: list[list[int]]) -> int:
+  if _MAX_NEW.value is not None or model.length is None:
+    return 256 if _MAX_NEW.value is None else _MAX_NEW.value
+  return max(1, min(256, model.length - max(map(len, prompts))))
+
+
+if __name__ == '__main__':
+  cli.guard(main, __doc__)
