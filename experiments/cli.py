@@ -24,7 +24,10 @@ EXIT = """Exit status: 0 done or complete already; 2 a flag or field; 3 the data
 
 def main(doc: str, configs: Sequence[Callable[[], run.Config]], task: Callable[[Any], run.Task]) -> None:
   """`run_argv` of the command line; exits with its status."""
-  sys.exit(run_argv(sys.argv, doc, configs, task))
+  code = run_argv(sys.argv, doc, configs, task)
+  if code and jax.distributed.is_initialized():
+    os._exit(code)  # an orderly exit would wait for the other processes, which may wait for this one in a collective
+  sys.exit(code)
 
 
 def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.Config]],
@@ -41,6 +44,9 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
                       flag_values=values)
   flags.DEFINE_bool('describe', False, 'Print the parameter table, counts, tokens and FLOPs; allocate nothing.',
                     flag_values=values)
+  flags.DEFINE_string('distributed', '', "Join a job of several processes: 'auto' on TPU pods, SLURM and MPI, else "
+                      'HOST:PORT,PROCESSES,INDEX with process 0 at HOST. They share --workdir and the mesh.',
+                      flag_values=values)
   flags.DEFINE_bool('resume_with_changes', False, 'Resume although the config differs from the one in --workdir.',
                     flag_values=values)
 
@@ -51,6 +57,8 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
       return
     if not values.workdir:
       raise ConfigError('--workdir: not given; expected a directory to write to; e.g. --workdir=runs/' + values.config)
+    if values.distributed:
+      _join(values.distributed)
     summary = run.run(c, task(c), values.workdir, values.resume_with_changes)
     print(json.dumps(summary, indent=1))
     print(f'done: {values.workdir}/curves.png shows the loss; sample with: python -m scripts.sample '
@@ -61,6 +69,19 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
     return (f'Configs (--config):\n{names}\n\nFields (--set) and their values in --config={values.config}:\n{fields}'
             f'\n\n{EXIT}')
   return _run(argv, values, program, doc, more_help)
+
+
+def _join(text: str) -> None:
+  """Makes the devices of all processes of the job visible to each."""
+  try:
+    if text == 'auto':
+      jax.distributed.initialize()
+    else:
+      address, count, index = text.split(',')
+      # JAX would listen on all interfaces, and anyone who reaches the port can join.
+      jax.distributed.initialize(address, int(count), int(index), coordinator_bind_address=address)
+  except (ValueError, TypeError) as error:
+    raise ConfigError(f"--distributed={text}: {error}; expected 'auto' or HOST:PORT,PROCESSES,INDEX") from error
 
 
 def guard(program: Callable[[list[str]], None], doc: str) -> None:

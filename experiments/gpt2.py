@@ -22,7 +22,7 @@ from lm.models import decoder
 
 
 def model(layers: int, embed: int, heads: int, **changes) -> decoder.Config:
-  """GPT-2's shape rules: heads of embed / heads dimensions, an MLP 4 times as wide, residual projections start small."""
+  """GPT-2's shape rules: heads of embed / heads dimensions, MLP 4 times as wide, residual projections start small."""
   init = decoder.Init(positions=0.01, residual=decoder.residual_std(layers))
   return decoder.Config(**{'layers': layers, 'embed': embed, 'heads': heads, 'kv_heads': heads,
                            'head_dim': embed // heads, 'mlp': 4 * embed, 'init': init} | changes)
@@ -42,8 +42,8 @@ def quickstart() -> pretrain.Config:
   return pretrain.Config(
       model=model(4, 192, 6, vocab=4096, length=128, bias=False, norm_bias=False, scan_layers=False),
       data=loader.Config(length=128, batch=32, isolate=True),
-      optim=optim.Config(lr=3e-3, min_lr=3e-4, schedule='cosine', warmup=50, steps=1200, b2=0.98),
-      loop=loop.Config(eval_every=400), checkpoint=checkpoint.Config(every=200))
+      optim=optim.Config(lr=3e-3, min_lr=3e-4, schedule='cosine', warmup=40, steps=400, b2=0.98),
+      loop=loop.Config(eval_every=200), checkpoint=checkpoint.Config(every=100))
 
 
 def shakespeare_char_cpu() -> pretrain.Config:

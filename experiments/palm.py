@@ -4,10 +4,10 @@ r"""PaLM (Chowdhery et al. 2022, arXiv:2204.02311), table 1: parallel blocks, mu
   python -m experiments.palm --config=palm_8b --set data.corpus=CORPUS --set data.tokenizer=DIR --workdir=runs/palm
 
 As in §5: learning rate 1e-2 for 10,000 steps, then 1/sqrt(step); clip 1; z-loss 1e-4; no dropout; embeddings N(0, 1),
-kernels by fan-in, logits scaled by 1/sqrt(embed). Differences from the paper: it trains with Adafactor without factoring,
-which scales each update by its parameter's size and lets beta2 grow as 1 - step^-0.8, and decays by lr^2; here AdamW
-stands in, so the learning rate is the paper's times the typical size of a kernel, embed^-1/2. The batch is the middle
-stage's 2M tokens (the paper goes 1M, 2M, 4M).
+kernels by fan-in, logits scaled by 1/sqrt(embed). Differences from the paper: it trains with Adafactor without
+factoring, which scales each update by its parameter's size and lets beta2 grow as 1 - step^-0.8, and decays by lr^2;
+here AdamW stands in, so the learning rate is the paper's times the typical size of a kernel, embed^-1/2. The batch is
+the middle stage's 2M tokens (the paper goes 1M, 2M, 4M).
 """
 
 from experiments import cli
@@ -24,8 +24,8 @@ def size(layers: int, embed: int, heads: int, steps: int) -> pretrain.Config:
   lr = 1e-2 * embed**-0.5
   return pretrain.Config(
       model=decoder.Config(layers=layers, embed=embed, heads=heads, kv_heads=1, head_dim=256, mlp=4 * embed,
-                           vocab=256_000, length=LENGTH, positions='rotary', norm_bias=False, activation='swiglu', bias=False,
-                           parallel=True, logit_scale=embed**-0.5, dtype='bfloat16', remat='full',
+                           vocab=256_000, length=LENGTH, positions='rotary', norm_bias=False, activation='swiglu',
+                           bias=False, parallel=True, logit_scale=embed**-0.5, dtype='bfloat16', remat='full',
                            init=decoder.Init(scheme='fan_in', tokens=1.0)),
       data=loader.Config(length=LENGTH, batch=1024), loss=ar.Config(z=1e-4),
       optim=optim.Config(lr=lr, schedule='inverse_sqrt', steps=steps, decay_steps=steps - 10_000, b2=0.99,

@@ -5,7 +5,7 @@ gives depends neither on the padding nor on the other rows. Shapes: B rows, T pr
 S cache slots, V vocabulary.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 import dataclasses
 import functools
 import math
@@ -118,14 +118,16 @@ def prepare(p: params.Tree, kind: quantised.Kind = 'float32') -> params.Tree:
   """
   if kind not in typing.get_args(quantised.Kind):
     raise ConfigError(f"kind={kind!r}; expected 'float32', 'bfloat16' or 'int8'")
-  p = jax.tree.map(jnp.asarray, p)  # a NumPy leaf would be copied to the device at every call
 
-  def leaf(path, w):
-    inputs = _KERNELS.get(path.split('/')[-1])
+  def leaf(i, path, x):
+    inputs, w = _KERNELS.get(path.split('/')[-1]), jnp.asarray(x[i])
     return w if inputs is None else quantised.pack(w, tuple(range(inputs)), kind)
-  blocks = params.map_with_path(leaf, params.unstack(p['blocks']))
-  head_VD = p['unembed'] if 'unembed' in p else p['embed']['tokens']
-  return p | {'blocks': blocks, 'unembed': quantised.pack(head_VD, (1,), kind)}
+  layers = range(len(jax.tree.leaves(p['blocks'])[0]))
+  blocks = [params.map_with_path(functools.partial(leaf, i), p['blocks']) for i in layers]
+  # A NumPy leaf would be copied to the device at every call.
+  rest = jax.tree.map(jnp.asarray, {k: v for k, v in p.items() if k != 'blocks'})
+  head_VD = rest.get('unembed', rest['embed']['tokens'])
+  return rest | {'blocks': blocks, 'unembed': quantised.pack(head_VD, (1,), kind)}
 
 
 def generate(model: Model, p: params.Tree, prompts: Sequence[Sequence[int]], s: Sampling,
@@ -180,6 +182,20 @@ def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
     ids_BT[row, T - len(prompt):] = prompt
     segments_BT[row, T - len(prompt):] = 1
   return ids_BT, segments_BT
+
+
+def pieces(to_text: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
+  """The text of the ids, piece by piece; only whole characters, so an unfinished last one is left out.
+
+  Each piece is what its ids add to those of the piece before: a tokenizer may treat the first id of a text specially.
+  """
+  before, now = [], []
+  for i in ids:
+    now.append(i)
+    old, text = to_text(before), to_text(before + now)
+    if len(text) > len(old) and not text.endswith('\ufffd'):
+      yield text[len(old):]
+      before, now = now, []
 
 
 def sample_token(logits_BV: jax.Array, keys_B: jax.Array | None, s: Sampling) -> jax.Array:

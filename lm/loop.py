@@ -15,6 +15,7 @@ import time
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 
 from lm import logs as logs_lib, train
 from lm.errors import ConfigError, Diverged, Error, Interrupted, Preempted
@@ -61,7 +62,8 @@ class Signals:
   """Turns SIGTERM and Ctrl-C into Preempted and Interrupted; a context manager for the main thread.
 
   At once where nothing is trained yet. Inside `deferred` they are remembered until the loop has saved its step; there a
-  second Ctrl-C ends the process on the spot, which costs no sealed checkpoint.
+  second Ctrl-C ends the process on the spot, which costs no sealed checkpoint. In a job of several processes SIGTERM to
+  one of them is a notice to all (`jax.distributed` handles it), and they agree on the step.
   """
 
   def __init__(self):
@@ -70,7 +72,7 @@ class Signals:
     self._old: dict[int, Any] = {}
 
   def __enter__(self):
-    if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
+    if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
       for number in (signal.SIGTERM, signal.SIGINT):
         self._old[number] = signal.signal(number, self._on)
     return self
@@ -88,6 +90,12 @@ class Signals:
       yield
     finally:
       self._deferred = False
+
+  def stop_at(self, step: int) -> bool:
+    """Whether to save this step and leave; to be asked at every step, by every process."""
+    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+      self.received = signal.SIGTERM
+    return self.received is not None
 
   def error(self, what: str) -> Error:
     kind, name = (Preempted, 'SIGTERM') if self.received == signal.SIGTERM else (Interrupted, 'interrupted')
@@ -159,7 +167,7 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
     if (n - 1) % c.log_every == 0:
       report.flush()  # of the steps before this one, on which the device is busy now
     report.add(n, metrics)
-    last, best, stopping = n == program.steps, False, signals.received is not None
+    last, best, stopping = n == program.steps, False, signals.stop_at(n)
     if last or (c.eval_every and n % c.eval_every == 0):
       evaluations = [*evaluations, [n, report.flush(functools.partial(program.evaluate, state))]]
       watched = [values.get(program.metric, math.nan) for _, values in evaluations]

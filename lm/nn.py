@@ -12,6 +12,8 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from lm.errors import ConfigError
+
 NEVER = -1e30  # a logit that softmax turns into zero; finite, so that a row with no key stays finite
 
 

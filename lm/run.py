@@ -18,6 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lm import (
@@ -234,7 +235,8 @@ def _validation(sums, data):
 
 
 def _program(c, task, parts, data, saver, evaluate, wall):
-  schedule = jax.jit(optim_lib.schedule(c.optim))
+  # All of it now, on the host: asking the device for a rate would wait for the step that it is busy with.
+  rates = np.asarray(jax.jit(optim_lib.schedule(c.optim))(jnp.arange(c.optim.steps)))
   finite = jax.jit(lambda s: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(s.params)]).all())
 
   def save(step, state, evaluations, finished):
@@ -245,13 +247,12 @@ def _program(c, task, parts, data, saver, evaluate, wall):
     metrics = evaluations[-1][1] if evaluations and evaluations[-1][0] == step else {}
     saver.save(step, state, meta, metrics)
 
-  devices = parts.mesh.devices.ravel()
   return loop_lib.Program(
       step=parts.step, evaluate=evaluate, save=save, poll=saver.poll, wait=saver.wait, steps=c.optim.steps,
-      key=jax.random.fold_in(jax.random.key(c.seed), 1), learning_rate=lambda n: float(schedule(n)), elapsed=wall,
+      key=jax.random.fold_in(jax.random.key(c.seed), 1), learning_rate=lambda n: float(rates[n]), elapsed=wall,
       tokens_per_step=c.data.batch * c.data.length,
       flops_per_step=task.flops.total * c.data.batch * c.data.length,
-      peak_flops=budget.peak_flops(devices[0]) * len(devices), save_every=c.checkpoint.every,
+      peak_flops=budget.peak_flops(jax.local_devices()[0]) * parts.mesh.size, save_every=c.checkpoint.every,
       metric=c.checkpoint.metric, mode=c.checkpoint.mode)
 
 

@@ -5,15 +5,14 @@ r"""Continues prompts with a trained model, streaming the text as it comes.
   echo 'Once upon a time' | python -m scripts.sample --model=HF_FOLDER --max_new=200 --top_p=0.95
 
 --model is a workdir of an experiment (its best checkpoint), a Hugging Face folder (GPT-2 or Llama) or a GGUF file.
-Without --prompt, one is read from standard input. One prompt streams, in whole characters: one that takes several tokens
-appears with its last. Several prompts are decoded together, which takes little longer than one, and printed at the end.
-Text ends at the model's end token, or after --max_new tokens. The program for a model is compiled once and kept in
-~/.cache/lm (or $XDG_CACHE_HOME/lm).
+Without --prompt, one is read from standard input. One prompt streams, in whole characters: one that takes several
+tokens appears with its last. Several prompts are decoded together, which takes little longer than one, and printed at
+the end. Text ends at the model's end token, or after --max_new tokens. The program for a model is compiled once and
+kept in ~/.cache/lm (or $XDG_CACHE_HOME/lm).
 
 Exit status: 0 done, 2 a flag is wrong, 3 the tokenizer, 4 the weights.
 """
 
-from collections.abc import Callable, Iterable, Iterator
 import os
 import pathlib
 import sys
@@ -35,8 +34,8 @@ _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the most likely tokens that hold this much probability.')
 _SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same text.')
 _CHAT = flags.DEFINE_bool('chat', False, 'Wrap each prompt as a user turn in ChatML, for models tuned to it.')
-_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'int8'], 'How weights are held; int8 is fastest on '
-                           'a CPU and changes the text slightly.')
+_DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'int8'], 'How weights are held; int8 is the '
+                           'fastest for one prompt on a CPU and changes the text slightly.')
 _NEWEST = flags.DEFINE_bool('newest', False, 'Of a workdir, the newest checkpoint instead of the best.')
 
 
@@ -48,8 +47,8 @@ def main(_: list[str]) -> None:
   found = weights.load(_MODEL.value, best=not _NEWEST.value)
   tokenizer = found.tokenizer
   if tokenizer is None:
-    raise DataError(f'{_MODEL.value}: no tokenizer beside the weights; expected tokenizer.json, vocab files or a .model; '
-                    'copy it there')
+    raise DataError(f'{_MODEL.value}: no tokenizer beside the weights; expected tokenizer.json, vocab files or a '
+                    '.model; copy it there')
   texts = _PROMPT.value or [_read()]
   prompts = [_encode(tokenizer, text) for text in texts]
   model = decode.of(decoder, found.config)
@@ -60,27 +59,13 @@ def main(_: list[str]) -> None:
   shown = [''] * len(texts) if _CHAT.value else texts
   if len(prompts) == 1:
     print(shown[0], end='', flush=True)
-    for piece in pieces(tokenizer.decode, (int(ids_B[0]) for ids_B in decode.stream(model, p, prompts, s, key))):
+    for piece in decode.pieces(tokenizer.decode, (int(ids_B[0]) for ids_B in decode.stream(model, p, prompts, s, key))):
       print(piece, end='', flush=True)
     print()
     return
   sample = decode.generate(model, p, prompts, s, key)
   for text, ids, n in zip(shown, np.asarray(sample.tokens_BT), np.asarray(sample.lengths_B), strict=True):
-    print(text + ''.join(pieces(tokenizer.decode, ids[:n].tolist())), end='\n\n')
-
-
-def pieces(to_text: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
-  """The text of the ids, piece by piece; only whole characters, so an unfinished last one is left out.
-
-  Each piece is what its ids add to those of the piece before: a tokenizer may treat the first id of a text specially.
-  """
-  before, now = [], []
-  for i in ids:
-    now.append(i)
-    old, text = to_text(before), to_text(before + now)
-    if len(text) > len(old) and not text.endswith('\ufffd'):
-      yield text[len(old):]
-      before, now = now, []
+    print(text + ''.join(decode.pieces(tokenizer.decode, ids[:n].tolist())), end='\n\n')
 
 
 def _read() -> str:

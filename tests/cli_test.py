@@ -17,6 +17,11 @@ def corpus(tmp_path_factory):
   return tiny.write_text(tmp_path_factory.mktemp('corpus') / 'text.txt')
 
 
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+  tiny.share_compiled(monkeypatch)
+
+
 def gpt(*argv):
   return cli.run_argv(['gpt2', *map(str, argv)], 'Doc of the paper.', gpt2.CONFIGS, pretrain.task)
 

@@ -14,6 +14,7 @@ from lm import decode, params, sharding
 from lm.decode import Sampling
 from lm.errors import ConfigError
 from lm.models import decoder
+from lm.text import tokenizer
 
 GPT2 = decoder.Config(vocab=96, length=64, layers=2, embed=32, heads=4, kv_heads=4, head_dim=8, mlp=64)
 LLAMA = dataclasses.replace(GPT2, kv_heads=2, positions='rotary', norm='rms', norm_bias=False, bias=False,
@@ -274,3 +275,28 @@ def test_the_last_position_of_a_learned_table_is_of_use():
 def test_rotary_positions_have_no_end():
   (tokens, _), = rows(decode.generate(model('llama'), weights('llama'), [[3] * 70], GREEDY))
   assert len(tokens) == 9
+
+
+def test_pieces_are_whole_characters():
+  t, text = tokenizer.byte(), 'Größe 你好，世界 🎉!\n'
+  out = list(decode.pieces(t.decode, t.encode(text).tolist()))
+  assert ''.join(out) == text and out == list(text)
+
+
+def test_an_unfinished_character_is_left_out_and_a_wrong_byte_is_not():
+  t = tokenizer.byte()
+  assert ''.join(decode.pieces(t.decode, t.encode('ab你').tolist()[:-1])) == 'ab'
+  assert ''.join(decode.pieces(t.decode, [0x61, 0xff, 0x62])) == 'a\ufffdb'
+
+
+def test_control_ids_show_as_nothing():
+  t = tokenizer.byte()
+  assert list(decode.pieces(t.decode, [0x61, t.eos_id, 0x62])) == ['a', 'b']
+
+
+def test_pieces_keep_the_space_that_sentencepiece_drops_at_the_start_of_a_text(tmp_path):
+  """And byte-fallback pieces: 你 is not in the training text."""
+  t = tokenizer.train_sentencepiece(['the cat sat on the mat. a cat and a dog.'] * 50, tmp_path / 't.model', vocab=276)
+  ids = t.encode('the cat 你 sat').tolist()
+  assert len(list(decode.pieces(t.decode, ids))) < len(ids)
+  assert ''.join(decode.pieces(t.decode, ids)) == t.decode(ids) == 'the cat 你 sat'

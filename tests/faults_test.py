@@ -26,8 +26,10 @@ def source(tmp_path_factory):
   """text.txt, prepared/ (a dataset of it), trained/ (a workdir with sealed steps 2, 4 and 6)."""
   root = tmp_path_factory.mktemp('source')
   text = tiny.write_text(root / 'text.txt')
+  with pytest.MonkeyPatch.context() as m:
+    tiny.share_compiled(m)
+    assert main(root, f'--workdir={root}/trained', '--set=checkpoint.keep=3') == 0
   records.write(corpora.find(str(text)), tokenizer.byte(), root / 'prepared', split=records.Split('tail', 0.1))
-  assert main(root, f'--workdir={root}/trained', '--set=checkpoint.keep=3') == 0
   return root
 
 
@@ -287,6 +289,7 @@ def test_disk_that_fills_in_training(files, capfd, disk):
   path = disk('1m')
   more = [f'--workdir={path}/run', '--set=checkpoint.every=1', '--set=checkpoint.keep=9']
   with pytest.MonkeyPatch.context() as m:
+    tiny.share_compiled(m)
     m.setattr(checkpoint, 'preflight', lambda *a: None)  # as if another program had filled the disk later
     code = main(files, *more)
     out, err = capfd.readouterr()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lm import budget, checkpoint, config, logs, params, run
+from lm import checkpoint, config, logs, params, run
 from lm.data import loader
 from lm.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted, Preempted
 from lm.text import tokenizer
@@ -23,8 +23,8 @@ EXACT = ('loss', 'accuracy', 'objective', 'grad_norm', 'skipped', 'learning_rate
 
 
 @pytest.fixture(autouse=True)
-def _no_measuring(monkeypatch):
-  monkeypatch.setattr(budget, 'peak_flops', lambda device: 1e9)
+def _quick(monkeypatch):
+  tiny.share_compiled(monkeypatch)
 
 
 @pytest.fixture(scope='module')
@@ -37,7 +37,7 @@ def straight(corpus, tmp_path_factory):
   """(config, workdir, summary) of an uninterrupted run: what others are compared with. Not to be changed."""
   c, workdir = tiny.make_config(corpus), tmp_path_factory.mktemp('straight') / 'run'
   with pytest.MonkeyPatch.context() as m:
-    m.setattr(budget, 'peak_flops', lambda device: 1e9)
+    tiny.share_compiled(m)
     return c, workdir, run.run(c, TASK, workdir)
 
 

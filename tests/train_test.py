@@ -63,7 +63,8 @@ def test_a_mean_of_microbatch_means_would_be_wrong():
   """Guards the test above: its microbatches really have unequal weights."""
   task = pretrain.task(CONFIG)
   weights = [float(task.loss(params.init(task.specs, jax.random.key(0)),
-                             jax.tree.map(lambda x, i=i: x[i::4], make_batch()), None)[0]['nll'].weight) for i in range(4)]
+                             jax.tree.map(lambda x, i=i: x[i::4], make_batch()), None)[0]['nll'].weight)
+             for i in range(4)]
   assert max(weights) > min(weights)
 
 

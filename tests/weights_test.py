@@ -29,10 +29,16 @@ def trained(tmp_path_factory):
     return lambda state: evaluate(state) | {'val_loss': next(values)}
   with pytest.MonkeyPatch.context() as m:
     m.setattr(run, '_evaluation', scripted)
+    tiny.share_compiled(m)
     assert gpt(root / 'run', data__corpus=text) == 0
   text.unlink()  # nothing here may need it again
   assert checkpoint.steps(root / 'run' / 'checkpoints') == [2, 4, 6]
   return root / 'run'
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+  tiny.share_compiled(monkeypatch)
 
 
 def gpt(workdir, *more, **flags):

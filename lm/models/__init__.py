@@ -1,1 +1,1 @@
-"""Language models: each family is a module of `specs(c)`, `apply(params, c, ids_BT, ...)` and `init_cache(c, B, S)`."""
+"""Language models: a family is a module with `specs(c)`, `apply(params, c, ids_BT, ...)` and `init_cache(c, B, S)`."""

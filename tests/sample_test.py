@@ -1,0 +1,50 @@
+"""scripts.sample: a tiny model from the command line."""
+
+import pathlib
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from lm import params
+from lm.models import decoder, hf
+from lm.text import tokenizer
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  c = decoder.Config(vocab=258, length=32, layers=1, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=32)
+  path = tmp_path_factory.mktemp('model') / 'hf'
+  hf.save(path, c, params.init(decoder.specs(c), jax.random.key(0)), tokenizer.byte())
+  return path
+
+
+def run(*flags, text=''):
+  return subprocess.run([sys.executable, '-m', 'scripts.sample', *flags], cwd=ROOT, input=text.encode(),
+                        capture_output=True, timeout=300, check=False)
+
+
+def test_one_prompt_streams_and_the_seed_decides(folder):
+  flags = (f'--model={folder}', '--max_new=12')
+  one, two, other = run(*flags, '--prompt=你'), run(*flags, text='你\n'), run(*flags, '--prompt=你', '--seed=1')
+  assert one.returncode == 0, one.stderr
+  assert one.stdout.startswith('你'.encode()) and one.stdout == two.stdout != other.stdout
+
+
+def test_several_prompts_make_a_block_each(folder):
+  done = run(f'--model={folder}', '--prompt=ab', '--prompt=c', '--dtype=int8', '--temperature=0')
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith(b'ab') and b'\n\nc' in done.stdout
+
+
+@pytest.mark.parametrize('flags, code, part', [
+    (('--model=nowhere', '--prompt=a'), 2, b'nowhere'), ((), 2, b'--model'),
+    (('--model={}', '--prompt=a', '--max_new=40'), 2, b'max_new=40'),
+    (('--model={}', '--prompt=a', '--chat'), 2, b'--chat'),
+    (('--model={}', '--prompt=a', '--top_p=2'), 2, b'top_p=2')])
+def test_a_wrong_flag_is_one_line(folder, flags, code, part):
+  done = run(*(f.format(folder) for f in flags))
+  assert done.returncode == code and part in done.stderr and done.stderr.count(b'\n') == 1, done.stderr
