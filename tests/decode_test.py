@@ -19,7 +19,8 @@ from lm.text import tokenizer
 GPT2 = decoder.Config(vocab=96, length=64, layers=2, embed=32, heads=4, kv_heads=4, head_dim=8, mlp=64)
 LLAMA = dataclasses.replace(GPT2, kv_heads=2, positions='rotary', norm='rms', norm_bias=False, bias=False,
                             activation='swiglu', tied=False)
-CONFIGS = {'gpt2': GPT2, 'llama': LLAMA, 'multi_query': dataclasses.replace(LLAMA, kv_heads=1, tied=True)}
+CONFIGS = {'gpt2': GPT2, 'llama': LLAMA,
+           'odd': dataclasses.replace(GPT2, kv_heads=1, positions='relative', parallel=True, logit_scale=0.5)}
 PROMPTS = ([3, 1, 4], [15, 9, 26, 5, 35, 8, 9], [79, 3, 23, 84, 62, 64, 33, 83, 27, 95, 2, 88])
 GREEDY = Sampling(max_new=9, temperature=0)
 
@@ -57,7 +58,7 @@ def test_greedy_decoding_is_the_forward_pass(name):
   for prompt, (tokens, logprobs) in zip(
       PROMPTS, rows(decode.generate(model(name), weights(name), PROMPTS, GREEDY)), strict=True):
     want = forward(name, prompt, tokens)
-    assert len(tokens) == GREEDY.max_new and len(set(tokens)) > 3
+    assert len(tokens) == GREEDY.max_new and len(set(tokens)) > 1
     np.testing.assert_array_equal(tokens, want.argmax(-1))
     np.testing.assert_allclose(logprobs, want.max(-1), atol=1e-4)
 
@@ -146,7 +147,7 @@ def test_a_second_call_compiles_nothing():
   assert decode.of(decoder, dataclasses.replace(LLAMA)) is model('llama')
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'llama'])  # a tied head and one of its own
+@pytest.mark.parametrize('name', CONFIGS)
 def test_prepared_parameters_give_the_same_tokens(name):
   want = decode.generate(model(name), weights(name), PROMPTS, GREEDY)
   got = decode.generate(model(name), decode.prepare(weights(name)), PROMPTS, GREEDY)

@@ -46,7 +46,7 @@ def test_round_trip_and_documentation(name):
 KINDS = ('quickstart', 'gpt2_355m', 'llama3_8b', 'palm_62b', 'chinchilla_70b')
 
 
-@pytest.mark.parametrize('name', [name if name in KINDS else pytest.param(name, marks=pytest.mark.slow) for name in ALL])
+@pytest.mark.parametrize('name', [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
 def test_three_steps_of_each_kind(name, tmp_path):
   (tmp_path / 'text.txt').write_text('the quick brown fox 敏捷的棕色狐狸 ' * 60, encoding='utf-8')
   c = ALL[name]()

@@ -22,6 +22,7 @@ def trained(tmp_path_factory):
   """A workdir with sealed steps 2 (made the best), 4 and 6. Not to be changed."""
   root = tmp_path_factory.mktemp('trained')
   text = tiny.write_text(root / 'text.txt')
+  tokenizer.byte().save(root / 'byte')
   evaluation = run._evaluation
 
   def scripted(*args):
@@ -30,8 +31,9 @@ def trained(tmp_path_factory):
   with pytest.MonkeyPatch.context() as m:
     m.setattr(run, '_evaluation', scripted)
     tiny.share_compiled(m)
-    assert gpt(root / 'run', data__corpus=text) == 0
-  text.unlink()  # nothing here may need it again
+    assert gpt(root / 'run', data__corpus=text, data__tokenizer=root / 'byte') == 0
+  text.unlink()  # nothing here may need them again
+  shutil.rmtree(root / 'byte')
   assert checkpoint.steps(root / 'run' / 'checkpoints') == [2, 4, 6]
   return root / 'run'
 
