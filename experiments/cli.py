@@ -15,7 +15,7 @@ from typing import Any
 from absl import flags, logging as absl_logging
 import jax
 
-from lm import config, run
+from lm import config, host, run
 from lm.errors import CheckpointError, ConfigError, DataError, Error, Interrupted
 
 EXIT = """Exit status: 0 done or complete already; 2 a flag or field; 3 the data; 4 a checkpoint or disk; 5 diverged;
@@ -97,6 +97,7 @@ def _run(argv, values, program, doc, more_help) -> int:
   logging.getLogger('jax').setLevel(logging.WARNING)
   flags.DEFINE_bool('help', False, 'Print this.', flag_values=values, short_name='h')
   flags.DEFINE_bool('traceback', False, 'On an error, show where it was raised.', flag_values=values)
+  host.keep_freed_memory()
   try:
     rest = values(argv)
     if values.traceback:

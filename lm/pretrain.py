@@ -24,7 +24,7 @@ class Config(run.Config):
       raise ConfigError(f'data.length={self.data.length} is more than model.length={self.model.length} positions; '
                         f'lower data.length or raise model.length')
     for axis in ('heads', 'kv_heads', 'mlp', 'vocab'):
-      if getattr(self.model, axis) % self.mesh.tensor:
+      if getattr(self.model, axis) % self.mesh.tensor and not (axis == 'kv_heads' and self.model.kv_heads == 1):
         raise ConfigError(f'mesh.tensor={self.mesh.tensor} does not divide model.{axis}={getattr(self.model, axis)}; '
                           f'choose a divisor')
     if self.model.embed % self.mesh.fsdp:

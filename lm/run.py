@@ -115,6 +115,8 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
   """
   began = time.perf_counter()
   workdir = pathlib.Path(os.path.abspath(workdir))
+  if workdir.exists() and not workdir.is_dir():
+    raise ConfigError(f'--workdir: {workdir} is a file; expected a directory, or a new name; choose another --workdir')
   parts = build(c, task)
   abstract = _abstract(task, parts)
   nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))

@@ -188,7 +188,7 @@ FAULTS = [
      r'{d}/prepared/train-00000.array_record:0:\d+: id 999; expected less than 258'),
     ('damaged manifest', ['--set=data.corpus={d}/prepared'], write('prepared/manifest.json', '{'), 3,
      r'{d}/prepared/manifest.json: .*strict JSON'),
-    ('workdir is a file', ['--workdir={d}/text.txt'], None, 4, r'--workdir: cannot write into {d}/text.txt'),
+    ('workdir is a file', ['--workdir={d}/text.txt'], None, 2, r'--workdir: {d}/text.txt is a file; expected a'),
     ('workdir cannot be made', ['--workdir=/proc/none/run'], None, 4, r'--workdir: cannot write into /proc/none/run'),
     ('damaged config.json', [], write('run/config.json', '{"config": '), 4, r'{d}/run/config.json: '),
     ('another config', ['--set=optim.lr=0.25'], again, 2,

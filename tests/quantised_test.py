@@ -25,11 +25,13 @@ def _normal(seed, shape, dtype=jnp.float32):
 @pytest.mark.parametrize('equation, x_shape, w_shape, inputs', CASES)
 def test_dot_is_einsum_with_the_unpacked_kernel(equation, x_shape, w_shape, inputs, kind):
   x, w = _normal(0, x_shape), quantised.pack(_normal(1, w_shape), inputs, kind)
+  if kind == 'bfloat16':
+    x = x.astype(jnp.bfloat16).astype(jnp.float32)  # it is rounded to that
   want = np.einsum(equation, np.asarray(x, np.float64), np.asarray(quantised.unpack(w), np.float64))
   got = jax.jit(nn.dot, static_argnums=2)(w, x, equation)
   assert got.dtype == jnp.float32 and got.shape == want.shape
-  # 16 bits of an activation, so an error near sqrt(40) / 2^16; 8 bits would be off by 256 times as much.
-  np.testing.assert_allclose(got, want, atol=1e-5 if kind == 'float32' else 1e-3)
+  # int8: 16 bits of an activation, so an error near sqrt(40) / 2^16; 8 bits would be off by 256 times as much.
+  np.testing.assert_allclose(got, want, atol=1e-3 if kind == 'int8' else 1e-5)
 
 
 @pytest.mark.parametrize('kind', KINDS)

@@ -95,9 +95,11 @@ def test_any_mesh_equals_one_device(mesh):
   assert state.opt_state.mu['blocks']['attn']['q'].addressable_shards[0].data.size == q.size // ways
 
 
+@pytest.mark.parametrize('kv_heads', [4, 1])  # one key head cannot be divided: it is on every device
 @pytest.mark.parametrize('mesh', [{'data': 8}, {'fsdp': 8}, {'tensor': 4, 'fsdp': 2}], ids=str)
-def test_gradients_on_any_mesh(mesh):
-  task = pretrain.task(CONFIG)
+def test_gradients_on_any_mesh(mesh, kv_heads):
+  task = pretrain.task(dataclasses.replace(CONFIG, mesh=sharding.Config(**mesh),
+                                           model=dataclasses.replace(MODEL, kv_heads=kv_heads)))
   p = params.init(task.specs, jax.random.key(0))
   grad = train.accumulate(task.loss, 1)
   want = jax.jit(grad)(p, make_batch(), jax.random.key(1))

@@ -28,7 +28,7 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: nn.Mas
   """
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
   scale = H**-0.5 if scale is None else scale
-  if T <= SMALLEST // 2 or not isinstance(mask.start, int):
+  if T <= SMALLEST // 8 or not isinstance(mask.start, int):
     return nn.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS=bias_BNTS, scale=scale, rate=rate, key=key)
   if bias_BNTS is None:
     segments, static = (mask.q_segments_BT, mask.k_segments_BS), mask.replace(q_segments_BT=None, k_segments_BS=None)

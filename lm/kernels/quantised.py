@@ -1,8 +1,8 @@
 """Kernels packed for decoding, where time goes into reading weights: f32, bfloat16, or int8 with a scale per output.
 
 A `Packed` leaf stands where an array stood; `nn.dot` dispatches on it, so no model knows of it. Weights are multiplied
-as they are stored: for fewer bits, an activation is split into two limbs of the weights' own type (16 bits in all),
-which go through one matmul as rows of their own. What is lost is the rounding of the weights.
+as they are stored. Beside bfloat16 weights activations are rounded to bfloat16 too; beside int8 weights an activation
+is split into two int8 limbs (16 bits in all), which go through one matmul as rows of their own. Sums are f32 or int32.
 
 Shapes: M rows of activations, I inputs, O outputs of a kernel seen as a matrix.
 """
@@ -78,7 +78,7 @@ def _dot(w: Packed, x: jax.Array, equation: str) -> jax.Array:
 
 
 def _matmul(x_MI, w):
-  limbs, weights = {'float32': _whole, 'bfloat16': _halves, 'int8': _bytes}[str(w.values_IO.dtype)](x_MI)
+  limbs, weights = {'float32': _whole, 'bfloat16': _half, 'int8': _bytes}[str(w.values_IO.dtype)](x_MI)
   rows = jnp.concatenate(limbs).astype(w.values_IO.dtype)
   kind = jnp.int32 if rows.dtype == jnp.int8 else jnp.float32
   parts = jnp.split(jnp.einsum('MI,IO->MO', rows, w.values_IO, preferred_element_type=kind), len(limbs))
@@ -90,13 +90,9 @@ def _whole(x_MI):
   return [x_MI], [1]
 
 
-def _halves(x_MI):
-  """bfloat16 limbs. A single row gets a second limb though it be zero: XLA on a CPU has no fast kernel for one row."""
-  if x_MI.dtype == jnp.bfloat16 and x_MI.shape[0] > 1:
-    return [x_MI], [1]
-  x_MI = x_MI.astype(jnp.float32)
-  high = jax.lax.reduce_precision(x_MI, exponent_bits=8, mantissa_bits=7)  # a cast there and back may be optimised away
-  return [high, x_MI - high], [1, 1]
+def _half(x_MI):
+  """bfloat16, as the weights. A single row gets one of zeros beside it: XLA on a CPU has no fast kernel for one row."""
+  return ([x_MI], [1]) if x_MI.shape[0] > 1 else ([x_MI, jnp.zeros_like(x_MI)], [1, 0])
 
 
 def _bytes(x_MI):

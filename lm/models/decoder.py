@@ -89,14 +89,15 @@ class Cache:
 def specs(c: Config) -> params.Tree:
   """The parameter tree of one decoder."""
   D, N, K, H, F = c.embed, c.heads, c.kv_heads, c.head_dim, c.mlp
+  kv = 'kv_heads' if K > 1 else None  # a single head cannot be divided: every device has it
   inner = params.Normal(c.init.std)
   outer_o = outer_down = params.Normal(c.init.residual)
   if c.init.scheme == 'fan_in':
     inner, outer_o, outer_down = params.FanIn(1), params.FanIn(2), params.FanIn(1)
   attn = {
       'q': Spec((D, N, H), ('embed', 'heads', 'head_dim'), inner),
-      'k': Spec((D, K, H), ('embed', 'kv_heads', 'head_dim'), inner),
-      'v': Spec((D, K, H), ('embed', 'kv_heads', 'head_dim'), inner),
+      'k': Spec((D, K, H), ('embed', kv, 'head_dim'), inner),
+      'v': Spec((D, K, H), ('embed', kv, 'head_dim'), inner),
       'o': Spec((N, H, D), ('heads', 'head_dim', 'embed'), outer_o),
   }
   mlp = {'up': Spec((D, F), ('embed', 'mlp'), inner), 'down': Spec((F, D), ('mlp', 'embed'), outer_down)}
@@ -113,8 +114,7 @@ def specs(c: Config) -> params.Tree:
     attn['o_bias'] = Spec((D,), ('embed',), params.zeros)
     mlp |= {f'{n}_bias': Spec(mlp[n].shape[1:], mlp[n].axes[1:], params.zeros) for n in tuple(mlp)}
   norm = {'scale': Spec((D,), ('embed',), params.ones)}
-  if c.norm_bias:
-    norm['bias'] = Spec((D,), ('embed',), params.zeros)
+  norm |= {'bias': Spec((D,), ('embed',), params.zeros)} if c.norm_bias else {}
   block = {'attn_norm': norm, 'attn': attn, 'mlp': mlp}
   if not c.parallel:
     block['mlp_norm'] = norm
