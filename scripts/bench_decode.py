@@ -5,7 +5,7 @@ r"""Decoding speed of a real model in this package and in transformers on PyTorc
   python -m scripts.bench_decode --model=... --peer=torch --rounds=7       # needs the oracle extras; prints the ratio
 
 Greedy decoding of random prompts (32 tokens, then 64 new ones) at batch 1, 8 and 32, prefill included. Sides: this
-package with f32, bfloat16 and int8 weights (f32 activations), and `generate` of transformers in f32. Each side lives in
+package with f32, bfloat16 and int8 weights, and `generate` of transformers in f32. Each side lives in
 a process of its own with all cores; they take turns, a round at a time, so drift of the machine's speed hits all.
 
 Columns: tokens/s (median, least and most over the rounds); GB/s of weights read, at one read of all kernels a step; the
