@@ -1,6 +1,7 @@
-"""Hugging Face model folders (config.json and safetensors), both ways: GPT2LMHeadModel and LlamaForCausalLM.
+"""Hugging Face model folders (config.json and safetensors), both ways.
 
-`lm.models.hf_decoder` says which tensor is which parameter. Nothing here runs code of a model: pickles are refused.
+`lm.models.hf_decoder`, `hf_encoder` and `hf_deberta` say which tensor is which parameter. Nothing here runs code of a
+model: pickles are refused.
 """
 
 from collections.abc import Iterator
@@ -22,8 +23,10 @@ from safetensors import numpy as st
 
 from lm import params
 from lm.errors import CheckpointError, ConfigError
-from lm.models import decoder, hf_decoder, tables
+from lm.models import decoder, encoder, hf_deberta, hf_decoder, hf_encoder, tables
 from lm.text import tokenizer
+
+FAMILIES = hf_decoder.FAMILIES | hf_encoder.FAMILIES | hf_deberta.FAMILIES
 
 _SUMS = 'SHA256SUMS'  # as `sha256sum` writes it; verified where a folder has one
 _FLOATS = ('F32', 'F16', 'BF16')
@@ -34,46 +37,55 @@ _NEUTRAL = (  # fields of every config that change nothing in the forward pass o
     'num_labels|return_dict|output_(attentions|hidden_states|past)|torchscript|use_bfloat16|do_sample|(max|min)_length')
 
 
-def load(folder: str | os.PathLike) -> tuple[decoder.Config, params.Tree]:
-  """(config, parameters) of a folder; parameters are f32 NumPy arrays of `decoder.specs(config)`.
+def load(folder: str | os.PathLike) -> tuple[Any, params.Tree]:
+  """(config, parameters) of a folder: a `decoder.Config`, or an encoder's; parameters are f32 NumPy arrays.
+
+  They are those of `specs(config)`, and beside them an encoder's heads: all that the architecture has or the weights
+  hold, under 'mlm', 'pooler', 'nsp', 'rtd' (`lm.models.heads`).
 
   Reads model.safetensors or the shards of model.safetensors.index.json, of f32, f16 or bf16. A vocabulary padded
   beyond config.json's vocab_size keeps its rows: the config then counts them.
 
   Raises:
-    ConfigError: an architecture or an option of config.json that the decoder lacks.
+    ConfigError: an architecture or an option of config.json that the model lacks.
     CheckpointError: damaged or missing files; a tensor that is missing, unknown, or of another shape.
   """
   folder = pathlib.Path(folder)
   where = folder / 'config.json'
   fields = tables.Fields(where, _json(where))
   kind = fields.take('model_type', str)
-  family = hf_decoder.FAMILIES.get(kind)
+  family = FAMILIES.get(kind)
   if family is None:
-    raise fields.error('model_type', kind, ' or '.join(map(repr, hf_decoder.FAMILIES)))
-  fields.fixed('architectures', [family.architecture])
-  fields.drop(_NEUTRAL)
+    raise fields.error('model_type', kind, ' or '.join(map(repr, FAMILIES)))
+  names = fields.take('architectures', list, [])
+  if names not in ([], *([name] for name in family.architectures)):
+    raise fields.error('architectures', names, ' or '.join(map(repr, family.architectures)))
   c = family.read(fields)
+  fields.drop(_NEUTRAL)
   fields.done()
-  tensors = _tensors(folder)
+  tensors = _modern(_tensors(folder), folder)
   if not any(name.startswith(family.prefix) for name in tensors):
     tensors = {name if name in family.copies else family.prefix + name: x for name, x in tensors.items()}
+  heads = [head for head in family.heads if head in (family.architectures[names[0]] if names else ()) or any(
+      row.name in tensors for row in family.rows if row.paths[0].startswith(f'{head}/'))]
+  flat = params.flatten(family.tree(c, heads))
+  own = {row.name for row in family.rows if row.paths[0] in flat}
   for copy, original in family.copies.items():
-    if c.tied and copy in tensors and original in tensors:
+    if copy not in own and copy in tensors and original in tensors:
       if not np.array_equal(tensors[copy].read(), tensors[original].read()):
         raise CheckpointError(f'{folder}: tensor {copy} differs from {original}; expected a copy, as config.json ties '
                               'them; set tie_word_embeddings to false there')
       del tensors[copy]
-  return tables.fill(c, family.specs, family.rows, tensors, folder, family.ignored)
+  return tables.fill(c, lambda c: family.tree(c, heads), family.rows, tensors, folder, family.ignored)
 
 
-def save(folder: str | os.PathLike, c: decoder.Config, p: params.Tree, text: tokenizer.Tokenizer | None = None,
+def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Tokenizer | None = None,
          shard_bytes: int = 4 << 30) -> None:
   """Writes a folder that transformers loads, with f32 weights; it appears whole or not at all.
 
   Args:
     folder: new, or empty.
-    p: arrays of `decoder.specs(c)`.
+    p: arrays of `specs(c)`, an encoder's heads beside them; they choose the architecture.
     text: its files are written beside, and its begin, end and padding ids into config.json.
     shard_bytes: most bytes of a weight file, unless one tensor is larger.
 
@@ -81,8 +93,9 @@ def save(folder: str | os.PathLike, c: decoder.Config, p: params.Tree, text: tok
     ConfigError: no architecture of theirs computes this config, or the tokenizer has more ids than the model.
     CheckpointError: the parameters do not fit the config, or the folder cannot be written.
   """
-  kind, family = hf_decoder.family(c)
-  specs = family.specs(c)
+  kind, family = _family(c, p)
+  heads = [head for head in family.heads if head in p]
+  specs = family.tree(c, heads)
   want, have = ({path: x.shape for path, x in params.flatten(tree).items()} for tree in (specs, p))
   for path in want | have:
     if want.get(path) != have.get(path):
@@ -91,8 +104,8 @@ def save(folder: str | os.PathLike, c: decoder.Config, p: params.Tree, text: tok
   if text is not None and text.vocab_size > c.vocab:
     raise ConfigError(f'{folder}: the tokenizer has {text.vocab_size} ids; expected at most model.vocab={c.vocab}; '
                       'give the tokenizer that the model was trained with')
-  fields = {'architectures': [family.architecture], 'model_type': kind, 'dtype': 'float32', 'vocab_size': c.vocab,
-            'tie_word_embeddings': c.tied, 'initializer_range': c.init.std}
+  architecture = next(name for name, needed in family.architectures.items() if set(needed) <= set(heads))
+  fields = {'architectures': [architecture], 'model_type': kind, 'dtype': 'float32', 'vocab_size': c.vocab}
   fields |= {f'{role}_token_id': getattr(text, f'{role}_id', None) for role in ('bos', 'eos', 'pad')}
   with _new_folder(pathlib.Path(os.path.abspath(folder))) as tmp:
     _write_json(tmp / 'config.json', fields | family.write(c))
@@ -100,6 +113,13 @@ def save(folder: str | os.PathLike, c: decoder.Config, p: params.Tree, text: tok
       text.save(tmp)
     flat = {path: np.asarray(x) for path, x in params.flatten(p).items()}
     _write_tensors(tmp, list(tables.instances(family.rows, specs)), flat, shard_bytes)
+
+
+def _family(c: Any, p: params.Tree) -> tuple[str, tables.Family]:
+  """(model_type, family) by the type of the config."""
+  if isinstance(c, decoder.Config):
+    return hf_decoder.family(c)
+  return (hf_encoder if isinstance(c, encoder.Config) else hf_deberta).family(c, p.keys())
 
 
 def _tensors(folder: pathlib.Path) -> dict[str, tables.Tensor]:
@@ -129,6 +149,16 @@ def _tensors(folder: pathlib.Path) -> dict[str, tables.Tensor]:
     raise CheckpointError(f'{folder}/model.safetensors.index.json: tensor {name[:100]!r} in {index.get(name)}; '
                           f'expected {home.get(name)}, where it lies; copy the folder again')
   return tensors
+
+
+def _modern(tensors: dict[str, tables.Tensor], folder: pathlib.Path) -> dict[str, tables.Tensor]:
+  """Names of before 2019, which the published BERT still has: LayerNorm.gamma and beta."""
+  new = {name: name.replace('LayerNorm.gamma', 'LayerNorm.weight').replace('LayerNorm.beta', 'LayerNorm.bias')
+         for name in tensors}
+  for name, modern in new.items():
+    if name != modern and modern in tensors:
+      raise CheckpointError(f'{folder}: tensors {name[:100]} and {modern[:100]} are one; expected it once; copy again')
+  return {new[name]: x for name, x in tensors.items()}
 
 
 def _open(path: pathlib.Path) -> dict[str, tables.Tensor]:

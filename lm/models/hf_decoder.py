@@ -6,8 +6,7 @@ Layouts and shape letters: see `lm.models.tables`.
 from typing import Any
 
 from lm import nn
-from lm.errors import ConfigError
-from lm.models import decoder
+from lm.models import decoder, tables
 from lm.models.tables import Family, Fields, linear, norm, Row
 
 _GPT2 = (
@@ -68,7 +67,8 @@ def _read_gpt2(f: Fields) -> decoder.Config:
 
 
 def _write_gpt2(c: decoder.Config) -> dict[str, Any]:
-  return {'n_positions': c.length, 'n_embd': c.embed, 'n_layer': c.layers, 'n_head': c.heads, 'n_inner': c.mlp,
+  return {'tie_word_embeddings': c.tied, 'initializer_range': c.init.std, 'n_positions': c.length, 'n_embd': c.embed,
+          'n_layer': c.layers, 'n_head': c.heads, 'n_inner': c.mlp,
           'activation_function': 'gelu' if c.activation == 'gelu_erf' else 'gelu_new', 'layer_norm_epsilon': c.norm_eps,
           'embd_pdrop': c.dropout.embedding, 'attn_pdrop': c.dropout.attention, 'resid_pdrop': c.dropout.hidden}
 
@@ -107,7 +107,8 @@ def _rope_theta(f: Fields) -> float:
 
 
 def _write_llama(c: decoder.Config) -> dict[str, Any]:
-  return {'max_position_embeddings': c.length, 'hidden_size': c.embed, 'num_hidden_layers': c.layers,
+  return {'tie_word_embeddings': c.tied, 'initializer_range': c.init.std, 'max_position_embeddings': c.length,
+          'hidden_size': c.embed, 'num_hidden_layers': c.layers,
           'num_attention_heads': c.heads, 'num_key_value_heads': c.kv_heads, 'head_dim': c.head_dim,
           'intermediate_size': c.mlp, 'hidden_act': 'silu', 'rms_norm_eps': c.norm_eps, 'attention_bias': c.bias,
           'mlp_bias': c.bias, 'attention_dropout': c.dropout.attention, 'rope_theta': c.rope_theta,
@@ -116,13 +117,13 @@ def _write_llama(c: decoder.Config) -> dict[str, Any]:
 
 FAMILIES = {
     'gpt2': Family(
-        'GPT2LMHeadModel', 'transformer.', _GPT2, {'lm_head.weight': 'transformer.wte.weight'},
+        {'GPT2LMHeadModel': ()}, 'transformer.', _GPT2, {'lm_head.weight': 'transformer.wte.weight'},
         r'transformer\.h\.\d+\.attn\.(masked_)?bias', decoder.specs, _read_gpt2, _write_gpt2,
         lambda c: {'positions': ('learned',), 'norm': ('layer',), 'norm_bias': (True,), 'bias': (True,),
                    'activation': ('gelu_tanh', 'gelu_erf'), 'parallel': (False,), 'logit_scale': (1.0,),
                    'kv_heads': (c.heads,), 'head_dim': (c.embed / c.heads,)}),
     'llama': Family(
-        'LlamaForCausalLM', 'model.', _LLAMA, {'lm_head.weight': 'model.embed_tokens.weight'},
+        {'LlamaForCausalLM': ()}, 'model.', _LLAMA, {'lm_head.weight': 'model.embed_tokens.weight'},
         r'model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq', decoder.specs, _read_llama, _write_llama,
         lambda c: {'positions': ('rotary',), 'norm': ('rms',), 'norm_bias': (False,), 'activation': ('swiglu',),
                    'parallel': (False,), 'logit_scale': (1.0,), 'embed': (c.embed - c.embed % c.heads,)}),
@@ -136,9 +137,4 @@ def family(c: decoder.Config) -> tuple[str, Family]:
     ConfigError: there is none; names a field that stands in the way.
   """
   kind = 'llama' if c.positions == 'rotary' else 'gpt2'
-  found = FAMILIES[kind]
-  for name, allowed in found.needs(c).items():
-    if getattr(c, name) not in allowed:
-      raise ConfigError(f'model.{name}={getattr(c, name)!r}; expected {" or ".join(map(repr, allowed))}, all that '
-                        f'{found.architecture} can have; this config has no export')
-  return kind, found
+  return kind, tables.checked(FAMILIES[kind], c)

@@ -7,7 +7,7 @@ tensor. Rows whose parameters the config lacks fall away. Layouts only move numb
 Shapes: D embed, N heads, K kv heads, H head dim, F mlp, V vocab, T positions.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 import dataclasses
 import math
 import os
@@ -79,6 +79,10 @@ class Fields:
       raise self.error(name, value, kinds.get(kind, kind.__name__))
     return value
 
+  def raw(self, name: str) -> Any:
+    """The value of a field as it stands, None where it is absent."""
+    return self._left.pop(name, None)
+
   def group(self, name: str) -> 'Fields':
     """The fields of a nested object; empty where it is absent."""
     return Fields(f'{self._where}: {name}', self.take(name, dict, {}))
@@ -103,9 +107,9 @@ class Fields:
 
 
 class Family(NamedTuple):
-  """One architecture of transformers; its first row is the token embedding."""
+  """The architectures of one model_type of transformers; the first row is the token embedding."""
 
-  architecture: str
+  architectures: Mapping[str, tuple[str, ...]]  # name -> the heads it has; the first that fits names an export
   prefix: str  # of the names below the head; a folder of the bare model lacks it
   rows: tuple[Row, ...]
   copies: Mapping[str, str]  # their tensors that repeat another one in tied models
@@ -114,6 +118,24 @@ class Family(NamedTuple):
   read: Callable[[Fields], Any]  # their config as ours
   write: Callable[[Any], dict[str, Any]]  # and back
   needs: Callable[[Any], dict[str, tuple]]  # field of ours -> the values that their model can have
+  heads: Mapping[str, Callable[[Any], params.Tree]] = {}  # top-level key of our tree -> its specs; each may be absent
+
+  def tree(self, c: Any, heads: Iterable[str]) -> params.Tree:
+    """Specs of the body and the given heads."""
+    return self.specs(c) | {head: self.heads[head](c) for head in heads}
+
+
+def checked(family: Family, c: Any) -> Family:
+  """The family, once its architectures can compute `c`.
+
+  Raises:
+    ConfigError: they cannot; names the field that stands in the way.
+  """
+  for name, allowed in family.needs(c).items():
+    if getattr(c, name) not in allowed:
+      raise ConfigError(f'model.{name}={getattr(c, name)!r}; expected {" or ".join(map(repr, allowed))}, all that '
+                        f'{" and ".join(family.architectures)} can have; this config has no export')
+  return family
 
 
 def instances(rows: tuple[Row, ...], specs: params.Tree) -> Iterator[tuple[str, Row, tuple, Shape]]:
