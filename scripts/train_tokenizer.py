@@ -3,10 +3,13 @@ r"""Trains a tokenizer on text files and says how well it does.
   python -m scripts.train_tokenizer --vocab=16000 --out=tokenizers/en.model --text=corpora/sotu.jsonl
   python -m scripts.train_tokenizer --kind=bpe --vocab=32000 --out=tokenizers/mixed.model --text='corpora/*.jsonl'
   python -m scripts.train_tokenizer --kind=char --out=tokenizers/shakespeare --text=shakespeare.txt
+  python -m scripts.train_tokenizer --vocab=30000 --out=tokenizers/bert.model --text='corpora/*.jsonl' \
+      --control_symbols='[CLS],[SEP],[MASK]'
 
 unigram: SentencePiece, the best default; encodes several times faster than bpe. bpe: trains ten times faster.
 char: one id per character, for tiny experiments. The same files and flags give the same bytes. unigram and bpe models
-give every text back exactly (newlines, tabs, emoji, any script), except the character U+2581.
+give every text back exactly (newlines, tabs, emoji, any script), except the character U+2581. Encoders (BERT, ELECTRA)
+need the control symbols of the last line, in English as in Chinese; <pad> is always there.
 
 Exit status: 0 done, 2 a flag is wrong, 3 a file is missing or damaged.
 """

@@ -46,6 +46,27 @@ def test_value_and_gradient_do_not_depend_on_the_chunk(chunk, z):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.parametrize('chunk', [1, 6, 1000])
+@pytest.mark.parametrize('z', [0.0, 0.01])
+def test_bias_of_the_vocabulary(chunk, z):
+  """As a column of w against a column of ones; its gradient is that column's."""
+  x, w, targets, weights = arrays()
+  bias = jnp.sin(jnp.arange(V, dtype=jnp.float32))
+
+  def given(x, w, bias):
+    return weighted_nll(x, w, targets, weights, chunk, z, bias_V=bias)
+
+  def folded(x, w, bias):
+    ones = jnp.ones((B, T, 1))
+    return weighted_nll(jnp.concatenate([x, ones], -1), jnp.concatenate([w, bias[:, None]], -1), targets, weights, 1, z)
+  np.testing.assert_allclose(given(x, w, bias), folded(x, w, bias), rtol=1e-6)
+  got, want = (jax.grad(lambda *a, f=f: 0.5 * f(*a)[0], (0, 1, 2))(x, w, bias) for f in (given, folded))
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+  assert abs(got[2]).max() > 0.1
+  np.testing.assert_allclose(given(x, w, 0 * bias), weighted_nll(x, w, targets, weights, chunk, z), rtol=1e-6)
+
+
 def test_large_logits_stay_finite():
   x, w, targets, weights = arrays()
   value, grads = jax.value_and_grad(lambda x: weighted_nll(1e4 * x, w, targets, weights)[0])(x)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lm.errors import ConfigError, DataError
-from lm.text import tokenizer as tokenizers
+from lm.text import tokenizer as tokenizers, vocabulary
 
 TEXTS = ['The quick brown fox jumps over the lazy dog.\nIt had 1,234 reasons.\n\n\tIndented, and  twice spaced. \n',
          '天地玄黄，宇宙洪荒。\n日月盈昃，辰宿列张。寒来暑往，秋收冬藏。\n',
@@ -192,3 +192,79 @@ def test_roles_come_from_the_file_beside_tokenizer_json(tmp_path):
       {'bos_token': '<|user|>', 'eos_token': {'content': '<|endoftext|>'}}))
   tokenizer = tokenizers.load(tmp_path / 'hf' / 'tokenizer.json')
   assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_pieces_spell_the_text(kinds, kind):
+  """Put one after another they are the text's bytes; SentencePiece and WordPiece add a space where a word begins."""
+  tokenizer = kinds[kind]
+  pieces = vocabulary.pieces(tokenizer)
+  assert len(pieces) == tokenizer.vocab_size and all(not pieces[i] for i in tokenizer.control.values())
+  for text in ['abb che < d'] if kind == 'wordpiece' else TEXTS[:2]:
+    spelled = b''.join(pieces[i] for i in tokenizer.encode(text)).decode()
+    assert spelled.removeprefix(' ' if kind in ('unigram', 'bpe', 'wordpiece') else '') == text
+
+
+def starts_of(tokenizer, text):
+  starts = vocabulary.word_starts(tokenizer)
+  assert starts.dtype == bool and starts.shape == (tokenizer.vocab_size,)
+  assert not starts[list(tokenizer.control.values())].any()
+  words, pieces = [], vocabulary.pieces(tokenizer)
+  for i in tokenizer.encode(text):
+    words += [b''] if starts[i] or not words else []
+    words[-1] += pieces[i]
+  return [w.decode() for w in words]
+
+
+@pytest.mark.parametrize('kind', ['unigram', 'bpe', 'hf', 'gpt2', 'byte', 'char'])
+def test_words_begin_after_spaces_and_at_every_chinese_character(kinds, kind):
+  words = starts_of(kinds[kind], 'The lazy dog jumps,\nover 天地。')
+  words = [w for w in words if w.strip(' ')]
+  assert [w.strip(' ') for w in words[:5]] == ['The', 'lazy', 'dog', 'jumps', ',']
+  assert ''.join(w.strip(' \n') for w in words[5:]) == 'over天地。'
+  assert [w.strip(' ') for w in words[-3:]] == ['天', '地', '。']
+
+
+def test_words_of_wordpiece(kinds, tmp_path):
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'un', '##aff', '##able', '天', '地', ',', 'a']
+  (tmp_path / 'vocab.txt').write_text('\n'.join(words) + '\n')
+  found = starts_of(tokenizers.load(tmp_path / 'vocab.txt'), 'unaffable, a 天地')
+  assert found == [' unaffable', ' ,', ' a', ' 天', ' 地']
+  assert vocabulary.word_starts(kinds['wordpiece'])[-3:].tolist() == [False] * 3
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_sentence_ends(kinds, kind):
+  pieces = [p.decode(errors='replace') for p in vocabulary.pieces(kinds[kind])]
+  ends, closers = vocabulary.sentence_ends(kinds[kind])
+  assert ends.dtype == closers.dtype == bool and not (ends & closers).any()
+  for i, piece in enumerate(pieces):
+    assert ends[i] == (piece.rstrip(' )]}"\'”’」』）》】〉')[-1:] in tuple('.!?。！？；…｡\n')), piece
+    assert not closers[i] or piece.strip(' ')[0] in ')]}"\'”’」』）》】〉'
+  if kind in ('unigram', 'hf', 'char'):
+    assert {'.', '\n'} <= {p.strip(' ') or p for i, p in enumerate(pieces) if ends[i]}
+
+
+def test_special_ids(kinds, tmp_path):
+  assert vocabulary.special_ids(kinds['wordpiece']) == vocabulary.Special(2, 3, 4, 0)
+  assert vocabulary.special_ids(kinds['unigram']) == vocabulary.Special(cls=2, sep=1, mask=5, pad=0)
+  trained = tokenizers.train_sentencepiece(TEXTS, tmp_path / 'x.model', 340,
+                                           control_symbols=['[CLS]', '[SEP]', '[MASK]'])
+  assert vocabulary.special_ids(trained) == vocabulary.Special(4, 5, 6, 0)
+  assert not np.isin(trained.encode('[CLS] 天地[MASK]<pad>[SEP]'), [0, 4, 5, 6]).any()
+  import tokenizers as hf
+  names = ['<s>', '<pad>', '</s>', '<unk>', '<mask>']
+  model = hf.Tokenizer(hf.models.BPE({n: i for i, n in enumerate([*names, 'a', 'Ġ'])}, []))
+  model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  model.add_special_tokens(names)
+  model.save(str(tmp_path / 'tokenizer.json'))
+  roberta = tokenizers.load(tmp_path / 'tokenizer.json')
+  assert vocabulary.special_ids(roberta) == vocabulary.Special(0, 2, 4, 1)
+  assert vocabulary.pieces(roberta) == [b''] * 5 + [b'a', b' ']
+
+
+@pytest.mark.parametrize('kind', ['byte', 'char', 'bpe', 'hf', 'gpt2'])
+def test_without_a_mask_token_one_line_says_what_to_do(kinds, kind):
+  with pytest.raises(ConfigError, match=r"vocabulary without a mask token.*--control_symbols='\[CLS\]") as error:
+    vocabulary.special_ids(kinds[kind])
+  assert '\n' not in str(error.value)

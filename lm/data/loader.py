@@ -1,6 +1,6 @@
 """Batches as a pure function of (config, seed, step): nothing to save but the step, whatever the number of hosts.
 
-Shapes: B rows of the global batch, T + 1 tokens a row.
+Shapes: B rows of the global batch, T + 1 tokens a row (T for encoders).
 """
 
 from collections.abc import Callable, Iterator
@@ -11,19 +11,21 @@ import json
 import logging
 import os
 import pathlib
-from typing import Any, Literal
+from typing import Any, get_args, Literal
 
 import grain
 import jax
 import numpy as np
 
-from lm.data import corpora, packing, records
+from lm.data import corpora, inputs, packing, records
 from lm.errors import ConfigError, DataError
-from lm.text import tokenizer as tokenizers
+from lm.text import tokenizer as tokenizers, vocabulary
 
 ENDLESS = 2**40  # rows or steps; grain wants a length
-Arrays = dict[str, np.ndarray]  # the fields of `packing.Batch`
-Pick = tuple[int, np.ndarray]  # (number of the dataset, spans of one row)
+Arrays = dict[str, np.ndarray]  # the fields of `packing.Batch` or `inputs.Inputs`
+Batch = packing.Batch | inputs.Inputs
+Packing = Literal['stream', 'fit', 'bert_pairs', 'electra_pairs', 'full_sentences', 'doc_sentences']
+Pick = tuple[int, np.ndarray | inputs.Row]  # (number of the dataset, one planned row)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +38,11 @@ class Config:
     weights: share of the rows that each corpus gives; () = by its training tokens.
     tokenizer: a path (see `lm.text.tokenizer.load`), 'byte', 'char' (built from the raw text), or '' = the one kept
       with the prepared corpus.
-    length: T, targets a row; rows hold T + 1 tokens.
+    length: T, targets a row; rows hold T + 1 tokens, those of encoders T with the special ones.
     batch: rows of the global batch.
     isolate: documents packed into one row do not see each other, and their first tokens are no targets.
-    packing: 'stream' (windows over the joined documents) or 'fit' (whole documents).
+    packing: 'stream' (windows over the joined documents), 'fit' (whole documents), or encoders' `inputs.PACKINGS`.
+    copies: cuts of the corpus that make an epoch of 'bert_pairs' (BERT's dupe_factor).
     split: how raw text is split, see `records.Split`; a prepared dataset has its own.
     validation_fraction: of the raw text.
     threads: batches built ahead, 0 = none; the result does not depend on it.
@@ -51,17 +54,20 @@ class Config:
   length: int = 1024
   batch: int = 8
   isolate: bool = False
-  packing: Literal['stream', 'fit'] = 'stream'
+  packing: Packing = 'stream'
+  copies: int = 10
   split: Literal['hash', 'tail'] = 'hash'
   validation_fraction: float = 0.05
   threads: int = 2
 
   def __post_init__(self):
-    for name, low in (('length', 1), ('batch', 1), ('threads', 0)):
+    if self.packing not in get_args(Packing):
+      raise ConfigError(f'data.packing={self.packing!r}; expected one of {", ".join(get_args(Packing))}')
+    for name, low in (('length', inputs.SHORTEST if self.encoder else 1), ('batch', 1), ('threads', 0), ('copies', 1)):
       if getattr(self, name) < low:
-        raise ConfigError(f'data.{name}={getattr(self, name)}; expected at least {low}')
-    if self.packing not in ('stream', 'fit'):
-      raise ConfigError(f"data.packing={self.packing!r}; expected 'stream' or 'fit'")
+        raise ConfigError(f'data.{name}={getattr(self, name)}; expected at least {low} (packing {self.packing!r})')
+    if self.isolate and self.encoder:
+      raise ConfigError(f'data.isolate=True: rows of {self.packing!r} are one segment; set data.isolate=False')
     if self.weights and (len(self.weights) != len(self.corpora) or min(self.weights) <= 0):
       raise ConfigError(f'data.weights={self.weights}; expected one positive number for each of the '
                         f'{len(self.corpora)} corpora')
@@ -70,6 +76,10 @@ class Config:
   @property
   def corpora(self) -> tuple[str, ...]:
     return (self.corpus,) if isinstance(self.corpus, str) else self.corpus
+
+  @property
+  def encoder(self) -> bool:
+    return self.packing in inputs.PACKINGS
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -80,7 +90,7 @@ class Data:
   seed: int
   tokenizer: tokenizers.Tokenizer
   datasets: tuple[records.Dataset, ...]
-  plans: tuple[packing.Stream | packing.Fit, ...]
+  plans: tuple[packing.Stream | packing.Fit | inputs.Plan, ...]
 
   def tokens(self, split: str = 'train') -> int:
     return sum(d.tokens(split) for d in self.datasets)
@@ -104,17 +114,18 @@ class Data:
     c = self.config
     return {'datasets': [d.sha256 for d in self.datasets], 'tokenizer': self.tokenizer.sha256, 'seed': self.seed,
             'weights': list(self.weights), 'length': c.length, 'batch': c.batch, 'packing': c.packing,
-            'isolate': c.isolate}
+            'isolate': c.isolate} | ({'copies': c.copies} if c.packing == 'bert_pairs' else {})
 
   @functools.cached_property
   def picks(self) -> grain.MapDataset:
     """Row of the run -> (dataset, row of that dataset), mixed in proportion to `weights`: rows are equal in tokens."""
-    return grain.MapDataset.mix([grain.MapDataset.range(ENDLESS).map(functools.partial(_tag, i))
-                                 for i in range(len(self.plans))], self.weights)
+    rows = grain.MapDataset.range(ENDLESS)
+    return grain.MapDataset.mix([rows.map(lambda row, i=i: (i, row)) for i in range(len(self.plans))], self.weights)
 
-
-def _tag(dataset, row):
-  return dataset, row
+  @functools.cached_property
+  def evaluation(self) -> Callable[[str], tuple[packing.Stream | packing.Fit | inputs.Plan, ...]]:
+    """Plans of a split to be read once and in order."""
+    return functools.cache(lambda split: _plans(self.config, self.tokenizer, self.datasets, split, shuffle=False))
 
 
 def prepare(c: Config, cache_dir: str | os.PathLike, *, seed: int = 0) -> Data:
@@ -136,8 +147,13 @@ def prepare(c: Config, cache_dir: str | os.PathLike, *, seed: int = 0) -> Data:
     if d.manifest['tokenizer']['sha256'] != tokenizer.sha256:
       raise ConfigError(f'data.tokenizer={c.tokenizer!r}: not the tokenizer that {d.path} was prepared with (sha256 '
                         f"differs); set data.tokenizer='' to use that one, or prepare the corpus again")
-  plans = tuple(packing.plan(c.packing, d.lengths['train'], c.length, seed) for d in datasets)
-  return Data(c, seed, tokenizer, datasets, plans)
+  return Data(c, seed, tokenizer, datasets, _plans(c, tokenizer, datasets, 'train', seed))
+
+
+def _plans(c, tokenizer, datasets, split, seed=0, shuffle=True):
+  if c.encoder:
+    return inputs.plans(c.packing, datasets, split, tokenizer, c.length, c.copies, seed, shuffle)
+  return tuple(packing.plan(c.packing, d.lengths[split], c.length, seed, shuffle) for d in datasets)
 
 
 def _is_prepared(path: str) -> bool:
@@ -198,32 +214,32 @@ def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
 
 
 def host_batch(data: Data, step: int) -> Arrays:
-  """The whole global batch of one step as numpy arrays [B, T + 1]: what `train_batches` must equal."""
+  """The whole global batch of one step as numpy arrays: what `train_batches` must equal."""
   return _train_arrays(data, np.arange(data.config.batch), step)
 
 
-def train_batches(data: Data, sharding: jax.sharding.Sharding, start_step: int = 0) -> Iterator[packing.Batch]:
+def train_batches(data: Data, sharding: jax.sharding.Sharding, start_step: int = 0) -> Iterator[Batch]:
   """Endless global batches from `start_step` on; each host builds only the rows that its devices hold."""
   return _batches(functools.partial(_train_arrays, data), ENDLESS, data.config.batch, data, sharding, start_step)
 
 
 def eval_steps(data: Data, split: str, batch: int) -> int:
   """Number of batches that `eval_batches` gives."""
-  return -(-sum(p.rows for p in _eval_plans(data, split)) // batch)
+  return -(-sum(p.rows for p in data.evaluation(split)) // batch)
 
 
-def eval_batches(data: Data, split: str, batch: int, sharding: jax.sharding.Sharding) -> Iterator[packing.Batch]:
+def eval_batches(data: Data, split: str, batch: int, sharding: jax.sharding.Sharding) -> Iterator[Batch]:
   """The split once, in order, in batches of `batch` rows; the last is filled up with empty rows (segment 0).
 
   Raises:
     DataError: the split has no target.
   """
-  plans = _eval_plans(data, split)
+  plans = data.evaluation(split)
   ends = np.cumsum([p.rows for p in plans])
   if not ends[-1]:
     raise DataError(f'{", ".join(str(d.path) for d in data.datasets)}: nothing to evaluate in {split!r}; expected at '
                     'least 2 tokens; raise data.validation_fraction')
-  nothing = np.zeros((0, 3), np.int64)
+  nothing = (inputs.Row if data.config.encoder else np.asarray)(np.zeros((0, 3), np.int64))
 
   def arrays(rows, step):
     picks = []
@@ -234,11 +250,6 @@ def eval_batches(data: Data, split: str, batch: int, sharding: jax.sharding.Shar
   return _batches(arrays, eval_steps(data, split, batch), batch, data, sharding, 0)
 
 
-def _eval_plans(data, split):
-  c = data.config
-  return [packing.plan(c.packing, d.lengths[split], c.length, shuffle=False) for d in data.datasets]
-
-
 def _train_arrays(data: Data, rows: np.ndarray, step: int) -> Arrays:
   picks = (data.picks[step * data.config.batch + row] for row in rows.tolist())
   return _fill(data, 'train', [(d, data.plans[d].row(row)) for d, row in picks])
@@ -246,33 +257,36 @@ def _train_arrays(data: Data, rows: np.ndarray, step: int) -> Arrays:
 
 def _fill(data: Data, split: str, picks: list[Pick]) -> Arrays:
   """Reads the tokens of the planned rows, all rows of a dataset in one go."""
-  segments_BT, positions_BT, mask_BT = packing.layout([spans for _, spans in picks], data.config.length + 1,
-                                                      data.config.isolate)
-  ids_BT = np.zeros_like(segments_BT)
+  c, rows = data.config, [row for _, row in picks]
+  if c.encoder:
+    special = vocabulary.special_ids(data.tokenizer)
+    arrays, text_BT = inputs.layout(rows, c.length, special, c.packing in inputs.PAIRS)
+    rows = [row.spans for row in rows]
+  else:
+    arrays, text_BT = packing.blank(rows, c.length + 1, c.isolate)
   for i, dataset in enumerate(data.datasets):
     mine_B = np.array([d == i for d, _ in picks])
     if mine_B.any():
-      spans = np.concatenate([spans for d, spans in picks if d == i])
-      ids_BT[mine_B[:, None] & (segments_BT > 0)] = dataset.read(split, spans)
-  return {'ids_BT': ids_BT, 'segments_BT': segments_BT, 'positions_BT': positions_BT, 'mask_BT': mask_BT}
+      spans = np.concatenate([spans for spans, mine in zip(rows, mine_B, strict=True) if mine])
+      arrays['ids_BT'][mine_B[:, None] & text_BT] = dataset.read(split, spans)
+  return arrays
 
 
 def _batches(arrays: Callable[[np.ndarray, int], Arrays], steps: int, batch: int, data: Data,
-             sharding: jax.sharding.Sharding, start: int) -> Iterator[packing.Batch]:
-  shape = (batch, data.config.length + 1)
+             sharding: jax.sharding.Sharding, start: int) -> Iterator[Batch]:
   try:
-    places = sharding.addressable_devices_indices_map(shape)
+    places = sharding.addressable_devices_indices_map((batch,))
   except ValueError as error:
     raise ConfigError(f'batch={batch}: cannot be divided over the devices ({error}); choose a multiple of mesh.data * '
                       'mesh.fsdp') from error
   rows = np.unique(np.concatenate([np.arange(batch)[index[0]] for index in places.values()]))
 
-  def put(local_BT):
+  def put(local):
     def part(index):
       start, stop, _ = index[0].indices(batch)
       at = int(np.searchsorted(rows, start))
-      return local_BT[at:at + stop - start, index[1]]
-    return jax.make_array_from_callback(shape, sharding, part)
+      return local[at:at + stop - start, *index[1:]]
+    return jax.make_array_from_callback((batch, *local.shape[1:]), sharding, part)
 
   def run():
     ahead = grain.ReadOptions(num_threads=data.config.threads, prefetch_buffer_size=2 * data.config.threads)
@@ -280,7 +294,7 @@ def _batches(arrays: Callable[[np.ndarray, int], Arrays], steps: int, batch: int
     iterator.set_state({'next_index': start})
     try:
       for local in iterator:
-        yield packing.Batch(**{name: put(x) for name, x in local.items()})
+        yield (inputs.Inputs if data.config.encoder else packing.Batch)(**{name: put(x) for name, x in local.items()})
     finally:
       iterator.close()
   return run()

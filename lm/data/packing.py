@@ -55,6 +55,14 @@ def layout(rows: Sequence[np.ndarray], width: int, isolate: bool) -> tuple[np.nd
   return segments_BT, positions_BT, used_BT & (positions_BT > 0)
 
 
+def blank(rows: Sequence[np.ndarray], width: int, isolate: bool) -> tuple[dict[str, np.ndarray], np.ndarray]:
+  """(the fields of `Batch` with ids still 0, bool [B, T + 1]: where the tokens of the spans go)."""
+  segments_BT, positions_BT, mask_BT = layout(rows, width, isolate)
+  arrays = {'ids_BT': np.zeros_like(segments_BT), 'segments_BT': segments_BT, 'positions_BT': positions_BT,
+            'mask_BT': mask_BT}
+  return arrays, segments_BT > 0
+
+
 class Stream:
   """Windows of T + 1 tokens, every T tokens, over the documents one after another (GPT-2, GPT-3, PaLM).
 

@@ -13,8 +13,9 @@ from lm.sharding import constrain
 
 
 def weighted_nll(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array,
-                 chunk: int = 1024, z: float = 0.0) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Sums over positions of weight * (-log softmax(x w^T)[target] + z * logsumexp^2).
+                 chunk: int = 1024, z: float = 0.0, bias_V: jax.Array | None = None
+                 ) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Sums over positions of weight * (-log softmax(x w^T + bias)[target] + z * logsumexp^2).
 
   Args:
     chunk: tokens whose logits exist at once, at most; at least one column of the batch.
@@ -24,43 +25,64 @@ def weighted_nll(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weigh
     (objective, nll, correct): f32 sums over B and T, weighted; objective includes the z-loss and is the only one with a
     gradient; `correct` counts positions whose target has the largest logit. Logits and sums are f32.
   """
-  columns = max(1, min(chunk // x_BTD.shape[0], x_BTD.shape[1]))
-  return _nll(x_BTD, w_VD, targets_BT, weights_BT.astype(jnp.float32), columns, z)
+  return _nll(x_BTD, w_VD, bias_V, targets_BT, weights_BT.astype(jnp.float32), _columns(x_BTD, chunk), z)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def _nll(x_BTD, w_VD, targets_BT, weights_BT, columns, z):
+def sample(keys_B: jax.Array, x_BTD: jax.Array, w_VD: jax.Array, bias_V: jax.Array | None = None, chunk: int = 1024
+           ) -> jax.Array:
+  """ids [B, T] drawn from softmax(x w^T + bias): the largest logit after Gumbel noise, both f32. No gradient.
+
+  Each draw depends on the key of its row and its place there, not on the chunk.
+  """
+  def draw(x_BCD, index_BC, _):
+    noise = lambda key, index: jax.random.gumbel(jax.random.fold_in(key, index), w_VD.shape[:1])
+    noise_BCV = jax.vmap(jax.vmap(noise, (None, 0)))(keys_B, index_BC)
+    return (), (_logits(x_BCD, w_VD, bias_V) + noise_BCV).argmax(-1)
+  x_BTD, w_VD, bias_V = jax.lax.stop_gradient((x_BTD, w_VD, bias_V))
+  index_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1])[None], x_BTD.shape[:2])
+  return sum_chunks(draw, _columns(x_BTD, chunk), x_BTD, index_BT, index_BT, stacked=True)[1]
+
+
+def _columns(x_BTD, chunk):
+  return max(1, min(chunk // x_BTD.shape[0], x_BTD.shape[1]))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _nll(x_BTD, w_VD, bias_V, targets_BT, weights_BT, columns, z):
   """Without a gradient wanted: one matmul a chunk."""
-  return sum_chunks(lambda *xs: _sums(_logits(xs[0], w_VD), *xs[1:], z)[0], columns, x_BTD, targets_BT, weights_BT)
+  return sum_chunks(lambda *xs: _sums(_logits(xs[0], w_VD, bias_V), *xs[1:], z)[0], columns, x_BTD, targets_BT,
+                    weights_BT)
 
 
-def _forward(x_BTD, w_VD, targets_BT, weights_BT, columns, z):
+def _forward(x_BTD, w_VD, bias_V, targets_BT, weights_BT, columns, z):
   """The gradient is formed beside the value, while the chunk's logits are there: recomputing costs a third more."""
   def chunk(x_BCD, targets_BC, weights_BC):
-    logits_BCV = _logits(x_BCD, w_VD)
+    logits_BCV = _logits(x_BCD, w_VD, bias_V)
     sums, (lse_BC, hit_BCV) = _sums(logits_BCV, targets_BC, weights_BC, z)
     p_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
     g_BCV = weights_BC[..., None] * (p_BCV * (1 + 2 * z * lse_BC[..., None]) - hit_BCV)
+    db_V = None if bias_V is None else g_BCV.sum((0, 1))
     g_BCV = constrain(g_BCV.astype(x_BCD.dtype), 'batch', 'length', 'vocab')
     dx_BCD = jnp.einsum('BCV,VD->BCD', g_BCV, w_VD)
     dw_VD = jnp.einsum('BCV,BCD->VD', g_BCV, x_BCD, preferred_element_type=jnp.float32)
-    return (sums, dw_VD), dx_BCD
-  (sums, dw_VD), dx_BTD = sum_chunks(chunk, columns, x_BTD, targets_BT, weights_BT, stacked=True)
-  return sums, (dx_BTD, dw_VD.astype(w_VD.dtype))
+    return (sums, dw_VD, db_V), dx_BCD
+  (sums, dw_VD, db_V), dx_BTD = sum_chunks(chunk, columns, x_BTD, targets_BT, weights_BT, stacked=True)
+  return sums, (dx_BTD, dw_VD.astype(w_VD.dtype), None if bias_V is None else db_V.astype(bias_V.dtype))
 
 
 def _backward(columns, z, residuals, cotangents):
   del columns, z
   g = cotangents[0]
-  dx_BTD, dw_VD = jax.tree.map(lambda d: (d * g).astype(d.dtype), residuals)
-  return dx_BTD, dw_VD, None, None
+  return *jax.tree.map(lambda d: (d * g).astype(d.dtype), residuals), None, None
 
 
 _nll.defvjp(_forward, _backward)
 
 
-def _logits(x_BCD, w_VD):
+def _logits(x_BCD, w_VD, bias_V):
   logits_BCV = jnp.einsum('BCD,VD->BCV', x_BCD, w_VD, preferred_element_type=jnp.float32)
+  if bias_V is not None:
+    logits_BCV = logits_BCV + bias_V.astype(jnp.float32)[None, None]
   return constrain(logits_BCV, 'batch', 'length', 'vocab')
 
 
@@ -79,7 +101,7 @@ def sum_chunks(f, columns, x_BTD, targets_BT, weights_BT, stacked=False):
 
   A remainder is padded with weight 0, so a prime length costs one partly empty chunk.
   """
-  B, T, D = x_BTD.shape
+  B, T = targets_BT.shape
   n = -(-T // columns)
   pad = n * columns - T
   if pad:
@@ -100,4 +122,4 @@ def sum_chunks(f, columns, x_BTD, targets_BT, weights_BT, stacked=False):
     summed, rows = jax.lax.scan(body, zero, xs)
   if not stacked:
     return summed
-  return summed, jnp.moveaxis(rows, 0, 1).reshape(B, n * columns, D)[:, :T]
+  return summed, jnp.moveaxis(rows, 0, 1).reshape(B, n * columns, *rows.shape[3:])[:, :T]
