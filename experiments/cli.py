@@ -62,8 +62,9 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
     summary = run.run(c, task(c), values.workdir, values.resume_with_changes)
     if jax.process_index() == 0:
       print(json.dumps(summary, indent=1))
-      print(f'done: {values.workdir}/curves.png shows the loss; sample with: python -m scripts.sample '
-            f'--model={values.workdir} --prompt="..."')
+      more = '' if c.data.encoder else (
+          f'; sample with: python -m scripts.sample --model={values.workdir} --prompt="..."')
+      print(f'done: {values.workdir}/curves.png shows the loss{more}')
 
   def more_help() -> str:
     fields = '\n'.join(f'  {k}={v!r}' for k, v in config.flatten(by_name[values.config]()).items())

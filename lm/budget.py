@@ -26,6 +26,8 @@ PEAK = {
     'TPU v6 lite': 918e12,
 }
 
+_BLOCKS = r'^((generator|discriminator)/)?(blocks|final_norm|project|relative|conv)/'
+
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
@@ -39,17 +41,18 @@ class Flops:
     return self.matmul + self.attention
 
 
-def training_flops(specs: params.Tree, heads_times_dim: int, layers: int, length: int) -> Flops:
+def training_flops(specs: params.Tree, heads_times_dim: int, layers: int, length: int, predicted: float = 1.0) -> Flops:
   """6 x (matmul parameters, the output matrix counted once) + 12 L (N H) T a token (PaLM App. B).
 
-  Tables that are only looked up (tokens when untied, positions) do no matmul.
+  Tables that are only looked up (tokens when untied, positions) do no matmul. `predicted` is the share of the tokens
+  for which the output is formed, as in masked language modelling.
   """
   tree = params.flatten(specs)
-  tied = 'unembed' not in tree
   matmul = sum(params.count({k: s}) for k, s in tree.items()
-               if re.match('blocks/', k) and len(s.shape) >= 3 and not k.endswith('_bias'))
-  output = tree['embed/tokens' if tied else 'unembed']
-  return Flops(6.0 * (matmul + params.count({'w': output})), 12.0 * layers * heads_times_dim * length)
+               if re.match('blocks/|conv/', k) and len(s.shape) >= 3 and not re.search('_bias$|/position_', k))
+  if predicted:
+    matmul += predicted * params.count({'w': tree['unembed' if 'unembed' in tree else 'embed/tokens']})
+  return Flops(6.0 * matmul, 12.0 * layers * heads_times_dim * length)
 
 
 def peak_flops(device: jax.Device) -> float:
@@ -87,9 +90,9 @@ def table(specs: params.Tree) -> str:
 def counts(specs: params.Tree) -> dict[str, int]:
   """Exact numbers of parameters by group; 'total' counts tied matrices once."""
   groups = {
-      'embeddings': params.count(specs, r'^embed/'),
-      'blocks': params.count(specs, r'^(blocks|final_norm)/'),
-      'heads': params.count(specs, r'^(?!(embed|blocks|final_norm)/)'),
+      'embeddings': params.count(specs, r'^(\w+/)?embed/'),
+      'blocks': params.count(specs, _BLOCKS),
+      'heads': params.count(specs, rf'^(?!(\w+/)?embed/)(?!{_BLOCKS[1:]})'),
   }
   total = sum(groups.values())
   return groups | {'total': total, 'without embeddings': total - groups['embeddings'],

@@ -40,6 +40,7 @@ class Config:
     weight_decay: decoupled and times the learning rate: p <- p - lr * (update + weight_decay * p).
     no_decay: leaves without weight decay; by default norms and biases.
     clip: largest global norm of the gradient; 0 = no bound.
+    networks: patterns of leaves that are clipped by a norm of their own, as by an optimizer of their own (DeBERTa-v3).
     multipliers: (pattern, factor) of the learning rate, first match wins; a factor may be a tuple of one per layer.
     freeze: leaves that do not train; '' = none.
     microbatches: parts in which a step takes its batch.
@@ -58,6 +59,7 @@ class Config:
   weight_decay: float = 0.1
   no_decay: str = r'(scale|bias)$'
   clip: float = 1.0
+  networks: tuple[str, ...] = ()
   multipliers: tuple[tuple[str, float | tuple[float, ...]], ...] = ()
   freeze: str = ''
   microbatches: int = 1
@@ -74,11 +76,15 @@ class Config:
     _check('decay_steps', self.decay_steps, 0 <= self.decay_steps <= left, f'0 to optim.steps - optim.warmup = {left}')
     _check('min_lr', self.min_lr, self.min_lr <= self.lr, f'at most optim.lr={self.lr}')
     for name, pattern in (('no_decay', self.no_decay), ('freeze', self.freeze),
+                          *(('networks', pattern) for pattern in self.networks),
                           *(('multipliers', pattern) for pattern, _ in self.multipliers)):
       try:
         re.compile(pattern)
       except re.error as error:
         raise ConfigError(f'optim.{name}: {pattern!r} is no regular expression ({error}); correct it') from error
+    if self.networks and self.name == 'muon':
+      raise ConfigError("optim.networks: 'muon' clips all leaves by one norm; set optim.networks=() or another "
+                        'optim.name')
     for _, factor in self.multipliers:
       for f in factor if isinstance(factor, tuple) else (factor,):
         _check('multipliers', f, 0 <= f < math.inf, 'finite factors, at least 0')
@@ -120,6 +126,17 @@ def schedule(c: Config) -> Callable[[int | jax.Array], jax.Array]:
   return rate
 
 
+def layer_decay(layers: int, decay: float, as_in_paper: bool = False) -> tuple[tuple[str, Any], ...]:
+  """`multipliers` that lower the rate by `decay` a layer below the head (ELECTRA; google-research optimization.py).
+
+  The code counts a pooler that is no longer there, so that the last layer has decay^2 (its issue 51); `as_in_paper`
+  gives that layer `decay`.
+  """
+  top = layers + (1 if as_in_paper else 2)
+  return ((r'^(embed|project|relative|conv)/', decay**top),
+          ('^blocks/', tuple(decay ** (top - 1 - i) for i in range(layers))))
+
+
 def trainable_mask(c: Config, tree: params.Tree) -> params.Tree:
   """Tree of bools for `params.split`: False where `c.freeze` matches the path.
 
@@ -144,15 +161,15 @@ def make(c: Config, specs: params.Tree) -> optax.GradientTransformationExtraArgs
   where the bool scalar `ok` is False, updates are 0 and the state stays, whatever the gradients hold.
 
   Raises:
-    ConfigError: a multiplier that matches no leaf, or has not one factor a layer; Muon without a matrix to take.
+    ConfigError: a pattern that matches no leaf, a multiplier without one factor a layer; Muon without a matrix.
   """
   if c.lr == 0:
     warnings.warn('optim.lr: 0; no parameter will change; expected a positive rate', stacklevel=2)
   leaves = params.flatten(specs)
   factors = {path: _factor(c, path, leaf.shape) for path, leaf in leaves.items()}
-  for pattern, _ in c.multipliers:
+  for name, pattern in (*(('networks', p) for p in c.networks), *(('multipliers', p) for p, _ in c.multipliers)):
     if not any(re.search(pattern, path) for path in leaves):
-      raise ConfigError(f'optim.multipliers: {pattern!r} matches no parameter; expected part of a path such as '
+      raise ConfigError(f'optim.{name}: {pattern!r} matches no parameter; expected part of a path such as '
                         f'{next(iter(leaves))!r}')
   adam = _adam(c, factors)
   return adam if c.name != 'muon' else _muon(c, factors, _matrices(leaves), adam)
@@ -178,10 +195,19 @@ def _decay(c, path):
 
 
 def _clip(c, grads, norm):
-  """What to multiply the gradient by so that its global norm is at most `c.clip`."""
+  """path -> what to multiply the gradient by so that its network's norm is at most `c.clip`."""
   if not c.clip:
-    return 1.0
-  return jnp.minimum(1.0, c.clip / (optax.tree.norm(grads) if norm is None else norm))
+    return lambda path: 1.0
+  network = lambda path: next((pattern for pattern in c.networks if re.search(pattern, path)), '')
+  if c.networks:
+    groups = {}
+    for path, g in params.flatten(grads).items():
+      groups.setdefault(network(path), []).append(g)
+    norms = {name: optax.tree.norm(group) for name, group in groups.items()}
+  else:
+    norms = {'': optax.tree.norm(grads) if norm is None else norm}
+  factors = {name: jnp.minimum(1.0, c.clip / n) for name, n in norms.items()}
+  return lambda path: factors[network(path)]
 
 
 def _adam(c: Config, factors: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
@@ -198,9 +224,11 @@ def _adam(c: Config, factors: dict[str, Any]) -> optax.GradientTransformationExt
     # Scalars, so that the loops below hold one multiplication each for clipping and bias correction.
     unbias1, unbias2 = (1.0, 1.0) if c.name == 'adam_no_bias_correction' else (
         1 / (1 - c.b1**count), 1 / (1 - c.b2**count))
-    mu = jax.tree.map(lambda m, g: keep(c.b1 * m + (1 - c.b1) * (clip * g), m), state.mu, grads)
+    scaled = lambda path, g: clip(path) * g
+    mu = params.map_with_path(lambda path, m, g: keep(c.b1 * m + (1 - c.b1) * scaled(path, g), m), state.mu, grads)
     # Not square(g): the compiler would share it with the norm's square, and store it.
-    nu = jax.tree.map(lambda v, g: keep(c.b2 * v + (1 - c.b2) * (clip * g) * (clip * g), v), state.nu, grads)
+    nu = params.map_with_path(lambda path, v, g: keep(c.b2 * v + (1 - c.b2) * scaled(path, g) * scaled(path, g), v),
+                              state.nu, grads)
 
     def step(path, p, m, v):
       direction = m * unbias1 / (jnp.sqrt(v * unbias2) + c.eps) + _decay(c, path) * p
@@ -248,7 +276,7 @@ def _muon(c, factors, matrices, adam) -> optax.GradientTransformationExtraArgs:
     norm = optax.tree.norm(grads) if norm is None and c.clip else norm
     clip = _clip(c, grads, norm)
     (my_grads, rest_grads), (mine, rest) = halves(grads), halves(tree)
-    updates, new = muon.update(jax.tree.map(lambda g: clip * g, my_grads), state['muon'], mine)
+    updates, new = muon.update(params.map_with_path(lambda path, g: clip(path) * g, my_grads), state['muon'], mine)
     updates = params.map_with_path(lambda path, u: factors[path] * u, updates)
     if ok is not None:
       updates = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros_like(u)), updates)

@@ -3,10 +3,11 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 
-from lm import budget, nn, run
+from lm import budget, nn, run, sharding
 from lm.errors import ConfigError
 from lm.kernels import attention
 from lm.losses import ar
@@ -23,14 +24,19 @@ class Config(run.Config):
     if self.data.length > self.model.length:
       raise ConfigError(f'data.length={self.data.length} is more than model.length={self.model.length} positions; '
                         f'lower data.length or raise model.length')
-    for axis in ('heads', 'kv_heads', 'mlp', 'vocab'):
-      if getattr(self.model, axis) % self.mesh.tensor and not (axis == 'kv_heads' and self.model.kv_heads == 1):
-        raise ConfigError(f'mesh.tensor={self.mesh.tensor} does not divide model.{axis}={getattr(self.model, axis)}; '
-                          f'choose a divisor')
-    if self.model.embed % self.mesh.fsdp:
-      raise ConfigError(f'mesh.fsdp={self.mesh.fsdp} does not divide model.embed={self.model.embed}; choose a divisor')
-    if self.mesh.pipe > 1:
-      raise ConfigError(f'mesh.pipe={self.mesh.pipe}: decoders run without a pipeline; set mesh.pipe=1')
+    check_mesh(self.mesh, self.model)
+
+
+def check_mesh(mesh: sharding.Config, model: Any, where: str = 'model') -> None:
+  """Raises ConfigError where a dimension of `model`, the config at `where`, cannot be divided as `mesh` says."""
+  for name, axes in (('tensor', ('heads', 'kv_heads', 'mlp', 'vocab')), ('fsdp', ('embed', 'width'))):
+    for axis in axes:
+      size, ways = getattr(model, axis, 0), getattr(mesh, name)
+      if size % ways and not (axis == 'kv_heads' and size == 1):  # a single key head is on every device
+        axis = 'token_embed' if axis == 'width' else axis
+        raise ConfigError(f'mesh.{name}={ways} does not divide {where}.{axis}={size}; choose a divisor')
+  if mesh.pipe > 1:
+    raise ConfigError(f'mesh.pipe={mesh.pipe}: models run without a pipeline; set mesh.pipe=1')
 
 
 def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.Task:

@@ -35,6 +35,7 @@ from lm import (
 )
 from lm.data import loader
 from lm.errors import ConfigError, Diverged
+from lm.text.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Task:
     loss: for training. eval_loss: the same without dropout.
     vocab: rows of the embedding: the tokenizer must fit it.
     flops: FLOPs of one training token.
+    bind: the task once its tokenizer is known, where the losses need ids of special tokens; the same parameters.
   """
 
   specs: params.Tree
@@ -81,6 +83,7 @@ class Task:
   eval_loss: train.Loss
   vocab: int
   flops: budget.Flops
+  bind: Callable[[Tokenizer], 'Task'] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +128,9 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
     _refuse(c, workdir, resume_with_changes)
     data = loader.prepare(c.data, workdir / 'data', seed=c.seed)
     loader.check(data, task.vocab)
+    if task.bind:
+      task = task.bind(data.tokenizer)
+      parts = build(c, task)
     evaluate = _evaluation(c, parts, abstract, data)
     start, state, meta = _start(c, task, parts, abstract, data, workdir, resume_with_changes)
     if start >= c.optim.steps or (meta['finished'] and not resume_with_changes):
@@ -230,9 +236,9 @@ def _evaluation(c, parts, abstract, data):
 
 
 def _validation(sums, data):
-  """Sums over the validation split -> 'val_<metric>' means (NaN of nothing), and bits per byte of its raw text."""
+  """Sums over the validation split -> 'val_<metric>' means (NaN of nothing); a decoder's bits per byte."""
   values = {f'val_{k}': float(t.total) / float(t.weight) if t.weight else math.nan for k, t in sums.items()}
-  if 'loss' in sums and data.utf8_bytes('validation'):
+  if 'loss' in sums and data.utf8_bytes('validation') and not data.config.encoder:
     values['val_bits_per_byte'] = float(sums['loss'].total) / math.log(2) / data.utf8_bytes('validation')
   return values
 

@@ -40,6 +40,9 @@ def load(path: str | os.PathLike, best: bool = True) -> Model:
   if kind == 'gguf':
     return Model(*gguf.load(path))
   c, p = hf.load(path)
+  if not isinstance(c, decoder.Config):
+    raise ConfigError(f'{path}: the config is of an encoder; expected a decoder, which generates text; name another '
+                      'model')
   return Model(c, p, _tokenizer(path))
 
 
@@ -49,7 +52,7 @@ def params_from(path: str | os.PathLike, abstract: params.Tree) -> params.Tree:
   Raises:
     ConfigError: a leaf is missing, is one too many or has another shape; the message names it.
   """
-  have, want = load(path).params, params.flatten(abstract)
+  have, want = hf.load(path)[1] if kind_of(path) == 'hf' else load(path).params, params.flatten(abstract)
   got = params.flatten(have)
   for name in sorted(want.keys() | got.keys()):
     a, b = want.get(name), got.get(name)
@@ -84,10 +87,14 @@ def _workdir(path, best):
   except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
     raise CheckpointError(f'{path / "config.json"}: {type(error).__name__}: {error}; expected the config of a decoder '
                           'run; name another model') from error
-  specs = decoder.specs(c)
+  return Model(c, restore(path, decoder.specs(c), ranked), _tokenizer(path / 'tokenizer'))
+
+
+def restore(workdir: str | os.PathLike, specs: params.Tree, first: int | None = None) -> params.Tree:
+  """A workdir's parameters for `specs` on the default device: of step `first`, else of the newest that is whole."""
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  p = _intact(path / 'checkpoints', params.abstract(specs, jax.tree.map(lambda _: here, specs)), ranked)
-  return Model(c, p, _tokenizer(path / 'tokenizer'))
+  abstract = params.abstract(specs, jax.tree.map(lambda _: here, specs))
+  return _intact(pathlib.Path(workdir) / 'checkpoints', abstract, first)
 
 
 def _intact(folder, abstract, first):

@@ -3,11 +3,16 @@ r"""Training speed of the same GPT-2 shapes in this package and in PyTorch, in t
   python -m scripts.bench_train                       # this package alone
   python -m scripts.bench_train --peer=torch          # needs the oracle extras; interleaved, prints the ratio
   python -m scripts.bench_train --peer=torch --shapes=6x384 --rounds=10
+  python -m scripts.bench_train --peer=torch --model=deberta      # or bert, electra: base width, B 4, T 256
 
 Both sides run whole steps in f32: forward, backward, clip to norm 1, AdamW with decoupled decay, no dropout, random
 ids. Each side lives in a process of its own with all cores; they take turns, a round at a time, so drift of the
 machine's speed hits both. Prints the medians over the rounds: tokens/s, the ratio, peak memory, and the share of the
 machine's own f32 matmul rate (measured between the rounds) that the model's FLOPs amount to.
+
+Encoders (--model) take the pretraining step of experiments/{bert,electra,deberta}.py (masking, dropout .1, heads) at
+12 x 768, against the same models of transformers with 15% of the labels set; ELECTRA's is generator, draw and
+discriminator on both sides. BERT is without next sentences, DeBERTa is v1 without its mask decoder, as transformers'.
 """
 
 import json
@@ -28,8 +33,10 @@ SHAPES = {  # layers, embed, heads, T, B, V
     '6x384': (6, 384, 6, 256, 16, 65),
     '12x768': (12, 768, 12, 512, 4, 50257),
 }
+ENCODER = 4, 256  # B, T of scripts.bench_encoder
 _PEER = flags.DEFINE_enum('peer', 'none', ['none', 'torch'], 'Whom to compare with.')
 _SHAPES = flags.DEFINE_list('shapes', ['6x384', '12x768'], f'Which of {", ".join(SHAPES)}.')
+_MODEL = flags.DEFINE_enum('model', 'gpt', ['gpt', 'bert', 'electra', 'deberta'], 'What is trained.')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
 _STEPS = flags.DEFINE_integer('steps', 0, 'Steps a turn; 0 = about ten seconds.', lower_bound=0)
 _SET = flags.DEFINE_multi_string('set', [], 'Changes to this package\'s config, e.g. --set model.scan_layers=True.')
@@ -45,13 +52,16 @@ def main(argv: list[str]) -> None:
     _serve({'lm': _lm, 'torch': _torch, 'matmul': _matmul}[_WORKER.value](*SHAPES[_SHAPES.value[0]]))
     return
   print(f'{"shape":8} {"side":6} {"tokens/s":>9} {"min":>7} {"max":>7} {"peak MiB":>9} {"of matmul":>9}')
+  if _MODEL.value != 'gpt':
+    _compare(_MODEL.value, *ENCODER)
+    return
   for shape in _SHAPES.value:
-    _compare(shape)
+    layers, embed, _, T, B, V = SHAPES[shape]
+    _compare(shape, B, T, 6 * (12 * layers * embed**2 + V * embed) + 12 * layers * embed * T)  # PaLM App. B
 
 
-def _compare(shape):
-  layers, embed, _, T, B, V = SHAPES[shape]
-  flops = 6 * (12 * layers * embed**2 + V * embed) + 12 * layers * embed * T  # a token, PaLM App. B
+def _compare(shape, B, T, flops=None):
+  """flops: of a training token; None = as this package's worker counts them."""
   sides = ['lm'] + ([_PEER.value] if _PEER.value != 'none' else [])
   workers = {side: _Worker(side, shape) for side in [*sides, 'matmul']}
   steps = _STEPS.value or max(1, round(10 / max(w.ask(1)['seconds'] for s, w in workers.items() if s in sides)))
@@ -60,6 +70,7 @@ def _compare(shape):
     for side, worker in workers.items():
       n = 3 if side == 'matmul' else steps
       rates[side].append(n * (1 if side == 'matmul' else B * T) / worker.ask(n)['seconds'])
+  flops = flops or workers['lm'].ask(0)['flops']
   peak = 2 * 2048**3 * statistics.median(rates['matmul'])
   for side in sides:
     median = statistics.median(rates[side])
@@ -78,8 +89,12 @@ class _Worker:
   """A process that runs steps when asked: {'seconds', 'peak'} in JSON, a line each way."""
 
   def __init__(self, side, shape):
-    command = [sys.executable, '-m', 'scripts.bench_train', f'--worker={side}', f'--shapes={shape}']
-    command += [f'--set={item}' for item in _SET.value]
+    command = [sys.executable, '-m', 'scripts.bench_train', f'--worker={side}']
+    if _MODEL.value == 'gpt':
+      command.append(f'--shapes={shape}')
+    elif side != 'matmul':
+      command = [sys.executable, '-m', 'scripts.bench_encoder', f'--side={side}', f'--model={_MODEL.value}']
+    command += [f'--set={item}' for item in _SET.value if side == 'lm']
     self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                      env=os.environ | {'JAX_PLATFORMS': 'cpu'})
     self.ask(2)  # compile and warm up

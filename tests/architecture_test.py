@@ -12,7 +12,8 @@ FLOORS = (
     'errors config params sharding nn kernels',
     'models text data',
     'losses peft optim budget scaling',
-    'host train pipeline checkpoint seal weights decode rollout loop logs evaluate run pretrain',
+    'host train pipeline checkpoint seal weights decode rollout loop logs evaluate run pretrain '
+    'pretrain_encoder finetune',
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 FILES = sorted(p.relative_to(ROOT).as_posix() for top in ('lm', 'experiments', 'scripts')

@@ -319,3 +319,39 @@ def test_set_takes_the_nested_tuples():
   c = config.override(optim.Config(), "multipliers=(('embed', 0.1), ('blocks', (1, 0.5)))")
   assert c.multipliers == (('embed', 0.1), ('blocks', (1.0, 0.5)))
   assert config.from_json(optim.Config, config.to_json(c)) == c
+
+
+def test_layer_decay_is_the_electra_codes():
+  (embeddings, low), (blocks, factors) = optim.layer_decay(12, 0.8)
+  np.testing.assert_allclose([low, factors[0], factors[-1]], [0.0439805, 0.0549756, 0.64], rtol=1e-5)
+  assert optim.layer_decay(12, 0.8, as_in_paper=True)[1][1][-1] == pytest.approx(0.8)
+  tree = {'embed': {'tokens': params.Spec((4, 2), ('vocab', 'embed'))}, 'classify': params.Spec((2,), (None,)),
+          'blocks': {'mlp': {'up': params.Spec((12, 2, 2), ('layers', 'embed', 'mlp'))}}}
+  c = optim.Config(lr=1.0, schedule='constant', weight_decay=0.0, clip=0.0, multipliers=optim.layer_decay(12, 0.8))
+  p = jax.tree.map(lambda s: jnp.ones(s.shape), tree)
+  tx = optim.make(c, tree)
+  updates, _ = jax.jit(tx.update)(p, tx.init(p), p)
+  assert -float(updates['classify'][0]) == pytest.approx(1, rel=1e-4)
+  assert -float(updates['embed']['tokens'][0, 0]) == pytest.approx(0.8**14, rel=1e-4)
+  np.testing.assert_allclose(-updates['blocks']['mlp']['up'][:, 0, 0], 0.8 ** np.arange(13, 1, -1), rtol=1e-4)
+  assert embeddings.startswith('^(embed') and blocks == '^blocks/'
+
+
+def test_networks_are_clipped_each_by_its_own_norm():
+  """Two networks under one optimizer move as each would under its own."""
+  p = {'generator': {'w': jnp.ones((3, 2))}, 'discriminator': {'w': jnp.ones((3, 2)), 'v': jnp.ones(2)}}
+  g = jax.tree.map(lambda x: 5.0 * x, p) | {'generator': {'w': jnp.full((3, 2), 0.01)}}
+  c = optim.Config(lr=0.1, schedule='constant', eps=1e-2, clip=1.0)
+  both = optim.make(dataclasses.replace(c, networks=('^generator/', '^discriminator/')), p)
+  updates, _ = jax.jit(both.update)(g, both.init(p), p)
+  for name, half in p.items():
+    tx = optim.make(c, half)
+    want, _ = jax.jit(tx.update)(g[name], tx.init(half), half)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), updates[name], want)
+  one = optim.make(c, p)
+  other, _ = jax.jit(one.update)(g, one.init(p), p)
+  assert not np.allclose(other['generator']['w'], updates['generator']['w'])
+  with pytest.raises(ConfigError, match='optim.networks'):
+    optim.Config(name='muon', networks=('a',))
+  with pytest.raises(ConfigError, match=r"optim.networks: 'x/' matches no parameter"):
+    optim.make(dataclasses.replace(c, networks=('x/',)), p)

