@@ -17,7 +17,6 @@ import dataclasses
 import functools
 import json
 import pathlib
-import types
 from typing import Any
 
 from absl import flags
@@ -26,7 +25,7 @@ import matplotlib
 import numpy as np
 
 from experiments import cli
-from lm import checkpoint, config, finetune, loop, optim, params, pretrain_encoder, run, weights
+from lm import checkpoint, config, finetune, loop, optim, params, pretrain_encoder, run
 from lm.data import corpora, labelled, loader
 from lm.errors import ConfigError
 from lm.kernels import attention
@@ -82,7 +81,7 @@ def main(_: list[str]) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   sets, classes = labelled.sets(corpora.find(_REVIEWS.value), tokenizers.load(_TOKENIZER.value), c.review)
   untrained = jax.jit(functools.partial(params.init, encoder.specs(shape(c))))(jax.random.key(0))
-  results = [{'name': 'none', 'tokens': 0, 'flops': 0.0} | tune(c, sets, classes, encoder, shape(c), untrained)]
+  results = [{'name': 'none', 'tokens': 0, 'flops': 0.0} | tune(c, sets, classes, shape(c), untrained)]
   flops = pretraining(c, NAMES[0], c.steps)[1].flops.total
   for equal in ('tokens', 'FLOPs'):
     for name in NAMES[equal == 'FLOPs':]:
@@ -91,9 +90,9 @@ def main(_: list[str]) -> None:
       place = workdir / f'{name.replace(" ", "_")}_{steps}'
       print(f'{name}, {steps} steps (same {equal} as masked words)', flush=True)
       summary = run.run(run_config, task, place)
-      body = network(run_config.model, weights.restore(place, task.specs))
+      body, p, _ = pretrain_encoder.load(place, best=False)
       numbers = {k: summary[k] for k in ('tokens', 'flops', 'wall_s', 'val_loss')}
-      results.append({'name': name, 'equal': equal} | numbers | tune(c, sets, classes, *body))
+      results.append({'name': name, 'equal': equal} | numbers | tune(c, sets, classes, body, p))
   report(workdir, results)
 
 
@@ -123,20 +122,12 @@ def pretraining(c: Config, name: str, steps: int) -> tuple[pretrain_encoder.Conf
   return made, pretrain_encoder.task(made)
 
 
-def network(model: Any, p: params.Tree) -> tuple[types.ModuleType, Any, params.Tree]:
-  """(family, config, parameters) of the encoder that is fine-tuned: of a pair, the discriminator."""
-  if isinstance(model, electra.Config):
-    return encoder, model.discriminator, electra.discriminator(p)
-  return (deberta if isinstance(model, deberta.Config) else encoder), model, p
-
-
-def tune(c: Config, sets: dict[str, labelled.Set], classes: list[str], family: types.ModuleType, model: Any,
-         p: params.Tree) -> dict[str, Any]:
+def tune(c: Config, sets: dict[str, labelled.Set], classes: list[str], model: Any, p: params.Tree) -> dict[str, Any]:
   """Accuracy on the held-out reviews after `c.epochs`, for each of `c.seeds` orders and heads."""
   steps = c.epochs * (len(sets['train']) // 32)
   settings = optim.Config(lr=c.tuning_lr, schedule='linear', warmup=steps // 10, steps=steps, b2=0.98,
                           weight_decay=0.01)
-  options = {'attend': attention.attend} if family is encoder else {}
+  family, options = (deberta, {}) if isinstance(model, deberta.Config) else (encoder, {'attend': attention.attend})
   found = finetune.classifier(family, model, p, sets, len(classes), settings, batch=32, seeds=c.seeds, **options)
   return {'accuracy': float(np.mean(found)), 'accuracies': found}
 

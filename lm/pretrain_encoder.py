@@ -8,16 +8,20 @@ without `tokens` is good for all but training, and `run` binds it.
 from collections.abc import Callable
 import dataclasses
 import functools
+import json
+import os
+import pathlib
 from typing import Any
 
 import jax
 
-from lm import budget, nn, pretrain, run, train
-from lm.data import masking
-from lm.errors import ConfigError
+from lm import budget, checkpoint, config, nn, params, pretrain, run, train, weights
+from lm.data import inputs, masking
+from lm.errors import CheckpointError, ConfigError
 from lm.kernels import attention
 from lm.losses import mlm, rtd
 from lm.models import deberta, deberta_pair, electra, encoder, heads
+from lm.text import tokenizer as tokenizers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +99,53 @@ def task(c: Config, tokens: masking.Tokens | None = None, attend: Callable[..., 
     return run.Task(specs, _unbound, _unbound, vocab, flops,
                     bind=lambda tokenizer: task(c, masking.tokens(tokenizer), attend))
   return run.Task(specs, loss(c.model, tokens), loss(_quiet(c.model), tokens), vocab, flops)
+
+
+def trained_in(workdir: str | os.PathLike) -> bool:
+  """Is it the workdir of an encoder's run?"""
+  try:
+    saved = json.loads((pathlib.Path(workdir) / 'config.json').read_bytes())
+    return saved['config']['data']['packing'] in inputs.PACKINGS
+  except (OSError, ValueError, KeyError, TypeError):
+    return False
+
+
+def load(workdir: str | os.PathLike, best: bool = True) -> weights.Model:
+  """The encoder of a run with the heads that fine-tuning or transformers can use: of a pair, the discriminator.
+
+  Raises:
+    CheckpointError: no config of an encoder's run, or no intact checkpoint.
+  """
+  workdir = pathlib.Path(workdir)
+  try:
+    saved = json.loads((workdir / 'config.json').read_bytes())['config']
+    names = set(saved['model']), 'decoder' in saved, 'nsp' in saved
+    kind = next(k for k in (Masked, Disentangled, Replaced, DisentangledReplaced) if names == (
+        _fields(type(_defaults(k)['model'])), 'decoder' in _fields(k), 'nsp' in _fields(k)))
+    c = config.from_json(kind, saved)
+  except (OSError, ValueError, KeyError, TypeError, StopIteration, ConfigError) as error:
+    raise CheckpointError(f'{workdir / "config.json"}: {type(error).__name__}: {error}; expected the config of an '
+                          "encoder's run; name another model") from error
+  first = checkpoint.best(workdir / 'checkpoints', c.checkpoint.metric, c.checkpoint.mode) if best else None
+  return weights.Model(*network(c.model, weights.restore(workdir, task(c).specs, first)),
+                       tokenizers.load(workdir / 'tokenizer'))
+
+
+def network(model: Any, p: params.Tree) -> tuple[Any, params.Tree]:
+  """(config, parameters) of the encoder that is kept after pretraining; what served that alone is left out."""
+  if isinstance(model, electra.Config):
+    return model.discriminator, electra.discriminator(p)
+  if isinstance(model, deberta_pair.Config):
+    model, p = model.discriminator, deberta_pair.discriminator(p, model)
+  return model, {k: v for k, v in p.items() if not (isinstance(model, deberta.Config) and k in ('decoder', 'rtd'))}
+
+
+def _fields(cls):
+  return _defaults(cls).keys()
+
+
+def _defaults(cls):
+  return {f.name: f.default for f in dataclasses.fields(cls)}
 
 
 def _unbound(*unused: Any) -> train.Loss:

@@ -4,7 +4,7 @@ import json
 import os
 import pathlib
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -17,9 +17,9 @@ _TOKENIZERS = ('*.model', 'tokenizer.json', 'vocab.*', 'encoder.json', 'char.jso
 
 
 class Model(NamedTuple):
-  """A decoder's config, f32 parameters on the default device, and its tokenizer (None where it has none)."""
+  """A model's config, f32 parameters on the default device, and its tokenizer (None where it has none)."""
 
-  config: decoder.Config
+  config: Any
   params: params.Tree
   tokenizer: tokenizers.Tokenizer | None
 

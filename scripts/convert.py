@@ -1,12 +1,13 @@
-r"""Converts a decoder: from a workdir, a Hugging Face folder or a GGUF file, to a Hugging Face folder or a workdir.
+r"""Converts a model: from a workdir, a Hugging Face folder or a GGUF file, to a Hugging Face folder or a workdir.
 
   python -m scripts.convert --from=runs/gpt2 --to=hf --out=export/gpt2              # for transformers, vLLM, ...
   python -m scripts.convert --from=SmolLM2-135M-Instruct.Q4_1.gguf --out=smollm2
   python -m scripts.convert --from=smollm2 --to=workdir --out=runs/smollm2          # one sealed checkpoint, step 0
 
-GPT2LMHeadModel and LlamaForCausalLM are what can be written and read; weights are f32, whatever they were. Every tensor
-is accounted for, and an option that the model here lacks (rope scaling, sliding windows, ...) is refused by name.
-The tokenizer goes along. Training (init_from) and sampling read all three kinds as they are: no need to convert first.
+GPT2LMHeadModel and LlamaForCausalLM are what can be written and read; weights are f32, whatever they were. Of a run of
+an encoder, BERT's, RoBERTa's, ELECTRA's (the discriminator) or DeBERTa's class is written. Every tensor is accounted
+for, and an option that the model here lacks (rope scaling, sliding windows, ...) is refused by name. The tokenizer goes
+along. Training (init_from) and sampling read all three kinds as they are: no need to convert first.
 
 Exit status: 0 done, 2 a flag or an option of the model, 3 the tokenizer, 4 damaged weights or nowhere to write.
 """
@@ -19,7 +20,7 @@ import pathlib
 from absl import flags
 
 from experiments import cli
-from lm import checkpoint, config, params, pretrain, weights
+from lm import checkpoint, config, params, pretrain, pretrain_encoder, weights
 from lm.data import loader
 from lm.errors import CheckpointError, ConfigError
 from lm.models import hf
@@ -39,7 +40,10 @@ def main(_: list[str]) -> None:
   out = pathlib.Path(os.path.abspath(_OUT.value))
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise CheckpointError(f'--out={out}: exists and is not empty; expected a new folder; choose another name')
-  model = weights.load(_FROM.value, best=not _NEWEST.value)
+  encoder = pretrain_encoder.trained_in(_FROM.value)
+  if encoder and _TO.value == 'workdir':
+    raise ConfigError(f'--to=workdir: {_FROM.value} is one already; expected --to=hf')
+  model = (pretrain_encoder if encoder else weights).load(_FROM.value, best=not _NEWEST.value)
   if _TOKENIZER.value:
     model = model._replace(tokenizer=tokenizer.load(_TOKENIZER.value))
   if _TO.value == 'hf':
@@ -51,7 +55,8 @@ def main(_: list[str]) -> None:
   tok = model.tokenizer
   print(f'{out}: {params.count(model.params):,} parameters, '
         + (f'{tok.kind} tokenizer of {tok.vocab_size:,} ids' if tok else 'no tokenizer; --tokenizer=PATH sends one'))
-  print(f'next: python -m scripts.sample --model={out} --prompt="..."')
+  if not encoder:
+    print(f'next: python -m scripts.sample --model={out} --prompt="..."')
 
 
 def _workdir(out: pathlib.Path, model: weights.Model) -> None:

@@ -15,7 +15,6 @@ from lm.data import inputs, masking
 from lm.errors import ConfigError, Preempted
 from lm.text import tokenizer as tokenizers
 
-
 # With all heads of pretraining; DeBERTa's are published without.
 COUNTS = {'bert_base': 110_106_428, 'bert_large': 336_226_108, 'roberta_base': 124_697_433,
           'roberta_large': 355_412_057, 'electra_small': 14_196_219, 'electra_base': 119_386_427,
