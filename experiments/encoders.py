@@ -9,7 +9,7 @@ r"""Does it pay to learn from all positions? Masked words, replaced tokens and D
 Three encoders of one shape are pretrained on the same text: by masked language modelling (RoBERTa), by replaced-token
 detection (ELECTRA), and by masked language modelling with disentangled attention (DeBERTa); once with the same tokens,
 once with the FLOPs of the first. Each, and one that was not pretrained, is then fine-tuned to tell positive from
-negative reviews. Writes table.md, results.json and encoders.png into the workdir; what is done is not done again. The
+negative reviews. Writes table.md, results.json and encoders.png into the workdir; a pretraining that is done is not done again. The
 claim under test is ELECTRA's (arXiv:2003.10555 §3.3): a loss on all tokens learns more from each than one on 15%.
 """
 
@@ -53,7 +53,7 @@ class Config:
 
 
 def cpu() -> Config:
-  """4 layers of 192, five pretrainings of about 1.2M tokens; about half an hour on two CPU cores."""
+  """4 layers of 192, five pretrainings of about 1.2M tokens."""
   return Config()
 
 
