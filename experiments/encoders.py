@@ -9,8 +9,9 @@ r"""Does it pay to learn from all positions? Masked words, replaced tokens and D
 Three encoders of one shape are pretrained on the same text: by masked language modelling (RoBERTa), by replaced-token
 detection (ELECTRA), and by masked language modelling with disentangled attention (DeBERTa); once with the same tokens,
 once with the FLOPs of the first. Each, and one that was not pretrained, is then fine-tuned to tell positive from
-negative reviews. Writes table.md, results.json and encoders.png into the workdir; a pretraining that is done is not done again. The
-claim under test is ELECTRA's (arXiv:2003.10555 §3.3): a loss on all tokens learns more from each than one on 15%.
+negative reviews. Writes table.md, results.json and encoders.png into the workdir; a pretraining that is done is not
+done again. The claim under test is ELECTRA's (arXiv:2003.10555 §3.3): a loss on all tokens learns more from each than
+one on 15%.
 """
 
 import dataclasses
