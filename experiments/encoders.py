@@ -45,7 +45,7 @@ class Config:
   layers: int = 4
   embed: int = 192
   heads: int = 6
-  steps: int = 600
+  steps: int = 500
   epochs: int = 2
   seeds: int = 1
   review: int = 48
@@ -54,13 +54,13 @@ class Config:
 
 
 def cpu() -> Config:
-  """4 layers of 192, five pretrainings of about 1.2M tokens."""
+  """4 layers of 192, five pretrainings of about 1M tokens."""
   return Config()
 
 
 def longer() -> Config:
   """The same encoders on ten times as many tokens."""
-  return Config(steps=6000, seeds=3)
+  return Config(steps=5000, seeds=3)
 
 
 CONFIGS = {f.__name__: f for f in (cpu, longer)}
