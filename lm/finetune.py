@@ -66,7 +66,6 @@ def _accuracy(evaluate: Callable[..., Any], p, examples, batch):
 
 def _loss(family, model, options):
   def logits(p, ids_BT, *, segments_BT, key):
-    fold = lambda i: None if key is None else jax.random.fold_in(key, i)
-    x_BTD = family.apply(p, model, ids_BT, segments_BT=segments_BT, key=fold(0), **options)
-    return heads.classify(p['classify'], x_BTD[:, 0], 'tanh', model.dropout.classifier, fold(1))
+    x_BTD = family.apply(p, model, ids_BT, segments_BT=segments_BT, key=nn.fold(key, 0), **options)
+    return heads.classify(p['classify'], x_BTD[:, 0], 'tanh', model.dropout.classifier, nn.fold(key, 1))
   return functools.partial(classify.loss, logits=logits)

@@ -4,6 +4,7 @@ Shapes: B batch, T query length, S key length, D model, N query heads, K key/val
 R rotary half (H // 2). Norms and softmax are computed in f32 whatever the activations' dtype, and cast back.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import math
@@ -12,6 +13,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from lm import sharding
 from lm.errors import ConfigError
 
 NEVER = -1e30  # a logit that softmax turns into zero; finite, so that a row with no key stays finite
@@ -64,6 +66,38 @@ def _dot_backward(equation, residuals, g):
 
 
 _dot.defvjp(lambda equation, x, w: (_dot(equation, x, w), (x, w)), _dot_backward)
+
+
+def dots(ws: Sequence[jax.Array], x: jax.Array, equations: Sequence[str]) -> tuple[jax.Array, ...]:
+  """`dot` of one x with several weights, such as those of queries, keys and values.
+
+  Where weights are divided over devices, each has a part of the derivative by x from each weight. These are summed
+  before devices add theirs up: one array is sent and not one a weight.
+  """
+  if sharding.local() or not all(isinstance(w, jax.Array) for w in ws):
+    return tuple(dot(w, x, equation) for w, equation in zip(ws, equations, strict=True))
+  return _dots(tuple(equations), x, tuple(ws))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _dots(equations, x, ws):
+  return tuple(jnp.einsum(equation, x, w.astype(x.dtype)) for w, equation in zip(ws, equations, strict=True))
+
+
+def _dots_backward(equations, residuals, gs):
+  x, ws = residuals
+  pairs = [_dot_backward(equation, (x, w), g) for equation, w, g in zip(equations, ws, gs, strict=True)]
+  # The first dimension that a weight adds (heads, mlp) is what devices divide; a single key head is on all of them.
+  first = x.ndim - 1
+  divided = [i for i, g in enumerate(gs) if g.shape[first] > 1]
+  heads = min(gs[i].shape[first] for i in divided)
+  g = jnp.concatenate([gs[i].reshape(*x.shape[:-1], heads, -1) for i in divided], axis=-1)
+  w = jnp.concatenate([ws[i].reshape(x.shape[-1], heads, -1).astype(x.dtype) for i in divided], axis=-1)
+  dx = jnp.einsum('...KX,DKX->...D', g, w)
+  return sum((pairs[i][0] for i in range(len(gs)) if i not in divided), dx), tuple(dw for _, dw in pairs)
+
+
+_dots.defvjp(lambda equations, x, ws: (_dots(equations, x, ws), (x, ws)), _dots_backward)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
@@ -126,11 +160,53 @@ def relative_scores(w: jax.Array, content_NH: jax.Array, position_NH: jax.Array,
   return q_BTNH + content, jnp.take_along_axis(scores_BNTX, index, axis=-1) * H**-0.5
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-  """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); identity without a key."""
+@struct.dataclass
+class Keys:
+  """Randomness of some rows of a batch: what is drawn for a row depends on its number in the whole batch.
+
+  It does not depend on the rows beside it, so dropout is the same on every mesh and in microbatches of any size.
+
+  Attributes:
+    shared: a key, for what all rows have in common.
+    rows_B: int32, the rows' numbers.
+  """
+
+  shared: jax.Array
+  rows_B: jax.Array
+
+
+Key = jax.Array | Keys  # a plain key counts the rows at hand from 0
+
+
+def fold(key: Key | None, i: int | jax.Array) -> Key | None:
+  """Another key of the same kind, for the i-th use; None stays None, which means: no randomness."""
+  if isinstance(key, Keys):
+    return key.replace(shared=jax.random.fold_in(key.shared, i))
+  return None if key is None else jax.random.fold_in(key, i)
+
+
+def shared(key: Key | None) -> jax.Array | None:
+  """The plain key behind either kind."""
+  return key.shared if isinstance(key, Keys) else key
+
+
+def row_keys(key: Key, rows: int, heads: int | None = None) -> jax.Array:
+  """A plain key for each of the B = `rows` rows, [B], or for each head of each, [B, heads]."""
+  rows_B = key.rows_B if isinstance(key, Keys) else jnp.arange(rows)
+  keys_B = jax.vmap(jax.random.fold_in, (None, 0))(shared(key), rows_B)
+  each = jax.vmap(jax.random.fold_in, (None, 0))
+  return keys_B if heads is None else jax.vmap(each, (0, None))(keys_B, jnp.arange(heads))
+
+
+def dropout(x: jax.Array, rate: float, key: Key | None) -> jax.Array:
+  """Zeroes each element with probability `rate` and scales the rest by 1 / (1 - rate); identity without a key.
+
+  The first dimension of x is the batch.
+  """
   if rate == 0.0 or key is None:
     return x
-  return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), jnp.zeros_like(x))
+  keep = jax.vmap(lambda k: jax.random.bernoulli(k, 1 - rate, x.shape[1:]))(row_keys(key, x.shape[0]))
+  return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
 
 
 @struct.dataclass
@@ -177,7 +253,7 @@ class Mask:
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, bias_BNTS: jax.Array | None = None,
-           scale: float | None = None, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+           scale: float | None = None, rate: float = 0.0, key: Key | None = None) -> jax.Array:
   """Reference attention, softmax(q k^T * scale + bias) v -> [B, T, N, H] (arXiv:1706.03762 eq. 1).
 
   Holds the whole [B, N, T, S]. N must be a multiple of K: each key head serves N // K query heads (arXiv:2305.13245).

@@ -244,7 +244,7 @@ def _matrices(specs: dict[str, Any]) -> dict[str, optax.contrib.MuonDimensionNum
   """
   found = {}
   for path, spec in specs.items():
-    axes = [i for i, axis in enumerate(getattr(spec, 'axes', ())) if axis not in ('layers', 'stage')]
+    axes = [i for i, axis in enumerate(getattr(spec, 'axes', ())) if axis != 'layers']
     if len(axes) < 2 or len(axes) == len(spec.axes):
       continue
     if spec.axes[axes[0]] == 'embed':

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from lm import budget, nn, run, sharding
+from lm import budget, nn, parallel, pipeline, run
 from lm.errors import ConfigError
 from lm.kernels import attention
 from lm.losses import ar
@@ -24,19 +24,24 @@ class Config(run.Config):
     if self.data.length > self.model.length:
       raise ConfigError(f'data.length={self.data.length} is more than model.length={self.model.length} positions; '
                         f'lower data.length or raise model.length')
-    check_mesh(self.mesh, self.model)
+    check_mesh(self, self.model)
 
 
-def check_mesh(mesh: sharding.Config, model: Any, where: str = 'model') -> None:
-  """Raises ConfigError where a dimension of `model`, the config at `where`, cannot be divided as `mesh` says."""
+def check_mesh(c: run.Config, model: Any, where: str = 'model') -> None:
+  """Raises ConfigError where a dimension of `model`, the config at `where`, cannot be divided as `c.mesh` says."""
+  mesh = c.mesh
   for name, axes in (('tensor', ('heads', 'kv_heads', 'mlp', 'vocab')), ('fsdp', ('embed', 'width'))):
     for axis in axes:
       size, ways = getattr(model, axis, 0), getattr(mesh, name)
       if size % ways and not (axis == 'kv_heads' and size == 1):  # a single key head is on every device
         axis = 'token_embed' if axis == 'width' else axis
         raise ConfigError(f'mesh.{name}={ways} does not divide {where}.{axis}={size}; choose a divisor')
+  if mesh.sequence and c.data.length % mesh.tensor:
+    raise ConfigError(f'mesh.tensor={mesh.tensor} does not divide data.length={c.data.length}, as mesh.sequence=True '
+                      'asks; choose a divisor')
   if mesh.pipe > 1:
-    raise ConfigError(f'mesh.pipe={mesh.pipe}: models run without a pipeline; set mesh.pipe=1')
+    rows = c.data.batch // c.optim.microbatches // (mesh.data * mesh.fsdp)
+    pipeline.check(model.layers, mesh.pipe, mesh.stage_microbatches, mesh.rounds, rows)
 
 
 def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.Task:
@@ -50,10 +55,11 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
 def _loss(c, model, attend):
   return functools.partial(
       ar.loss, c=c.loss, head=lambda p: decoder.head(p, model),
-      apply=functools.partial(_apply, model=model, attend=attend, isolate=c.data.isolate))
+      apply=functools.partial(_apply, model=model, attend=attend, isolate=c.data.isolate,
+                              stack=parallel.stack(c.mesh, decoder.specs(model)['blocks'], model.dtype)))
 
 
-def _apply(p, ids_BT, *, positions_BT, segments_BT, key, model, attend, isolate):
+def _apply(p, ids_BT, *, positions_BT, segments_BT, key, model, attend, isolate, stack):
   """Without isolation a row is one document for attention too: no mask but the causal one, padding comes last."""
   return decoder.apply(p, model, ids_BT, positions_BT=positions_BT, segments_BT=segments_BT if isolate else None,
-                       key=key, attend=attend or nn.attend)
+                       key=key, attend=attend or nn.attend, stack=stack)

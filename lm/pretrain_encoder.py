@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-from lm import budget, checkpoint, config, nn, params, pretrain, run, train, weights
+from lm import budget, checkpoint, config, nn, parallel, params, pretrain, run, train, weights
 from lm.data import inputs, masking
 from lm.errors import CheckpointError, ConfigError
 from lm.kernels import attention
@@ -37,7 +37,7 @@ class _Encoder(run.Config):
       if self.data.length > model.length:
         raise ConfigError(f'data.length={self.data.length} is more than {where}.length={model.length} positions; lower '
                           f'data.length or raise {where}.length')
-      pretrain.check_mesh(self.mesh, model, where)
+      pretrain.check_mesh(self, model, where)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +171,12 @@ def _masked(c, attend):
     specs |= {'pooler': heads.pooler_specs(model.embed, model.std), 'nsp': heads.nsp_specs(model.embed, model.std)}
 
   def loss(model, tokens):
+    stack = parallel.stack(c.mesh, specs['blocks'], model.dtype)
     if disentangled:
       apply, nsp = (deberta.decode_masked if c.decoder else deberta.apply), None
-      forward = lambda p, ids_BT, **arrays: apply(p, model, ids_BT, **arrays)
+      forward = lambda p, ids_BT, **arrays: apply(p, model, ids_BT, stack=stack, **arrays)
     else:
-      forward = lambda p, ids_BT, **arrays: encoder.apply(p, model, ids_BT, attend=attend, **arrays)
+      forward = lambda p, ids_BT, **arrays: encoder.apply(p, model, ids_BT, attend=attend, stack=stack, **arrays)
       nsp = (lambda p, x_BTD: heads.nsp(p['nsp'], heads.pooler(p['pooler'], x_BTD))) if c.nsp else None
     return functools.partial(mlm.loss, apply=forward, head=_words(model), c=c.loss, tokens=tokens, nsp=nsp)
   # The enhanced mask decoder goes through the last block twice.
@@ -190,6 +191,8 @@ def _replaced(c, attend):
 
   def loss(model, tokens):
     G, D = model.generator, model.discriminator
+    ours, theirs = (parallel.stack(c.mesh, specs[name]['blocks'], network.dtype)
+                    for name, network in (('generator', G), ('discriminator', D)))
     if disentangled:
       generator, discriminator = deberta_pair.generator, lambda p: deberta_pair.discriminator(p, model)
       generate, detect = deberta.decode_masked, deberta.apply
@@ -199,10 +202,10 @@ def _replaced(c, attend):
 
     def discriminate(p, ids_BT, **arrays):
       tree = discriminator(p)
-      return heads.rtd(tree['rtd'], detect(tree, D, ids_BT, **arrays), D.activation, D.norm_eps)
+      return heads.rtd(tree['rtd'], detect(tree, D, ids_BT, stack=theirs, **arrays), D.activation, D.norm_eps)
     words = _words(G)
     return functools.partial(_with_loss, functools.partial(
-        rtd.loss, apply=lambda p, ids_BT, **arrays: generate(generator(p), G, ids_BT, **arrays),
+        rtd.loss, apply=lambda p, ids_BT, **arrays: generate(generator(p), G, ids_BT, stack=ours, **arrays),
         head=lambda p, x_BPD: words(generator(p), x_BPD), discriminate=discriminate, c=c.loss, tokens=tokens))
   network = deberta if disentangled else encoder
   deep = dataclasses.replace(c.model.generator, layers=c.model.generator.layers + disentangled)  # as in `_masked`

@@ -28,6 +28,7 @@ from lm import (
   logs,
   loop as loop_lib,
   optim as optim_lib,
+  parallel,
   params,
   sharding,
   train,
@@ -58,10 +59,10 @@ class Config:
   published: float | None = None
 
   def __post_init__(self):
-    rows = self.optim.microbatches * self.mesh.data * self.mesh.fsdp
+    rows = self.optim.microbatches * self.mesh.rows
     if self.data.batch % rows:
       raise ConfigError(f'data.batch={self.data.batch} is not divisible by optim.microbatches x mesh.data x mesh.fsdp '
-                        f'= {rows}; choose data.batch as a multiple of {rows}')
+                        f'x mesh.pipe = {rows}; choose data.batch as a multiple of {rows}')
     if not 0 <= self.seed < 2**32:
       raise ConfigError(f'seed={self.seed}; expected 0 <= seed < 2**32')
 
@@ -102,10 +103,12 @@ def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Par
   """Mesh, optimizer, shardings, and the jitted step and evaluation; compiles nothing yet."""
   mesh = sharding.make_mesh(c.mesh, devices)
   tx, trainable = optim_lib.make(c.optim, task.specs), optim_lib.trainable_mask(c.optim, task.specs)
-  with sharding.use(mesh):
-    places = train.shardings(task.specs, tx, trainable, mesh)
-  step = jax.jit(train.make_step(task.loss, tx, c.optim.microbatches), donate_argnums=0, out_shardings=(places, None))
-  evaluate = jax.jit(train.make_eval(lambda s, batch, key: task.eval_loss(params.join(s.params, s.frozen), batch, key)),
+  places = train.shardings(task.specs, tx, trainable, mesh, c.mesh.zero)
+  layout = parallel.layout(mesh, c.mesh, task.specs, trainable)
+  step = jax.jit(train.make_step(task.loss, tx, c.optim.microbatches, layout), donate_argnums=0,
+                 out_shardings=(places, None))
+  metrics = train.make_eval(task.eval_loss, layout)
+  evaluate = jax.jit(lambda state, *rest: metrics(params.join(state.params, state.frozen), *rest),
                      out_shardings=sharding.replicated(mesh))
   return Parts(mesh, tx, trainable, places, step, evaluate)
 
@@ -121,10 +124,10 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
   if workdir.exists() and not workdir.is_dir():
     raise ConfigError(f'--workdir: {workdir} is a file; expected a directory, or a new name; choose another --workdir')
   parts = build(c, task)
-  abstract = _abstract(task, parts)
+  abstract = abstract_state(task, parts)
   nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
   checkpoint_lib.preflight(workdir / 'checkpoints', nbytes, c.checkpoint)
-  with checkpoint_lib.lock(workdir), loop_lib.Signals() as signals, sharding.use(parts.mesh):
+  with checkpoint_lib.lock(workdir), loop_lib.Signals() as signals, sharding.use(parts.mesh, c.mesh.sequence):
     _refuse(c, workdir, resume_with_changes)
     data = loader.prepare(c.data, workdir / 'data', seed=c.seed)
     loader.check(data, task.vocab)
@@ -162,7 +165,7 @@ def describe(c: Config, task: Task) -> str:
   return budget.table(task.specs) + '\n\n' + budget.columns(groups)
 
 
-def _abstract(task, parts):
+def abstract_state(task: Task, parts: Parts) -> train.State:
   """The state as `jax.ShapeDtypeStruct`s on the mesh."""
   shapes = jax.eval_shape(lambda: train.init(task.specs, parts.tx, parts.trainable, jax.random.key(0)))
   return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, parts.state)

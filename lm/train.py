@@ -1,6 +1,7 @@
 """One training step for every objective: exact under microbatches, data parallelism, padding and packing.
 
-Shapes: B rows of the global batch, M microbatches. A batch is any tree of arrays whose first dimension is B.
+Shapes: B rows of the global batch, M microbatches. A batch is any tree of arrays whose first dimension is B. On a mesh
+a `lm.parallel.Layout` says how rows are spread and sums taken.
 """
 
 from collections.abc import Callable
@@ -12,10 +13,10 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from lm import params, sharding
+from lm import nn, parallel, params, sharding
 from lm.losses import Term
 
-Loss = Callable[[params.Tree, Any, jax.Array | None], tuple[dict[str, Term], dict[str, Term]]]
+Loss = Callable[[params.Tree, Any, nn.Key | None], tuple[dict[str, Term], dict[str, Term]]]
 Metrics = dict[str, jax.Array]
 
 
@@ -49,10 +50,13 @@ def state_of(p: params.Tree, tx: optax.GradientTransformation, trainable: params
   return State(jnp.int32(0), train, frozen, tx.init(train), jnp.int32(0))
 
 
-def shardings(specs: params.Tree, tx: optax.GradientTransformation, trainable: params.Tree, mesh: Mesh) -> State:
-  """A `State` of `NamedSharding`: optimizer moments live where their parameters do."""
+def shardings(specs: params.Tree, tx: optax.GradientTransformation, trainable: params.Tree, mesh: Mesh, zero: int = 3
+              ) -> State:
+  """A `State` of `NamedSharding`: optimizer moments live where their parameters do, but are divided over fsdp even
+  where those are only from ZeRO's stage 3 on."""
   shape = jax.eval_shape(lambda: init(specs, tx, trainable, jax.random.key(0)))
-  return sharding.like(shape, specs, mesh)
+  train, frozen = params.split(sharding.shardings(specs, mesh, fsdp=zero == 3), trainable)
+  return sharding.like(shape, specs, mesh).replace(params=train, frozen=frozen)
 
 
 def objective(terms: dict[str, Term], weights: dict[str, jax.Array]) -> jax.Array:
@@ -60,20 +64,22 @@ def objective(terms: dict[str, Term], weights: dict[str, jax.Array]) -> jax.Arra
   return sum(t.scale * _mean(t.total, weights[name]) for name, t in terms.items())
 
 
-def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, microbatches: int = 1
-              ) -> Callable[[State, Any, jax.Array], tuple[State, Metrics]]:
+def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, microbatches: int = 1,
+              layout: parallel.Layout = parallel.ALONE) -> Callable[[State, Any, jax.Array], tuple[State, Metrics]]:
   """step(state, batch, key) -> (state, metrics), to be jitted with the state donated.
 
-  The key is folded with the step and the microbatch, so a resumed run draws what the straight run drew. A step whose
-  objective or gradient is not finite leaves parameters and optimizer as they were; `tx` sees to that (`optim.make`): it
-  is told the gradient's norm and whether all is finite.
+  The key is folded with the step, and for each row with its number in the batch: a resumed run draws what the straight
+  run drew, and neither microbatches nor the mesh change it. A step whose objective or gradient is not finite leaves
+  parameters and optimizer as they were; `tx` sees to that (`optim.make`): it is told the gradient's norm and whether
+  all is finite.
 
   Metrics, f32 scalars: the loss's own (mean over the global batch), 'objective', 'grad_norm', 'skipped'.
   """
+  gradient = accumulate(loss, microbatches, layout)
+
   def step(state: State, batch: Any, key: jax.Array) -> tuple[State, Metrics]:
     key = jax.random.fold_in(key, state.step)
-    gradient = accumulate(lambda p, b, k: loss(params.join(p, state.frozen), b, k), microbatches)
-    grads, value, metrics = gradient(state.params, batch, key)
+    grads, value, metrics = gradient(state.params, batch, key, state.frozen)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, norm=norm, ok=finite)
@@ -83,42 +89,57 @@ def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, microbatche
   return step
 
 
-def accumulate(loss: Loss, microbatches: int):
-  """gradient(params, batch, key) -> (grads, objective, metrics) of the whole batch, a microbatch in memory at a time.
+def accumulate(loss: Loss, microbatches: int = 1, layout: parallel.Layout = parallel.ALONE):
+  """gradient(params, batch, key, frozen=None) -> (grads, objective, metrics) of the batch, a microbatch at a time.
 
   Weights are summed over the whole batch before any gradient is formed: a scan that returns only them, in which the
   compiler keeps no matmul because weights do not depend on parameters.
   """
-  def one(p, batch, key, weights):
-    terms, metrics = loss(p, batch, key)
-    weights = {k: t.weight for k, t in terms.items()} if weights is None else weights
+  def terms_of(p, frozen, batch, key):
+    return loss(layout.gather(p if frozen is None else params.join(p, frozen)), batch, key)
+
+  def one(p, frozen, batch, key, weights):
+    terms, metrics = terms_of(p, frozen, batch, key)
+    weights = layout.total({k: t.weight for k, t in terms.items()}) if weights is None else weights
     return objective(terms, jax.lax.stop_gradient(weights)), metrics
+  value_and_grad = jax.value_and_grad(one, has_aux=True)
 
-  def gradient(p, batch, key):
+  def gradient(p, frozen, batch, key, rows_B):
     if microbatches == 1:
-      (value, metrics), grads = jax.value_and_grad(one, has_aux=True)(p, batch, jax.random.fold_in(key, 0), None)
-      return grads, value, _means(metrics)
-    parts = jax.tree.map(lambda x: _microbatches(x, microbatches), batch)
-    keys = jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(microbatches))
-    per_part = jax.lax.map(lambda bk: {k: t.weight for k, t in loss(p, *bk)[0].items()}, (parts, keys))
-    weights = jax.tree.map(lambda w: w.sum(0), per_part)
+      sums, grads = value_and_grad(p, frozen, batch, nn.Keys(key, rows_B), None)
+      grads = layout.each(grads)
+    else:
+      parts, rows_MB = jax.tree.map(lambda x: _microbatches(x, microbatches), (batch, rows_B))
+      weigh = lambda part: {k: t.weight for k, t in terms_of(p, frozen, part[0], nn.Keys(key, part[1]))[0].items()}
+      weights = layout.total(jax.tree.map(lambda w: w.sum(0), jax.lax.map(weigh, (parts, rows_MB))))
 
-    def part(batch_key):
-      (value, metrics), grads = jax.value_and_grad(one, has_aux=True)(p, *batch_key, weights)
-      return grads, value, metrics
-    shapes = jax.eval_shape(part, jax.tree.map(lambda x: x[0], (parts, keys)))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
-    (grads, value, metrics), _ = jax.lax.scan(lambda sum_, x: (jax.tree.map(jnp.add, sum_, part(x)), None), zero,
-                                              (parts, keys))
-    return grads, value, _means(metrics)
-  return gradient
+      def of(part):
+        sums, grads = value_and_grad(p, frozen, part[0], nn.Keys(key, part[1]), weights)
+        return sums, layout.each(grads)
+      shapes = jax.eval_shape(of, jax.tree.map(lambda x: x[0], (parts, rows_MB)))
+      zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+      (sums, grads), _ = jax.lax.scan(lambda total, part: (jax.tree.map(jnp.add, total, of(part)), None), zero,
+                                      (parts, rows_MB))
+    value, metrics = layout.total(sums)
+    return layout.last(grads), (value, _means(metrics))
+  whole = layout.spread(gradient, gradient=True)
+
+  def of_batch(p, batch, key, frozen=None):
+    grads, (value, metrics) = whole(p, frozen, batch, key)
+    return grads, value, metrics
+  return of_batch
 
 
-def make_eval(loss: Loss) -> Callable[..., dict[str, Term]]:
+def make_eval(loss: Loss, layout: parallel.Layout = parallel.ALONE) -> Callable[..., dict[str, Term]]:
   """evaluate(params, batch, key, sums or None) -> sums of the loss's metrics so far, kept on the device."""
+  def metrics(p, frozen, batch, key, rows_B):
+    del frozen
+    return layout.total(loss(layout.gather(p), batch, None if key is None else nn.Keys(key, rows_B))[1])
+  spread = layout.spread(metrics, gradient=False)
+
   def evaluate(p, batch, key, sums=None):
-    metrics = loss(p, batch, key)[1]
-    return metrics if sums is None else jax.tree.map(jnp.add, sums, metrics)
+    found = spread(p, None, batch, key)
+    return found if sums is None else jax.tree.map(jnp.add, sums, found)
   return evaluate
 
 

@@ -215,7 +215,7 @@ def test_moments_live_where_their_parameters_do(name):
   placed = params.flatten(sharding.like(state, specs, mesh))
   moments = [s.spec for path, s in placed.items() if path.endswith('blocks/up')]
   assert len(moments) == (1 if name == 'muon' else 2)
-  assert set(moments) == {sharding.spec_of(('layers', 'embed', 'mlp'))}
+  assert set(moments) == {sharding.partition(('layers', 'embed', 'mlp'))}
 
 
 @pytest.mark.parametrize('name', ['adamw', 'muon'])

@@ -23,12 +23,12 @@ def mesh(**axes):
 @pytest.mark.parametrize('axes, want', [
     (('embed', 'mlp'), P('fsdp', 'tensor')), (('vocab', 'embed'), P('tensor', 'fsdp')),
     (('layers', 'heads', 'head_dim', 'embed'), P(None, 'tensor', None, 'fsdp')),
-    ((None, 'embed'), P(None, 'fsdp')), (('stage', 'layers'), P('pipe', None)),
+    ((None, 'embed'), P(None, 'fsdp')), (('layers', 'embed'), P('pipe', 'fsdp')),
     (('batch', 'length', 'embed'), P(('data', 'fsdp'), None, None)),  # fsdp is taken by the batch
     (('batch', 'length', 'vocab'), P(('data', 'fsdp'), None, 'tensor')), ((), P()),
 ])
 def test_rules(axes, want):
-  assert sharding.spec_of(axes) == want
+  assert sharding.partition(axes) == want
 
 
 def test_mesh_has_all_axes_in_order():

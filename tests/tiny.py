@@ -12,7 +12,7 @@ import signal
 import jax
 import numpy as np
 
-from lm import budget, checkpoint, config, loop, optim, params, pretrain, run
+from lm import budget, checkpoint, config, loop, nn, optim, params, pretrain, run
 from lm.data import loader
 from lm.losses import ar
 
@@ -57,8 +57,7 @@ def task(vocab: int = 258, embed: int = 8, drop: float = 0.2) -> run.Task:
   def loss(rate):
     def apply(p, ids_BT, *, positions_BT, segments_BT, key):
       x_BTD = p['embed']['tokens'][ids_BT]
-      if rate and key is not None:
-        x_BTD = x_BTD * jax.random.bernoulli(key, 1 - rate, x_BTD.shape) / (1 - rate)
+      x_BTD = nn.dropout(x_BTD, rate, key)
       return x_BTD * jax.numpy.where((positions_BT == DEAF).any(), jax.numpy.nan, 1.0)
     return lambda p, batch, key: ar.loss(p, batch, key, apply=apply, head=lambda q: q['unembed'], c=ar.Config())
   return run.Task(specs, loss(drop), loss(0.0), vocab, budget.Flops(6.0 * vocab * embed, 0.0))

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import config, nn, params, pretrain, run, sharding, train
+from lm import config, params, pretrain, run, sharding, train
 from lm.data.packing import Batch
 from lm.losses import Term
 from lm.models import decoder
@@ -76,39 +76,6 @@ def test_the_pass_for_weights_holds_no_matmul():
   def weights_only(p, batch):
     return {k: t.weight for k, t in task.loss(p, batch, jax.random.key(0))[0].items()}
   assert ' dot(' not in jax.jit(weights_only).lower(p, make_batch()).compile().as_text()
-
-
-@pytest.mark.parametrize('mesh', [{'data': 8}, {'fsdp': 8}, {'tensor': 4, 'data': 2},
-                                  {'data': 2, 'fsdp': 2, 'tensor': 2}],
-                         ids=str)
-def test_any_mesh_equals_one_device(mesh):
-  c = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, dropout=nn.Dropout(0.1, 0.1, 0.1)))
-  c = dataclasses.replace(c, optim=dataclasses.replace(c.optim, microbatches=2))
-  _, want, want_norms, _ = steps(c, 30)
-  state, got, got_norms, parts = steps(dataclasses.replace(c, mesh=sharding.Config(**mesh)), 30)
-  assert got[0] == pytest.approx(want[0], rel=1e-5)
-  assert got_norms[0] == pytest.approx(want_norms[0], rel=1e-4)
-  np.testing.assert_allclose(got, want, rtol=1e-3)
-  q = state.params['blocks']['attn']['q']
-  ways = mesh.get('fsdp', 1) * mesh.get('tensor', 1)
-  assert q.addressable_shards[0].data.size == q.size // ways
-  assert state.opt_state.mu['blocks']['attn']['q'].addressable_shards[0].data.size == q.size // ways
-
-
-@pytest.mark.parametrize('kv_heads', [4, 1])  # one key head cannot be divided: it is on every device
-@pytest.mark.parametrize('mesh', [{'data': 8}, {'fsdp': 8}, {'tensor': 4, 'fsdp': 2}], ids=str)
-def test_gradients_on_any_mesh(mesh, kv_heads):
-  task = pretrain.task(dataclasses.replace(CONFIG, mesh=sharding.Config(**mesh),
-                                           model=dataclasses.replace(MODEL, kv_heads=kv_heads)))
-  p = params.init(task.specs, jax.random.key(0))
-  grad = train.accumulate(task.loss, 1)
-  want = jax.jit(grad)(p, make_batch(), jax.random.key(1))
-  placed = sharding.make_mesh(sharding.Config(**mesh))
-  with sharding.use(placed):
-    got = jax.jit(grad)(jax.device_put(p, sharding.shardings(task.specs, placed)),
-                        jax.device_put(make_batch(), sharding.batch_sharding(placed)), jax.random.key(1))
-  assert float(got[1]) == pytest.approx(float(want[1]), rel=1e-5)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), got[0], want[0])
 
 
 def test_no_recompilation_after_the_first_step():

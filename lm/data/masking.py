@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from lm import nn
 from lm.data.inputs import Inputs
 from lm.errors import ConfigError
 from lm.text import vocabulary
@@ -102,7 +103,7 @@ class Masked:
   weights_BP: jax.Array
 
 
-def corrupt(inputs: Inputs, key: jax.Array | None, c: Config, t: Tokens) -> Masked:
+def corrupt(inputs: Inputs, key: nn.Key | None, c: Config, t: Tokens) -> Masked:
   """Masks drawn from the key and each row's `draw_B`; without a key, or when static, from `draw_B` alone.
 
   Special tokens and padding are never chosen; of a row that has nothing else, nothing is.
@@ -113,9 +114,9 @@ def corrupt(inputs: Inputs, key: jax.Array | None, c: Config, t: Tokens) -> Mask
   return Masked(*jax.vmap(row)(row_keys(key, inputs), inputs.ids_BT, used_BT & ~inputs.special_BT, used_BT.sum(1)))
 
 
-def row_keys(key: jax.Array, inputs: Inputs) -> jax.Array:
-  """A key for each row, from its `draw_B`: [B]."""
-  return jax.vmap(jax.random.fold_in, (None, 0))(key, inputs.draw_B)
+def row_keys(key: nn.Key, inputs: Inputs) -> jax.Array:
+  """A plain key for each row, from its `draw_B`: [B]."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(nn.shared(key), inputs.draw_B)
 
 
 def gather(x_BTD: jax.Array, positions_BP: jax.Array) -> jax.Array:

@@ -13,7 +13,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from lm import nn
+from lm import nn, sharding
 
 SMALLEST, MOST = 128, 8  # a block has at least so many queries; there are at most so many blocks, which are unrolled
 CACHE = 1 << 20  # bytes of a block's scores that a CPU core works on at once
@@ -21,7 +21,7 @@ CACHE = 1 << 20  # bytes of a block's scores that a CPU core works on at once
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: nn.Mask, *,
            bias_BNTS: jax.Array | None = None, scale: float | None = None, rate: float = 0.0,
-           key: jax.Array | None = None) -> jax.Array:
+           key: nn.Key | None = None) -> jax.Array:
   """`nn.attend` by blocks of queries; the same arguments, shapes and values.
 
   A mask whose start is traced (decoding) and few queries go to the reference; so does each block where there is a bias.
@@ -32,9 +32,10 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: nn.Mas
     return nn.attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS=bias_BNTS, scale=scale, rate=rate, key=key)
   if bias_BNTS is None:
     segments, static = (mask.q_segments_BT, mask.k_segments_BS), mask.replace(q_segments_BT=None, k_segments_BS=None)
-    return _attend(q_BTNH, k_BSKH, v_BSKH, segments, key if rate else None, static, scale, rate)
+    keys_BK = nn.row_keys(key, q_BTNH.shape[0], k_BSKH.shape[2]) if rate and key is not None else None
+    return _attend(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate)
   out = [nn.attend(q_BTNH[:, rows], k_BSKH[:, columns], v_BSKH[:, columns], mask.cut(rows, columns),
-                   bias_BNTS=bias_BNTS[:, :, rows, columns], scale=scale, rate=rate, key=_fold(key, i))
+                   bias_BNTS=bias_BNTS[:, :, rows, columns], scale=scale, rate=rate, key=nn.fold(key, i))
          for i, (rows, columns) in enumerate(_blocks(mask, T, k_BSKH.shape[1]))]
   return jnp.concatenate(out, axis=1)
 
@@ -51,43 +52,43 @@ def _blocks(mask: nn.Mask, T: int, S: int) -> list[tuple[slice, slice]]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(q_BTNH, k_BSKH, v_BSKH, segments, key, static, scale, rate):
-  return _forward(q_BTNH, k_BSKH, v_BSKH, segments, key, static, scale, rate)[0]
+def _attend(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate):
+  return _forward(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate)[0]
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, segments, key, static, scale, rate):
+def _forward(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate):
   arrays = (q_BTNH, k_BSKH, v_BSKH)
   out_BTNH, sums_BTN = _by_parts(functools.partial(_forward_part, static=static, scale=scale, rate=rate), static,
-                                 arrays, segments, key)
-  return out_BTNH, (arrays, out_BTNH, sums_BTN, segments, key)
+                                 arrays, segments, keys_BK)
+  return out_BTNH, (arrays, out_BTNH, sums_BTN, segments, keys_BK)
 
 
 def _backward(static, scale, rate, residuals, g_BTNH):
-  arrays, out_BTNH, sums_BTN, segments, key = residuals
+  arrays, out_BTNH, sums_BTN, segments, keys_BK = residuals
   delta_BTN = (g_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32)).sum(-1)
   grads = _by_parts(functools.partial(_backward_part, static=static, scale=scale, rate=rate), static,
-                    (*arrays, g_BTNH, sums_BTN, delta_BTN), segments, key)
+                    (*arrays, g_BTNH, sums_BTN, delta_BTN), segments, keys_BK)
   return *(d.astype(x.dtype) for d, x in zip(grads, arrays, strict=True)), None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _by_parts(f, static, arrays, segments, key):
-  """f(arrays, segments, key) over parts of the batch and heads whose scores stay in a CPU's cache; whole elsewhere."""
+def _by_parts(f, static, arrays, segments, keys_BK):
+  """f over parts of the batch and heads whose scores stay in a CPU's cache; over the whole elsewhere."""
   B, T, K, S = arrays[0].shape[0], arrays[0].shape[1], arrays[1].shape[2], arrays[1].shape[1]
   groups = arrays[0].shape[2] // K
   rows, columns = _blocks(static, T, S)[-1]
   heads = max(1, CACHE // (4 * groups * (rows.stop - rows.start) * (columns.stop - columns.start)))
   k = math.gcd(K, heads) if heads < K else K
   b = max(d for d in range(1, B + 1) if B % d == 0 and d * K <= max(heads, K)) if k == K else 1
-  if jax.sharding.get_abstract_mesh().size > 1:  # a loop over parts would gather what the mesh keeps apart
-    return f(arrays, segments, key)
+  if not sharding.local():  # a loop over parts would gather what the mesh keeps apart
+    return f(arrays, segments, keys_BK)
   return jax.lax.platform_dependent(
-      arrays, segments, key, cpu=functools.partial(_mapped, f, b, k), default=lambda a, s, r: f(a, s, r))
+      arrays, segments, keys_BK, cpu=functools.partial(_mapped, f, b, k), default=lambda a, s, r: f(a, s, r))
 
 
-def _mapped(f, b, k, arrays, segments, key):
+def _mapped(f, b, k, arrays, segments, keys_BK):
   B, K = arrays[0].shape[0], arrays[1].shape[2]
   shape = (B // b, K // k)
 
@@ -95,10 +96,11 @@ def _mapped(f, b, k, arrays, segments, key):
     i, j = ij // shape[1], ij % shape[1]
     cut = lambda x: jax.lax.dynamic_slice_in_dim(
         jax.lax.dynamic_slice_in_dim(x, i * b, b, 0), j * (x.shape[2] // shape[1]), x.shape[2] // shape[1], 2)
-    rows = jax.tree.map(lambda s: jax.lax.dynamic_slice_in_dim(s, i * b, b, 0), segments)
-    return f(jax.tree.map(cut, arrays), rows, _fold(key, ij))
+    rows = lambda x: jax.lax.dynamic_slice_in_dim(x, i * b, b, 0)
+    keys = None if keys_BK is None else jax.lax.dynamic_slice_in_dim(rows(keys_BK), j * k, k, 1)
+    return f(jax.tree.map(cut, arrays), jax.tree.map(rows, segments), keys)
   if shape == (1, 1):
-    return f(arrays, segments, _fold(key, 0))
+    return f(arrays, segments, keys_BK)
   outs = jax.lax.map(part, jnp.arange(shape[0] * shape[1]))
 
   def whole(x):  # [parts, b, T, n, ...] -> [B, T, N, ...]
@@ -107,7 +109,7 @@ def _mapped(f, b, k, arrays, segments, key):
   return jax.tree.map(whole, outs)
 
 
-def _forward_part(arrays, segments, key, *, static, scale, rate):
+def _forward_part(arrays, segments, keys_BK, *, static, scale, rate):
   """(out [B, T, N, H], log-sum-exp of the logits [B, T, N])."""
   q_BTNH, k_BKSH, v_BKSH = arrays[0], _heads_first(arrays[1]), _heads_first(arrays[2])
   mask = static.replace(q_segments_BT=segments[0], k_segments_BS=segments[1])
@@ -121,14 +123,16 @@ def _forward_part(arrays, segments, key, *, static, scale, rate):
     top_BKX1 = logits_BKXs.max(-1, keepdims=True)
     p_BKXs = jnp.exp(logits_BKXs - top_BKX1)
     sum_BKX1 = p_BKXs.sum(-1, keepdims=True)
-    p_BKXs = nn.dropout(p_BKXs, rate, _fold(key, i)).astype(v_BKSH.dtype)
+    if keys_BK is not None:
+      p_BKXs = p_BKXs * _keep(keys_BK, i, p_BKXs.shape, rate)
+    p_BKXs = p_BKXs.astype(v_BKSH.dtype)
     x_BKXH = _product('BKXS,BKSH->BKXH', p_BKXs, v_BKSH[:, :, columns]) / sum_BKX1
     outs.append(_ungroup(x_BKXH, rows).astype(v_BKSH.dtype))
     sums.append(_ungroup(top_BKX1 + jnp.log(sum_BKX1), rows)[..., 0])
   return jnp.concatenate(outs, axis=1), jnp.concatenate(sums, axis=1)
 
 
-def _backward_part(arrays, segments, key, *, static, scale, rate):
+def _backward_part(arrays, segments, keys_BK, *, static, scale, rate):
   """Gradients of q, k, v. Scores are formed transposed, [keys, queries]: fewer products of them need a transpose."""
   q_BTNH, k_BSKH, v_BSKH, g_BTNH, sums_BTN, delta_BTN = arrays
   k_BKSH, v_BKSH = _heads_first(k_BSKH), _heads_first(v_BSKH)
@@ -147,8 +151,8 @@ def _backward_part(arrays, segments, key, *, static, scale, rate):
       p_BKsX = jnp.where(visible.swapaxes(2, 3), p_BKsX, 0.0)
     dp_BKsX = _product('BKSH,BKXH->BKSX', v_BKsH, g_BKXH)
     kept_BKsX = p_BKsX
-    if rate:
-      keep = nn.dropout(jnp.ones_like(p_BKsX.swapaxes(2, 3)), rate, _fold(key, i)).swapaxes(2, 3)
+    if keys_BK is not None:
+      keep = _keep(keys_BK, i, p_BKsX.swapaxes(2, 3).shape, rate).swapaxes(2, 3)
       kept_BKsX, dp_BKsX = p_BKsX * keep, dp_BKsX * keep
     ds_BKsX = (p_BKsX * (dp_BKsX - delta_BKX1.swapaxes(2, 3))).astype(q_BKXH.dtype)
     dv_BKSH = dv_BKSH.at[:, :, columns].add(_product('BKSX,BKXH->BKSH', kept_BKsX.astype(g_BKXH.dtype), g_BKXH))
@@ -185,5 +189,7 @@ def _visible(mask, rows, columns, groups):
   return None if seen_Bts is None else jnp.tile(seen_Bts, (1, groups, 1))[:, None]
 
 
-def _fold(key, i):
-  return None if key is None else jax.random.fold_in(key, i)
+def _keep(keys_BK, i, shape, rate):
+  """Dropout's factors of the i-th block, f32 [B, K, X, s]: 0 or 1 / (1 - rate)."""
+  one = lambda key: jax.random.bernoulli(jax.random.fold_in(key, i), 1 - rate, shape[2:])
+  return jax.vmap(jax.vmap(one))(keys_BK) / jnp.float32(1 - rate)

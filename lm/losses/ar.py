@@ -9,7 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lm import params
+from lm import nn, params
 from lm.data.packing import Batch
 from lm.errors import ConfigError
 from lm.kernels.cross_entropy import weighted_nll
@@ -30,7 +30,7 @@ class Config:
       raise ConfigError(f'loss.chunk={self.chunk}; expected at least 1')
 
 
-def loss(p: params.Tree, batch: Batch, key: jax.Array | None, *, apply: Callable[..., jax.Array],
+def loss(p: params.Tree, batch: Batch, key: nn.Key | None, *, apply: Callable[..., jax.Array],
          head: Callable[[params.Tree], jax.Array], c: Config) -> tuple[dict[str, Term], dict[str, Term]]:
   """Terms {'nll'}; metrics {'loss' (nll without z), 'accuracy'}.
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from lm import params
+from lm import nn, params
 from lm.data.labelled import Labelled
 from lm.losses import Term
 
 
-def loss(p: params.Tree, batch: Labelled, key: jax.Array | None, *, logits: Callable[..., jax.Array]
+def loss(p: params.Tree, batch: Labelled, key: nn.Key | None, *, logits: Callable[..., jax.Array]
          ) -> tuple[dict[str, Term], dict[str, Term]]:
   """Terms {'nll'}; metrics {'loss', 'accuracy'}. A row of label -1 does not count.
 

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from lm import params
+from lm import nn, params
 from lm.data import masking
 from lm.data.inputs import Inputs
 from lm.errors import ConfigError
@@ -32,7 +32,7 @@ class Config(masking.Config):
       raise ConfigError(f'loss.chunk={self.chunk}; expected at least 1')
 
 
-def loss(p: params.Tree, inputs: Inputs, key: jax.Array | None, *, apply: Callable[..., jax.Array],
+def loss(p: params.Tree, inputs: Inputs, key: nn.Key | None, *, apply: Callable[..., jax.Array],
          head: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]], c: Config, tokens: masking.Tokens,
          nsp: Callable[[params.Tree, jax.Array], jax.Array] | None = None) -> tuple[Terms, Terms]:
   """Terms {'nll'}; metrics {'loss', 'accuracy'}; with `nsp` also 'nsp' and {'nsp_loss', 'nsp_accuracy'}.
@@ -42,7 +42,7 @@ def loss(p: params.Tree, inputs: Inputs, key: jax.Array | None, *, apply: Callab
     head: (params, x_BPD) -> (y_BPE, w_VE, bias_V or None); logits are y w^T + bias, formed in chunks.
     nsp: (params, x_BTD) -> logits_B2 of 'B follows A' and 'B is random'; rows of one segment do not count.
   """
-  mask_key, key = (None, None) if key is None else (jax.random.fold_in(key, 0), jax.random.fold_in(key, 1))
+  mask_key, key = nn.fold(key, 0), nn.fold(key, 1)
   masked = masking.corrupt(inputs, mask_key, c, tokens)
   x_BTD = apply(p, masked.ids_BT, positions_BT=inputs.positions_BT, segments_BT=inputs.segments_BT,
                 types_BT=inputs.types_BT, key=key)

@@ -12,7 +12,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from lm import params
+from lm import nn, params
 from lm.data import masking
 from lm.data.inputs import Inputs
 from lm.errors import ConfigError
@@ -45,7 +45,7 @@ class Config(masking.Config):
       raise ConfigError(f'loss.chunk={self.chunk}; expected at least 1')
 
 
-def loss(p: params.Tree, inputs: Inputs, key: jax.Array | None, *, apply: Callable[..., jax.Array],
+def loss(p: params.Tree, inputs: Inputs, key: nn.Key | None, *, apply: Callable[..., jax.Array],
          head: Callable[..., tuple[jax.Array, jax.Array, jax.Array | None]], discriminate: Callable[..., jax.Array],
          c: Config, tokens: masking.Tokens) -> tuple[Terms, Terms]:
   """Terms {'generator', 'discriminator'}; the second is the mean over all tokens but padding.
@@ -58,18 +58,17 @@ def loss(p: params.Tree, inputs: Inputs, key: jax.Array | None, *, apply: Callab
     apply, head: the generator, as for `lm.losses.mlm.loss`.
     discriminate: (params, ids_BT, *, positions_BT, segments_BT, types_BT, key) -> logits_BT of 'was replaced'.
   """
-  fold = lambda i: None if key is None else jax.random.fold_in(key, i)
-  sample_key = jax.random.key(1) if key is None else fold(1)
+  sample_key = jax.random.key(1) if key is None else nn.fold(key, 1)
   shared = dict(positions_BT=inputs.positions_BT, segments_BT=inputs.segments_BT, types_BT=inputs.types_BT)
-  masked = masking.corrupt(inputs, fold(0), c, tokens)
-  x_BPD = masking.gather(apply(p, masked.ids_BT, **shared, key=fold(2)), masked.positions_BP)
+  masked = masking.corrupt(inputs, nn.fold(key, 0), c, tokens)
+  x_BPD = masking.gather(apply(p, masked.ids_BT, **shared, key=nn.fold(key, 2)), masked.positions_BP)
   y_BPE, w_VE, bias_V = head(p, x_BPD)
   total, nll, correct = cross_entropy.weighted_nll(y_BPE, w_VE, masked.targets_BP, masked.weights_BP, c.chunk,
                                                    bias_V=bias_V)
   weight = masked.weights_BP.sum()
   drawn_BP = cross_entropy.sample(masking.row_keys(sample_key, inputs), y_BPE, w_VE, bias_V, c.chunk)
   ids_BT = fill(inputs.ids_BT, masked, drawn_BP)
-  logits_BT = discriminate(p, ids_BT, **shared, key=fold(3)).astype(jnp.float32)
+  logits_BT = discriminate(p, ids_BT, **shared, key=nn.fold(key, 3)).astype(jnp.float32)
   detection, metrics = _detection(logits_BT, ids_BT != inputs.ids_BT, inputs.segments_BT > 0, c.weight)
   return ({'generator': Term(total, weight), 'discriminator': detection},
           metrics | {'generator_loss': Term(nll, weight), 'generator_accuracy': Term(correct, weight)})

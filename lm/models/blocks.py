@@ -1,39 +1,73 @@
-"""What the blocks of every encoder share: running all of them, adding biases, activations.
+"""How every model runs its blocks, and what the blocks of encoders share: biases, activations.
 
 Shapes: B batch, T length, D embed; parameters of the L blocks are stacked.
 """
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm import params
+from lm import nn, params
+
+Step = Callable[[params.Tree, jax.Array, Any, nn.Key | None], jax.Array]  # (layer, x_BTD, rows, key) -> x_BTD
 
 
-def run(blocks: params.Tree, step: Callable[[params.Tree, jax.Array, jax.Array | None], jax.Array], x_BTD: jax.Array,
-        key: jax.Array | None, *, scan_layers: bool, remat: str) -> jax.Array:
-  """All L blocks in order: x = step(layer, x, key of that layer), scanned or unrolled.
+def run(blocks: params.Tree, step: Step, x_BTD: jax.Array, rows: Any, key: nn.Key | None, *, scan_layers: bool,
+        remat: str, first: int = 0, last: int | None = None) -> jax.Array:
+  """Blocks first..last - 1 in order: x = step(layer, x, rows, key of that layer), scanned or unrolled.
 
   Args:
     blocks: a stacked tree, or a list of per-layer trees (`params.unstack`), which is never scanned.
+    rows: what a block reads of each row besides x: a tree of arrays [B, ...].
     remat: what a block recomputes in the backward pass, 'none', 'dots' or 'full'.
+    last: default L.
   """
-  layer_step = lambda layer, x, i: step(layer, x, fold(key, i))
-  if remat != 'none':
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == 'dots' else None
-    layer_step = jax.checkpoint(layer_step, policy=policy)
   layers = blocks if isinstance(blocks, (list, tuple)) else None
   if scan_layers and layers is None:
-    count = jax.tree.leaves(blocks)[0].shape[0]
-    return jax.lax.scan(lambda x, li: (layer_step(li[0], x, li[1]), None), x_BTD, (blocks, jnp.arange(count)))[0]
-  for i, layer in enumerate(params.unstack(blocks) if layers is None else layers):
-    x_BTD = layer_step(layer, x_BTD, jnp.int32(i))
+    chosen = jax.tree.map(lambda x: x[first:last], blocks)
+    numbers = jnp.arange(jax.tree.leaves(blocks)[0].shape[0])[first:last]
+    return scan(chosen, numbers, step, x_BTD, rows, key, remat=remat)
+  each = recomputed(step, remat)
+  for i, layer in list(enumerate(params.unstack(blocks) if layers is None else layers))[first:last]:
+    x_BTD = each(layer, x_BTD, rows, nn.fold(key, i))
   return x_BTD
 
 
-def fold(key: jax.Array | None, i: int | jax.Array) -> jax.Array | None:
-  return None if key is None else jax.random.fold_in(key, i)
+def layer(blocks: params.Tree, i: int) -> params.Tree:
+  """The parameters of one block."""
+  return blocks[i] if isinstance(blocks, (list, tuple)) else jax.tree.map(lambda x: x[i], blocks)
+
+
+class Stack(NamedTuple):
+  """Where the blocks are: `LOCAL` has all at hand; on a mesh, `lm.parallel` gathers weights or passes rows on.
+
+  Attributes:
+    run, layer: functions of the signatures above.
+  """
+
+  run: Callable[..., jax.Array]
+  layer: Callable[[params.Tree, int], params.Tree]
+
+
+LOCAL = Stack(run, layer)
+
+
+def scan(stacked: params.Tree, numbers: jax.Array, step: Step, x_BTD: jax.Array, rows: Any, key: nn.Key | None, *,
+         remat: str) -> jax.Array:
+  """`run` of all layers of a stacked tree, `numbers` being their places in the model."""
+  each = recomputed(step, remat)
+  body = lambda x, some: (each(some[0], x, rows, nn.fold(key, some[1])), None)
+  return jax.lax.scan(body, x_BTD, (stacked, numbers))[0]
+
+
+def recomputed(step: Callable[..., Any], remat: str) -> Callable[..., Any]:
+  """`step`, of whose values the backward pass keeps all ('none'), products of matrices ('dots') or none ('full')."""
+  if remat == 'none':
+    return step
+  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == 'dots' else None
+  return jax.checkpoint(step, policy=policy)
 
 
 def bias(x: jax.Array, b: jax.Array) -> jax.Array:

@@ -119,8 +119,9 @@ def apply(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     types_BT: jax.Array | None = None,
-    key: jax.Array | None = None,
+    key: nn.Key | None = None,
     attend: Callable[..., jax.Array] | None = None,
+    stack: blocks.Stack = blocks.LOCAL,
 ) -> jax.Array:
   """Hidden states x_BTD of the last block, in `c.dtype`.
 
@@ -132,11 +133,12 @@ def apply(
     types_BT: segment types (sentence A 0, B 1), default 0.
     key: turns dropout on.
     attend: any function with the contract of `nn.attend`; None = `disentangled.attention`, which is faster.
+    stack: how the blocks are run.
 
   Raises:
     ConfigError: rows are longer than the absolute position table that is to be read.
   """
-  return _encode(p, c, ids_BT, c.layers, positions_BT, segments_BT, types_BT, key, attend)[0]
+  return _encode(p, c, ids_BT, c.layers, positions_BT, segments_BT, types_BT, key, attend, stack)[0]
 
 
 def decoder_specs(c: Config) -> params.Tree:
@@ -146,43 +148,32 @@ def decoder_specs(c: Config) -> params.Tree:
 
 def decode_masked(p: params.Tree, c: Config, ids_BT: jax.Array, *, positions_BT: jax.Array | None = None,
                   segments_BT: jax.Array | None = None, types_BT: jax.Array | None = None,
-                  key: jax.Array | None = None, attend: Callable[..., jax.Array] | None = None) -> jax.Array:
+                  key: nn.Key | None = None, attend: Callable[..., jax.Array] | None = None,
+                  stack: blocks.Stack = blocks.LOCAL) -> jax.Array:
   """x_BTD for predicting masked words: `apply` with the enhanced mask decoder in place of the last block (§3.2).
 
   The last block's weights run twice. Keys and values are the hidden states before that block, queries at first those
   plus absolute positions, then the first run's outputs. For pre-training only; `p` has 'decoder' (`decoder_specs`).
   """
-  x_BTD, block, rest = _encode(p, c, ids_BT, c.layers - 1, positions_BT, segments_BT, types_BT, key, attend)
+  x_BTD, block = _encode(p, c, ids_BT, c.layers - 1, positions_BT, segments_BT, types_BT, key, attend, stack)
   q_BTD = x_BTD + _look_up(p['decoder']['positions'], positions_BT, x_BTD)
-  return blocks.run(_unstacked(rest) * _PASSES, lambda layer, q_BTD, key: block(layer, x_BTD, key, q_BTD), q_BTD,
-                    blocks.fold(key, c.layers + 3), scan_layers=False, remat=c.remat)
+  passes = [stack.layer(p['blocks'], c.layers - 1)] * _PASSES
+  return blocks.run(passes, lambda layer, q_BTD, rows, key: block(layer, x_BTD, rows, key, q_BTD), q_BTD, segments_BT,
+                    nn.fold(key, c.layers + 3), scan_layers=False, remat=c.remat)
 
 
-def _encode(p, c, ids_BT, layers, positions_BT, segments_BT, types_BT, key, attend):
-  """(x_BTD after the first `layers` blocks, the block function, the other blocks)."""
-  x_BTD = _embed(p, c, ids_BT, positions_BT, segments_BT, types_BT, blocks.fold(key, c.layers))
-  mask = nn.Mask(causal=False, q_segments_BT=segments_BT, k_segments_BS=segments_BT)
-  block = functools.partial(_block, c=c, mask=mask, relative=_relative(p, c, ids_BT.shape[1]), attend=attend)
-  run = functools.partial(blocks.run, step=block, scan_layers=c.scan_layers, remat=c.remat)
-  todo, rest = _split(p['blocks'] if c.scan_layers else _unstacked(p['blocks']), layers)
-  if c.conv and layers:
-    first, todo = _split(todo, 1)
-    y_BTD = run(first, x_BTD=x_BTD, key=blocks.fold(key, c.layers + 1))
-    x_BTD = _convolve(p['conv'], x_BTD, y_BTD, segments_BT, blocks.fold(key, c.layers + 2), c)
-  return run(todo, x_BTD=x_BTD, key=key), block, rest
-
-
-def _unstacked(layers):
-  return layers if isinstance(layers, (list, tuple)) else params.unstack(layers)
-
-
-def _split(layers, n):
-  """(the first n layers, the others); stacked stays stacked."""
-  if isinstance(layers, (list, tuple)):
-    return list(layers[:n]), list(layers[n:])
-  leaves, treedef = jax.tree.flatten(layers)
-  parts = [jax.lax.split(x, (n, x.shape[0] - n)) for x in leaves]
-  return tuple(map(treedef.unflatten, zip(*parts, strict=True)))
+def _encode(p, c, ids_BT, layers, positions_BT, segments_BT, types_BT, key, attend, stack):
+  """(x_BTD after the first `layers` blocks, the block function)."""
+  x_BTD = _embed(p, c, ids_BT, positions_BT, segments_BT, types_BT, nn.fold(key, c.layers))
+  block = functools.partial(_block, c=c, relative=_relative(p, c, ids_BT.shape[1]), attend=attend)
+  first = 1 if c.conv and layers else 0
+  if first:
+    y_BTD = blocks.run([stack.layer(p['blocks'], 0)], block, x_BTD, segments_BT, nn.fold(key, c.layers + 1),
+                       scan_layers=False, remat=c.remat)
+    x_BTD = _convolve(p['conv'], x_BTD, y_BTD, segments_BT, nn.fold(key, c.layers + 2), c)
+  x_BTD = stack.run(p['blocks'], block, x_BTD, segments_BT, key, scan_layers=c.scan_layers, remat=c.remat, first=first,
+                    last=layers)
+  return x_BTD, block
 
 
 def _embed(p, c, ids_BT, positions_BT, segments_BT, types_BT, key):
@@ -195,7 +186,7 @@ def _embed(p, c, ids_BT, positions_BT, segments_BT, types_BT, key):
     x_BTE = x_BTE + table['types'][types_BT].astype(c.dtype)
   x_BTD = nn.dot(p['project']['kernel'], x_BTE, 'BTE,ED->BTD') if 'project' in p else x_BTE
   x_BTD = _without_padding(_norm(x_BTD, table['norm'], c), segments_BT)
-  return constrain(nn.dropout(x_BTD, c.dropout.embedding, key), 'batch', 'length', 'embed')
+  return constrain(nn.dropout(x_BTD, c.dropout.embedding, key), 'batch', 'sequence', 'embed')
 
 
 def _look_up(table, positions_BT, x_BTD):
@@ -240,33 +231,36 @@ def _convolve(p, x_BTD, y_BTD, segments_BT, key, c):
   return _without_padding(_norm(y_BTD + out_BTD, p['norm'], c), segments_BT)
 
 
-def _block(p, x_BTD, key, q_BTD=None, *, c, mask, relative, attend):
+def _block(p, x_BTD, segments_BT, key, q_BTD=None, *, c, relative, attend):
   """One block on x; with q, of queries q to keys and values x."""
-  keys = (None,) * 4 if key is None else jax.random.split(key, 4)
+  keys = [nn.fold(key, i) for i in range(4)]
+  mask = nn.Mask(causal=False, q_segments_BT=segments_BT, k_segments_BS=segments_BT)
   q_BTD = x_BTD if q_BTD is None else q_BTD
   a_BTD = _attention(p['attn'], q_BTD, x_BTD, keys[:2], c, mask, relative, attend)
   y_BTD = _norm(q_BTD + nn.dropout(a_BTD, c.dropout.hidden, keys[2]), p['attn_norm'], c)
   m_BTD = nn.dropout(_mlp(p['mlp'], y_BTD, c), c.dropout.hidden, keys[3])
-  return constrain(_norm(y_BTD + m_BTD, p['mlp_norm'], c), 'batch', 'length', 'embed')
+  return constrain(_norm(y_BTD + m_BTD, p['mlp_norm'], c), 'batch', 'sequence', 'embed')
 
 
 def _attention(p, q_BTD, x_BTD, keys, c, mask, relative, attend):
-  q_BTNH, k_BTNH, v_BTNH = (constrain(_project(p, name, y_BTD), 'batch', 'length', 'heads', 'head_dim')
-                            for name, y_BTD in (('q', q_BTD), ('k', x_BTD), ('v', x_BTD)))
+  projected = _project(p, 'qkv', x_BTD) if q_BTD is x_BTD else _project(p, 'q', q_BTD) + _project(p, 'kv', x_BTD)
+  q_BTNH, k_BTNH, v_BTNH = (constrain(y_BTNH, 'batch', 'length', 'heads', 'head_dim') for y_BTNH in projected)
   table_RD, index = relative
   tables = {}
   if index:
-    r_1RD = nn.dropout(table_RD, c.dropout.hidden, keys[0])[None]
+    r_1RD = nn.dropout(table_RD, c.dropout.hidden, nn.shared(keys[0]))[None]
     kind = '' if c.shared else 'position_'
-    tables = {term: _project(p, kind + {'c2p': 'k', 'p2c': 'q'}[term], r_1RD)[0][row] for term, row in index.items()}
+    names = {term: kind + {'c2p': 'k', 'p2c': 'q'}[term] for term in index}
+    tables = {term: _project(p, [name], r_1RD)[0][0][index[term]] for term, name in names.items()}
   y_BTNH = disentangled.attention(q_BTNH, k_BTNH, v_BTNH, tables, mask, scale=(c.head_dim * (1 + len(tables))) ** -0.5,
                                   rate=c.dropout.attention, key=keys[1], attend=attend)
   return blocks.bias(nn.dot(p['o'], y_BTNH, 'BTNH,NHD->BTD'), p['o_bias'])
 
 
-def _project(p, name, x_BTD):
-  y_BTNH = nn.dot(p[name], x_BTD, 'BTD,DNH->BTNH')
-  return blocks.bias(y_BTNH, p[f'{name}_bias']) if f'{name}_bias' in p else y_BTNH
+def _project(p, names, x_BTD):
+  projected = nn.dots([p[name] for name in names], x_BTD, ['BTD,DNH->BTNH'] * len(names))
+  return tuple(blocks.bias(y_BTNH, p[f'{name}_bias']) if f'{name}_bias' in p else y_BTNH
+               for y_BTNH, name in zip(projected, names, strict=True))
 
 
 def _mlp(p, x_BTD, c):

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from lm import nn, params
 from lm.errors import ConfigError
+from lm.models import blocks
 from lm.params import Spec
 from lm.sharding import constrain
 
@@ -138,8 +139,9 @@ def apply(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     cache: Cache | None = None,
-    key: jax.Array | None = None,
+    key: nn.Key | None = None,
     attend: Callable[..., jax.Array] = nn.attend,
+    stack: blocks.Stack = blocks.LOCAL,
 ) -> Any:
   """Hidden states after the final norm, [B, T, D] in `c.dtype`; with a cache the pair (x_BTD, cache).
 
@@ -151,24 +153,28 @@ def apply(
     cache: from `init_cache`; the new tokens take its next T slots and see all earlier ones of their segment.
     key: turns dropout on.
     attend: any function with the contract of `nn.attend`.
+    stack: how the blocks are run; not with a cache.
   """
-  T = ids_BT.shape[1]
   if positions_BT is None:
-    positions_BT = jnp.arange(T)[None] if cache is None else _next_positions(cache, segments_BT, ids_BT)
+    positions_BT = (jnp.broadcast_to(jnp.arange(ids_BT.shape[1])[None], ids_BT.shape) if cache is None
+                    else _next_positions(cache, segments_BT, ids_BT))
+  x_BTD = _embed(p['embed'], c, ids_BT, positions_BT, nn.fold(key, c.layers))
+  block = functools.partial(_block, c=c, attend=attend)
   if cache is None:
-    mask = nn.Mask(q_segments_BT=segments_BT, k_segments_BS=segments_BT)
-  else:
-    segments_BT = jnp.ones_like(ids_BT) if segments_BT is None else segments_BT
-    seen_BS = jax.lax.dynamic_update_slice_in_dim(cache.segments_BS, segments_BT, cache.length, axis=1)
-    mask = nn.Mask(start=cache.length, q_segments_BT=segments_BT, k_segments_BS=seen_BS)
-  x_BTD = _embed(p['embed'], c, ids_BT, positions_BT, _fold(key, c.layers))
-  run = functools.partial(_block, c=c, positions_BT=positions_BT, mask=mask, attend=attend)
-  if cache is None:
-    x_BTD = _blocks(p['blocks'], c, x_BTD, run, key)
+    def step(layer, x_BTD, rows, key):
+      mask = nn.Mask(q_segments_BT=rows[1], k_segments_BS=rows[1])
+      return block(layer, x_BTD, key, positions_BT=rows[0], mask=mask)[0]
+    x_BTD = stack.run(p['blocks'], step, x_BTD, (positions_BT, segments_BT), key, scan_layers=c.scan_layers,
+                      remat=c.remat)
     return _norm(x_BTD, p['final_norm'], c)
+  T = ids_BT.shape[1]
+  segments_BT = jnp.ones_like(ids_BT) if segments_BT is None else segments_BT
+  seen_BS = jax.lax.dynamic_update_slice_in_dim(cache.segments_BS, segments_BT, cache.length, axis=1)
+  mask = nn.Mask(start=cache.length, q_segments_BT=segments_BT, k_segments_BS=seen_BS)
   keys, values = [], []
-  for i, layer in enumerate(_layers(p['blocks'])):
-    x_BTD, (k, v) = run(layer, x_BTD, _fold(key, i), (cache.keys[i], cache.values[i], cache.length))
+  for i, layer in enumerate(p['blocks'] if isinstance(p['blocks'], (list, tuple)) else params.unstack(p['blocks'])):
+    x_BTD, (k, v) = block(layer, x_BTD, nn.fold(key, i), (cache.keys[i], cache.values[i], cache.length),
+                          positions_BT=positions_BT, mask=mask)
     keys.append(k)
     values.append(v)
   cache = Cache(tuple(keys), tuple(values), seen_BS, cache.length + T)
@@ -193,10 +199,6 @@ def init_cache(c: Config, B: int, S: int) -> Cache:
   return Cache(slot(), slot(), jnp.zeros((B, S), jnp.int32), jnp.int32(0))
 
 
-def _fold(key, i):
-  return None if key is None else jax.random.fold_in(key, i)
-
-
 def _next_positions(cache, segments_BT, ids_BT):
   """Position = number of earlier real tokens in the row, so left padding shifts nothing."""
   real_BT = jnp.ones_like(ids_BT) if segments_BT is None else (segments_BT > 0).astype(jnp.int32)
@@ -208,29 +210,12 @@ def _embed(p, c, ids_BT, positions_BT, key):
   x_BTD = p['tokens'][ids_BT].astype(c.dtype)
   if c.positions == 'learned':
     x_BTD = x_BTD + jnp.broadcast_to(p['positions'][positions_BT].astype(c.dtype), x_BTD.shape)
-  return constrain(nn.dropout(x_BTD, c.dropout.embedding, key), 'batch', 'length', 'embed')
-
-
-def _layers(blocks):
-  return blocks if isinstance(blocks, (list, tuple)) else params.unstack(blocks)
-
-
-def _blocks(blocks, c, x_BTD, run, key):
-  """All L blocks in order, scanned or unrolled, rematerialised as `c.remat` says."""
-  step = lambda layer, x, i: run(layer, x, _fold(key, i))[0]
-  if c.remat != 'none':
-    policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if c.remat == 'dots' else None
-    step = jax.checkpoint(step, policy=policy)
-  if c.scan_layers and not isinstance(blocks, (list, tuple)):
-    return jax.lax.scan(lambda x, li: (step(li[0], x, li[1]), None), x_BTD, (blocks, jnp.arange(c.layers)))[0]
-  for i, layer in enumerate(_layers(blocks)):
-    x_BTD = step(layer, x_BTD, jnp.int32(i))
-  return x_BTD
+  return constrain(nn.dropout(x_BTD, c.dropout.embedding, key), 'batch', 'sequence', 'embed')
 
 
 def _block(p, x_BTD, key, cache=None, *, c, positions_BT, mask, attend):
   """One block: (x_BTD, (k_BKSH, v_BKSH) or None without a cache)."""
-  keys = (None, None, None) if key is None else jax.random.split(key, 3)
+  keys = [nn.fold(key, i) for i in range(3)]
   y_BTD = _norm(x_BTD, p['attn_norm'], c)
   a_BTD, cache = _attention(p['attn'], y_BTD, keys[0], cache, c, positions_BT, mask, attend)
   a_BTD = nn.dropout(a_BTD, c.dropout.hidden, keys[1])
@@ -240,13 +225,12 @@ def _block(p, x_BTD, key, cache=None, *, c, positions_BT, mask, attend):
   else:
     x_BTD = x_BTD + a_BTD
     x_BTD = x_BTD + nn.dropout(_mlp(p['mlp'], _norm(x_BTD, p['mlp_norm'], c), c), c.dropout.hidden, keys[2])
-  return constrain(x_BTD, 'batch', 'length', 'embed'), cache
+  return constrain(x_BTD, 'batch', 'sequence', 'embed'), cache
 
 
 def _attention(p, y_BTD, key, cache, c, positions_BT, mask, attend):
-  q_BTNH = _bias(nn.dot(p['q'], y_BTD, 'BTD,DNH->BTNH'), p, 'q_bias')
-  k_BSKH = _bias(nn.dot(p['k'], y_BTD, 'BTD,DKH->BTKH'), p, 'k_bias')
-  v_BSKH = _bias(nn.dot(p['v'], y_BTD, 'BTD,DKH->BTKH'), p, 'v_bias')
+  projected = nn.dots([p[name] for name in 'qkv'], y_BTD, ['BTD,DNH->BTNH', 'BTD,DKH->BTKH', 'BTD,DKH->BTKH'])
+  q_BTNH, k_BSKH, v_BSKH = (_bias(x, p, f'{name}_bias') for x, name in zip(projected, 'qkv', strict=True))
   if c.positions == 'rotary':
     q_BTNH, k_BSKH = (nn.rotary(x, positions_BT, c.rope_theta) for x in (q_BTNH, k_BSKH))
   if cache is not None:
@@ -275,10 +259,11 @@ def _append(old, new_BTKH, length):
 
 
 def _mlp(p, y_BTD, c):
-  up_BTF = _bias(nn.dot(p['up'], y_BTD, 'BTD,DF->BTF'), p, 'up_bias')
   if c.activation == 'swiglu':
-    up_BTF = up_BTF * jax.nn.silu(_bias(nn.dot(p['gate'], y_BTD, 'BTD,DF->BTF'), p, 'gate_bias'))
+    up_BTF, gate_BTF = nn.dots((p['up'], p['gate']), y_BTD, ['BTD,DF->BTF'] * 2)
+    up_BTF = _bias(up_BTF, p, 'up_bias') * jax.nn.silu(_bias(gate_BTF, p, 'gate_bias'))
   else:
+    up_BTF = _bias(nn.dot(p['up'], y_BTD, 'BTD,DF->BTF'), p, 'up_bias')
     up_BTF = jax.nn.gelu(up_BTF, approximate=c.activation == 'gelu_tanh')
   up_BTF = constrain(up_BTF, 'batch', 'length', 'mlp')
   return _bias(nn.dot(p['down'], up_BTF, 'BTF,FD->BTD'), p, 'down_bias')

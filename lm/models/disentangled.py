@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import nn
+from lm import nn, sharding
 
 BLOCK = 128  # queries that share a product: t + T distances are formed where each of them meets T
 CACHE = 1 << 20  # bytes of all scores above which a CPU goes head by head
@@ -44,7 +44,7 @@ def rows(T: int, buckets: int, limit: int) -> dict[str, np.ndarray]:
 
 
 def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, tables: Tables, mask: nn.Mask, *, scale: float,
-              rate: float = 0.0, key: jax.Array | None = None, attend: Callable[..., jax.Array] | None = None
+              rate: float = 0.0, key: nn.Key | None = None, attend: Callable[..., jax.Array] | None = None
               ) -> jax.Array:
   """softmax((q_i k_j + q_i K_d + Q_d k_j) * scale) v over j, where d = i - j -> [B, T, N, H].
 
@@ -61,17 +61,19 @@ def attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, tables: T
   if attend is not None:
     bias_BNTT = jax.vmap(_positions, out_axes=1)(q, k, tables) if tables else None
     return attend(q_BTNH, k_BTNH, v_BTNH, mask, bias_BNTS=bias_BNTT, scale=scale, rate=rate, key=key)
-  keys_N = None if key is None or not rate else jax.random.split(key, N)
-  return _attention((q, k, tables, v), mask.all(T, T), keys_N, rate).transpose(1, 2, 0, 3)
+  keys_NB = None
+  if key is not None and rate:
+    keys_NB = jax.vmap(lambda n: nn.row_keys(nn.fold(key, n), q_BTNH.shape[0]))(jnp.arange(N))
+  return _attention((q, k, tables, v), mask.all(T, T), keys_NB, rate).transpose(1, 2, 0, 3)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(arrays, visible_BTT, keys_N, rate):
-  return _forward(arrays, visible_BTT, keys_N, rate)[0]
+def _attention(arrays, visible_BTT, keys_NB, rate):
+  return _forward(arrays, visible_BTT, keys_NB, rate)[0]
 
 
-def _forward(arrays, visible_BTT, keys_N, rate):
-  out, p, keep = _by_head(functools.partial(_head_forward, rate=rate), (*arrays, keys_N), visible_BTT)
+def _forward(arrays, visible_BTT, keys_NB, rate):
+  out, p, keep = _by_head(functools.partial(_head_forward, rate=rate), (*arrays, keys_NB), visible_BTT)
   return out, (arrays, p, keep, visible_BTT)
 
 
@@ -88,21 +90,22 @@ def _by_head(f, arrays, visible_BTT):
   """f of each head: one after the other on a CPU, whose cache holds a head's scores but not all; else all at once."""
   N, B, T, _ = arrays[0].shape
   together = lambda arrays, seen: jax.vmap(lambda head: f(*head, seen))(arrays)
-  if N * B * T * T * 4 <= CACHE or jax.sharding.get_abstract_mesh().size > 1:
+  if N * B * T * T * 4 <= CACHE or not sharding.local():
     return together(arrays, visible_BTT)
   one_by_one = lambda arrays, seen: jax.lax.map(lambda head: f(*head, seen), arrays)
   return jax.lax.platform_dependent(arrays, visible_BTT, cpu=one_by_one, default=together)
 
 
-def _head_forward(q_BTH, k_BTH, tables, v_BTH, key, visible_BTT, *, rate):
+def _head_forward(q_BTH, k_BTH, tables, v_BTH, keys_B, visible_BTT, *, rate):
   """(out [B, T, H], probabilities [B, T, T], which of them dropout kept)."""
+  T = q_BTH.shape[1]
   logits_BTT = _product('BTH,BSH->BTS', q_BTH, k_BTH)
   if tables:
     logits_BTT = logits_BTT + _positions(q_BTH, k_BTH, tables)
   if visible_BTT is not None:
     logits_BTT = jnp.where(visible_BTT, logits_BTT, nn.NEVER)
   p_BTT = jax.nn.softmax(logits_BTT).astype(v_BTH.dtype)
-  keep_BTT = None if key is None else jax.random.bernoulli(key, 1 - rate, p_BTT.shape)
+  keep_BTT = None if keys_B is None else jax.vmap(lambda key: jax.random.bernoulli(key, 1 - rate, (T, T)))(keys_B)
   out_BTH = _product('BTS,BSH->BTH', _kept(p_BTT, keep_BTT, rate), v_BTH)
   return out_BTH.astype(v_BTH.dtype), p_BTT, keep_BTT
 

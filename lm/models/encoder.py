@@ -88,8 +88,9 @@ def apply(
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
     types_BT: jax.Array | None = None,
-    key: jax.Array | None = None,
+    key: nn.Key | None = None,
     attend: Callable[..., jax.Array] = nn.attend,
+    stack: blocks.Stack = blocks.LOCAL,
 ) -> jax.Array:
   """Hidden states x_BTD of the last block, in `c.dtype`.
 
@@ -101,6 +102,7 @@ def apply(
     types_BT: segment types (sentence A 0, B 1), default 0; without meaning where `c.types` < 2.
     key: turns dropout on.
     attend: any function with the contract of `nn.attend`.
+    stack: how the blocks are run.
 
   Raises:
     ConfigError: rows are longer than `c.length`.
@@ -110,10 +112,9 @@ def apply(
     raise ConfigError(f'model.length={c.length}; expected at least {T}, the tokens of a row; set model.length, or cut '
                       'the rows')
   positions_BT = jnp.arange(T)[None] if positions_BT is None else positions_BT
-  x_BTD = _embed(p, c, ids_BT, positions_BT, types_BT, blocks.fold(key, c.layers))
-  mask = nn.Mask(causal=False, q_segments_BT=segments_BT, k_segments_BS=segments_BT)
-  step = functools.partial(_block, c=c, mask=mask, attend=attend)
-  return blocks.run(p['blocks'], step, x_BTD, key, scan_layers=c.scan_layers, remat=c.remat)
+  x_BTD = _embed(p, c, ids_BT, positions_BT, types_BT, nn.fold(key, c.layers))
+  step = functools.partial(_block, c=c, attend=attend)
+  return stack.run(p['blocks'], step, x_BTD, segments_BT, key, scan_layers=c.scan_layers, remat=c.remat)
 
 
 def _embed(p, c, ids_BT, positions_BT, types_BT, key):
@@ -126,21 +127,23 @@ def _embed(p, c, ids_BT, positions_BT, types_BT, key):
   x_BTE = nn.dropout(_norm(x_BTE, table['norm'], c), c.dropout.embedding, key)
   if 'project' in p:
     x_BTE = blocks.bias(nn.dot(p['project']['kernel'], x_BTE, 'BTE,ED->BTD'), p['project']['bias'])
-  return constrain(x_BTE, 'batch', 'length', 'embed')
+  return constrain(x_BTE, 'batch', 'sequence', 'embed')
 
 
-def _block(p, x_BTD, key, *, c, mask, attend):
-  keys = (None, None, None) if key is None else jax.random.split(key, 3)
+def _block(p, x_BTD, segments_BT, key, *, c, attend):
+  keys = [nn.fold(key, i) for i in range(3)]
+  mask = nn.Mask(causal=False, q_segments_BT=segments_BT, k_segments_BS=segments_BT)
   a_BTD = nn.dropout(_attention(p['attn'], x_BTD, keys[0], c, mask, attend), c.dropout.hidden, keys[1])
   x_BTD = _norm(x_BTD + a_BTD, p['attn_norm'], c)
   m_BTD = nn.dropout(_mlp(p['mlp'], x_BTD, c), c.dropout.hidden, keys[2])
-  return constrain(_norm(x_BTD + m_BTD, p['mlp_norm'], c), 'batch', 'length', 'embed')
+  return constrain(_norm(x_BTD + m_BTD, p['mlp_norm'], c), 'batch', 'sequence', 'embed')
 
 
 def _attention(p, x_BTD, key, c, mask, attend):
+  projected = nn.dots([p[name] for name in 'qkv'], x_BTD, ['BTD,DNH->BTNH'] * 3)
   q_BTNH, k_BTNH, v_BTNH = (
-      constrain(blocks.bias(nn.dot(p[name], x_BTD, 'BTD,DNH->BTNH'), p[f'{name}_bias']),
-                'batch', 'length', 'heads', 'head_dim') for name in 'qkv')
+      constrain(blocks.bias(x_BTNH, p[f'{name}_bias']), 'batch', 'length', 'heads', 'head_dim')
+      for x_BTNH, name in zip(projected, 'qkv', strict=True))
   y_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, mask, rate=c.dropout.attention, key=key)
   return blocks.bias(nn.dot(p['o'], y_BTNH, 'BTNH,NHD->BTD'), p['o_bias'])
 

@@ -81,13 +81,13 @@ def classify_specs(embed: int, classes: int, std: float = 0.02, dense: bool = Fa
 
 
 def classify(p: params.Tree, x_BD: jax.Array, activation: str = 'tanh', rate: float = 0.0,
-             key: jax.Array | None = None) -> jax.Array:
+             key: nn.Key | None = None) -> jax.Array:
   """Logits [B, C] of one vector a row: BERT's pooled vector, the first token of ELECTRA (google-research), or with
   'dense' the first token of RoBERTa (tanh), HF's ELECTRA and DeBERTa (gelu). Dropout at `rate` before each layer."""
   if 'dense' in p:
-    x_BD = nn.dropout(x_BD, rate, blocks.fold(key, 1))
+    x_BD = nn.dropout(x_BD, rate, nn.fold(key, 1))
     x_BD = blocks.activate(_dense(p, x_BD, 'BD,DE->BE'), activation)
-  x_BD = nn.dropout(x_BD.astype(jnp.float32), rate, blocks.fold(key, 0))
+  x_BD = nn.dropout(x_BD.astype(jnp.float32), rate, nn.fold(key, 0))
   return blocks.bias(nn.dot(p['out'], x_BD, 'BD,DC->BC'), p['out_bias'])
 
 
@@ -96,7 +96,7 @@ def tokens_specs(embed: int, classes: int, std: float = 0.02) -> params.Tree:
   return classify_specs(embed, classes, std)
 
 
-def tokens(p: params.Tree, x_BTD: jax.Array, rate: float = 0.0, key: jax.Array | None = None) -> jax.Array:
+def tokens(p: params.Tree, x_BTD: jax.Array, rate: float = 0.0, key: nn.Key | None = None) -> jax.Array:
   """Logits [B, T, C], after dropout at `rate`."""
   x_BTD = nn.dropout(x_BTD.astype(jnp.float32), rate, key)
   return blocks.bias(nn.dot(p['out'], x_BTD, 'BTD,DC->BTC'), p['out_bias'])
