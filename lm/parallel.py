@@ -52,15 +52,13 @@ def layout(mesh: Mesh, c: sharding.Config, specs: params.Tree, trainable: params
   divided = jax.tree.map(lambda s: manual(s, True), specs)
 
   def gather(p):
-    whole = lambda w, s, at: w if s.axes[:1] == ('layers',) else _gather(w, _dimension(at), w.dtype)
-    return jax.tree.map(whole, p, specs, stored) if c.zero == 3 else p
+    whole = lambda w, s: w if s.axes[:1] == ('layers',) else _gather(w, s.axes, w.dtype)
+    return jax.tree.map(whole, p, specs) if c.zero == 3 else p
 
   def scatter(stage):
     """Sums over fsdp, of which a device keeps its part, at ZeRO's `stage`; in stage 3 the blocks have done so."""
-    def one(g, at):
-      dimension = _dimension(at)
-      return g if dimension is None else jax.lax.psum_scatter(g, 'fsdp', scatter_dimension=dimension, tiled=True)
-    return lambda grads: _with(one, grads, divided) if c.zero == stage else grads
+    one = lambda s, g: None if g is None else _scatter(g, s.axes)
+    return lambda grads: jax.tree.map(one, specs, grads) if c.zero == stage else grads
 
   def last(grads):
     leaves, treedef = jax.tree.flatten(scatter(1)(grads))
@@ -91,11 +89,10 @@ def stack(c: sharding.Config, specs: params.Tree, dtype: str) -> blocks.Stack:
   gathers = c.fsdp > 1 and c.zero == 3
   if not gathers and c.pipe == 1:
     return blocks.LOCAL
-  places = jax.tree.map(lambda s: _dimension(manual(s, gathers)), specs)
 
-  def whole(layer, dtype=dtype):  # without its dimension 'layers'
-    return jax.tree.map(lambda w, d: _gather(w, None if d is None else d - 1, dtype if w.ndim > 1 else w.dtype), layer,
-                        places)
+  def whole(layer):  # without its dimension 'layers'
+    return jax.tree.map(lambda w, s: _gather(w, s.axes[1:], dtype if w.ndim > 1 else w.dtype), layer,
+                        specs) if gathers else layer
 
   def run(stacked, step, x_BTD, rows, key, *, remat, **options):
     def gathered(layer, *rest):
@@ -109,7 +106,7 @@ def stack(c: sharding.Config, specs: params.Tree, dtype: str) -> blocks.Stack:
 
   def pipelined(stacked, *args, **options):
     # Once a step and not at every tick; as f32, in which the ring sums gradients.
-    stacked = jax.tree.map(lambda w, d: _gather(w, d, w.dtype), stacked, places)
+    stacked = jax.tree.map(lambda w, s: _gather(w, s.axes, w.dtype), stacked, specs) if gathers else stacked
     return pipeline.run(stacked, *args, **options, microbatches=c.stage_microbatches, rounds=c.rounds)
   return blocks.Stack(pipelined, lambda stacked, i: whole(pipeline.layer(stacked, i)))
 
@@ -120,40 +117,45 @@ def manual(spec: params.Spec, fsdp: bool) -> PartitionSpec:
   return PartitionSpec(*(a if a in sharding.ROWS else None for a in found))
 
 
-def _dimension(place):
-  """The dimension that is divided over fsdp; None if none is."""
-  return next((i for i, axis in enumerate(place) if axis == 'fsdp'), None)
-
-
-def _with(f, tree, places):
-  """f(leaf, its place), None leaves staying None."""
-  return jax.tree.map(lambda at, x: None if x is None else f(x, at), places, tree,
-                      is_leaf=lambda x: isinstance(x, PartitionSpec))
-
-
-def _gather(w, dimension, dtype):
-  return w if dimension is None else _gathered(w, dimension, dtype)
+def _gather(w, axes, dtype):
+  return _gathered(w, axes, dtype) if 'fsdp' in sharding.partition(axes) else w
 
 
 def _all_but_gathered(primitive, *unused, **options):
   """A policy of `jax.checkpoint`, which asks about `_gathered` as a whole."""
   del primitive, unused
   inner = options.get('call_jaxpr')
-  return inner is None or all(equation.primitive.name != 'all_gather' for equation in inner.jaxpr.eqns)
+  return inner is None or all(equation.primitive.name != 'shard_map' for equation in inner.jaxpr.eqns)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _gathered(w, dimension, dtype):
-  return jax.lax.all_gather(w.astype(dtype), 'fsdp', axis=dimension, tiled=True)
+def _gathered(w, axes, dtype):
+  dimension = sharding.partition(axes).index('fsdp')
+  return _by_part(lambda w: jax.lax.all_gather(w.astype(dtype), 'fsdp', axis=dimension, tiled=True), axes)(w)
 
 
-def _gathered_backward(dimension, dtype, residual, g):
+def _gathered_backward(axes, dtype, residual, g):
   """Gradients are summed as f32 whatever the weights went as."""
   del dtype, residual
-  return (jax.lax.psum_scatter(g.astype(jnp.float32), 'fsdp', scatter_dimension=dimension, tiled=True),)
+  return (_scatter(g.astype(jnp.float32), axes),)
 
 
-_gathered.defvjp(lambda w, dimension, dtype: (_gathered(w, dimension, dtype), None), _gathered_backward)
+_gathered.defvjp(lambda w, axes, dtype: (_gathered(w, axes, dtype), None), _gathered_backward)
+
+
+def _scatter(g, axes):
+  """The sum over fsdp, of which a device keeps its part."""
+  if 'fsdp' not in sharding.partition(axes):
+    return g
+  dimension = sharding.partition(axes).index('fsdp')
+  return _by_part(lambda g: jax.lax.psum_scatter(g, 'fsdp', scatter_dimension=dimension, tiled=True), axes)(g)
+
+
+def _by_part(f, axes):
+  """f on each device's part over tensor; left to the compiler, parts would be gathered first, and sent whole."""
+  place = PartitionSpec(*(axis if axis == 'tensor' else None for axis in sharding.partition(axes)))
+  return jax.shard_map(f, mesh=jax.sharding.get_abstract_mesh(), axis_names={'tensor'}, in_specs=place,
+                       out_specs=place, check_vma=False)
 
 
 def _ruled(f, c):

@@ -12,6 +12,7 @@ from typing import Any
 
 from flax import linen
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from lm import params
@@ -94,8 +95,9 @@ def make_mesh(c: Config, devices: list[jax.Device] | None = None) -> Mesh:
   if c.devices != len(devices):
     raise ConfigError(f'mesh: {" x ".join(f"{a}={getattr(c, a)}" for a in AXES)} needs {c.devices} devices, '
                       f'{len(devices)} are here; set mesh.data (or another axis) so that the product is {len(devices)}')
-  return jax.make_mesh(tuple(getattr(c, a) for a in AXES), AXES, axis_types=(AxisType.Auto,) * len(AXES),
-                       devices=devices)
+  # An axis need not be a whole side of a TPU's torus.
+  placed = mesh_utils.create_device_mesh(tuple(getattr(c, a) for a in AXES), devices, allow_split_physical_axes=True)
+  return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager

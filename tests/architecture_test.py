@@ -9,10 +9,10 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
-    'errors config params sharding nn kernels',
+    'errors hosts config params sharding nn kernels',
     'models text data',
     'losses peft optim budget scaling hlo hlo_module targets',
-    'host train pipeline checkpoint seal weights decode rollout loop logs evaluate run pretrain '
+    'host train parallel pipeline checkpoint seal weights decode rollout loop logs evaluate run pretrain '
     'pretrain_encoder finetune plan plan_search',
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}

@@ -5,6 +5,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lm import hlo, params, pretrain, run, sharding
@@ -87,8 +88,9 @@ def test_tensor(remat, kv_heads):
   """Two all-reduces of the activations a block each way, one for the embedding, one for the head's derivative."""
   found, _ = sent({'tensor': 4, 'data': 2}, remat=remat, kv_heads=kv_heads)
   each = 2 * ring(4) * 4 * B // 2 * T * D
-  blocks = {'none': 4, 'full': 6}[remat] * L
-  assert blocks * each <= of_axis(found, 'tensor') <= 1.15 * (blocks + 2) * each
+  # Recomputing a block takes up to two more: the sum of its MLP may be left out, as its value is not read again.
+  least, most = {'none': (4, 4), 'full': (5, 6)}[remat]
+  assert least * L * each <= of_axis(found, 'tensor') <= 1.15 * (most * L + 2) * each
 
 
 def test_pipeline():
@@ -101,6 +103,19 @@ def test_pipeline():
 
 
 def test_all_together():
+  """Every axis sends what it does alone: parts over tensor stay parts when weights and gradients go over others."""
+  found, nbytes = sent({'fsdp': 2, 'tensor': 2, 'data': 2})
+  part = nbytes / 2  # over tensor
+  assert of_axis(found, 'fsdp') <= 1.15 * 3 * ring(2) * part
+  assert of_axis(found, 'data') <= 1.15 * 2 * ring(2) * part / 2
+  each = 2 * ring(2) * 4 * B // 4 * T * D
+  assert 4 * L * each <= of_axis(found, 'tensor') <= 1.15 * (4 * L + 2) * each
+
+
+def test_pipeline_with_others():
+  """A stage's weights are gathered once a step, their gradients scattered once."""
   found, nbytes = sent({'fsdp': 2, 'tensor': 2, 'pipe': 2})
-  assert {axes for axes in found} <= {('fsdp',), ('tensor',), ('pipe',), ('fsdp', 'pipe')} | {
-      axes for axes, kinds in found.items() if sum(kinds.values()) < 1e-3 * nbytes}
+  sizes = params.flatten(pretrain.task(pretrain.Config(model=MODEL, data=loader.Config(length=T))).specs)
+  blocks = sum(4 * np.prod(s.shape) for path, s in sizes.items() if path.startswith('blocks')) / 4  # tensor, pipe
+  others = nbytes / 2 - 2 * blocks
+  assert of_axis(found, 'fsdp') <= 1.15 * 2 * ring(2) * (blocks + others)

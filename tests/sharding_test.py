@@ -22,10 +22,10 @@ def mesh(**axes):
 
 @pytest.mark.parametrize('axes, want', [
     (('embed', 'mlp'), P('fsdp', 'tensor')), (('vocab', 'embed'), P('tensor', 'fsdp')),
-    (('layers', 'heads', 'head_dim', 'embed'), P(None, 'tensor', None, 'fsdp')),
+    (('layers', 'heads', 'head_dim', 'embed'), P('pipe', 'tensor', None, 'fsdp')),
     ((None, 'embed'), P(None, 'fsdp')), (('layers', 'embed'), P('pipe', 'fsdp')),
-    (('batch', 'length', 'embed'), P(('data', 'fsdp'), None, None)),  # fsdp is taken by the batch
-    (('batch', 'length', 'vocab'), P(('data', 'fsdp'), None, 'tensor')), ((), P()),
+    (('batch', 'length', 'embed'), P(('data', 'fsdp', 'pipe'), None, None)),  # fsdp is taken by the batch
+    (('batch', 'length', 'vocab'), P(('data', 'fsdp', 'pipe'), None, 'tensor')), ((), P()),
 ])
 def test_rules(axes, want):
   assert sharding.partition(axes) == want
@@ -54,7 +54,8 @@ def test_an_empty_axis_is_refused(axis):
 def test_shardings_of_specs():
   got = sharding.shardings(SPECS, mesh(data=2, fsdp=2, tensor=2))
   assert {p: s.spec for p, s in params.flatten(got).items()} == {
-      'embed': P('tensor', 'fsdp'), 'blocks/q': P(None, 'fsdp', 'tensor', None), 'blocks/scale': P(None, 'fsdp')}
+      'embed': P('tensor', 'fsdp'), 'blocks/q': P('pipe', 'fsdp', 'tensor', None),
+      'blocks/scale': P('pipe', 'fsdp')}
   m = mesh(fsdp=4, tensor=2)
   init = lambda key: params.init(SPECS, key)
   placed = jax.jit(init, out_shardings=sharding.shardings(SPECS, m))(jax.random.key(0))

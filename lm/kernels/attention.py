@@ -137,7 +137,9 @@ def _backward_part(arrays, segments, keys_BK, *, static, scale, rate):
   q_BTNH, k_BSKH, v_BSKH, g_BTNH, sums_BTN, delta_BTN = arrays
   k_BKSH, v_BKSH = _heads_first(k_BSKH), _heads_first(v_BSKH)
   mask = static.replace(q_segments_BT=segments[0], k_segments_BS=segments[1])
-  dk_BKSH, dv_BKSH = (jnp.zeros(k_BKSH.shape, jnp.float32) for _ in 'kv')
+  # Sharding is stated, as the compiler would keep these sums whole on every device.
+  zeros = sharding.constrain(jnp.zeros(k_BKSH.shape, jnp.float32), 'batch', 'kv_heads', 'length', 'head_dim')
+  dk_BKSH = dv_BKSH = zeros
   dqs = []
   for i, (rows, columns) in enumerate(_blocks(mask, q_BTNH.shape[1], k_BKSH.shape[2])):
     k_BKsH, v_BKsH = k_BKSH[:, :, columns], v_BKSH[:, :, columns]
