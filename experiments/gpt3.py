@@ -2,6 +2,7 @@ r"""GPT-3 (Brown et al. 2020, arXiv:2005.14165), table 2.1: eight sizes, 300B to
 
   python -m experiments.gpt3 --config=gpt3_small --set data.corpus=CORPUS --set data.tokenizer=gpt2 --workdir=runs/gpt3
   python -m experiments.gpt3 --config=gpt3_175b --describe
+  python -m scripts.compile_for --experiment=gpt3 --config=gpt3_175b_v5p --target=v5p:8x8x16    # without a TPU
 
 Two rows of the table cannot be what was trained, and follow table D.1's parameter counts here: XL has 16 heads (not 24)
 of 128, 13B is 5120 wide (not 5140). Differences from the paper: every layer attends densely (the paper alternates with
@@ -10,7 +11,7 @@ from 32k tokens over the first 4 to 12 billion).
 """
 
 from experiments import cli
-from lm import checkpoint, loop, optim, pretrain
+from lm import checkpoint, config, loop, optim, pretrain, sharding
 from lm.data import loader
 from lm.models import decoder
 
@@ -72,7 +73,23 @@ def gpt3_175b() -> pretrain.Config:
   return size(96, 12288, 96, 128, 0.6e-4, 1536)
 
 
-CONFIGS = (gpt3_small, gpt3_medium, gpt3_large, gpt3_xl, gpt3_2_7b, gpt3_6_7b, gpt3_13b, gpt3_175b)
+def gpt3_175b_v5p() -> pretrain.Config:
+  """gpt3_175b on 1,024 TPU v5p, --target=v5p:8x8x16: fsdp 128 x tensor 8; the vocabulary padded, to divide."""
+  return _placed(sharding.Config(fsdp=128, tensor=8), microbatches=4)
+
+
+def gpt3_175b_h100() -> pretrain.Config:
+  """gpt3_175b on 1,024 H100s, --target=h100:128x8: data 2 x fsdp 64 x tensor 8; the vocabulary padded, to divide."""
+  return _placed(sharding.Config(data=2, fsdp=64, tensor=8, sequence=True), microbatches=1)
+
+
+def _placed(mesh: sharding.Config, microbatches: int) -> pretrain.Config:
+  """gpt3_175b with 47 rows of the vocabulary that no token has, up to a multiple of 128 (arXiv:1909.08053 §5.1)."""
+  return config.replace(gpt3_175b(), mesh=mesh, model__vocab=50304, optim__microbatches=microbatches)
+
+
+CONFIGS = (gpt3_small, gpt3_medium, gpt3_large, gpt3_xl, gpt3_2_7b, gpt3_6_7b, gpt3_13b, gpt3_175b,
+           gpt3_175b_v5p, gpt3_175b_h100)
 
 if __name__ == '__main__':
   cli.main(__doc__, CONFIGS, pretrain.task)

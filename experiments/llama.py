@@ -12,7 +12,7 @@ config; the released weights went through a long-context phase (theta 1e5), whic
 """
 
 from experiments import cli
-from lm import checkpoint, loop, optim, pretrain
+from lm import checkpoint, config, loop, optim, pretrain, sharding
 from lm.data import loader
 from lm.models import decoder
 
@@ -51,6 +51,11 @@ def llama2_70b() -> pretrain.Config:
   return llama(model(80, 8192, 64, 8, 28672, 32000, 4096), lr=1.5e-4, rows=1024, steps=476_837)
 
 
+def llama2_70b_v5p() -> pretrain.Config:
+  """llama2_70b on 64 TPU v5p, --target=v5p:4x4x4: fsdp 16 x tensor 4."""
+  return config.replace(llama2_70b(), mesh=sharding.Config(fsdp=16, tensor=4), optim__microbatches=32)
+
+
 def llama3_8b() -> pretrain.Config:
   """8,030,261,248 parameters, rope_theta 5e5; 15T tokens, documents isolated, lr 3e-4."""
   return llama(model(32, 4096, 32, 8, 14336, 128256, 8192, rope_theta=5e5), lr=3e-4, rows=512, steps=3_576_278,
@@ -68,7 +73,7 @@ def smollm2_135m() -> pretrain.Config:
       loop=loop.Config(eval_every=1000), checkpoint=checkpoint.Config(every=2000))
 
 
-CONFIGS = (llama2_7b, llama2_13b, llama2_70b, llama3_8b, smollm2_135m)
+CONFIGS = (llama2_7b, llama2_13b, llama2_70b, llama2_70b_v5p, llama3_8b, smollm2_135m)
 
 if __name__ == '__main__':
   cli.main(__doc__, CONFIGS, pretrain.task)

@@ -11,7 +11,7 @@ the middle stage's 2M tokens (the paper goes 1M, 2M, 4M).
 """
 
 from experiments import cli
-from lm import checkpoint, loop, optim, pretrain
+from lm import checkpoint, config, loop, optim, pretrain, sharding
 from lm.data import loader
 from lm.losses import ar
 from lm.models import decoder
@@ -48,7 +48,12 @@ def palm_540b() -> pretrain.Config:
   return size(118, 18432, 48, 371_933)
 
 
-CONFIGS = (palm_8b, palm_62b, palm_540b)
+def palm_540b_v4() -> pretrain.Config:
+  """palm_540b on one pod of 4,096 TPU v4 (the paper: 6,144 in two), --target=v4:16x16x16: fsdp 256 x tensor 16."""
+  return config.replace(palm_540b(), mesh=sharding.Config(fsdp=256, tensor=16), optim__microbatches=2)
+
+
+CONFIGS = (palm_8b, palm_62b, palm_540b, palm_540b_v4)
 
 if __name__ == '__main__':
   cli.main(__doc__, CONFIGS, pretrain.task)

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from lm import params
 from lm.errors import ConfigError
 
-AXES = ('data', 'fsdp', 'tensor', 'pipe')
+AXES = ('data', 'fsdp', 'pipe', 'tensor')  # neighbours along the last are closest: they talk most
 ROWS = ('data', 'fsdp', 'pipe')  # the axes that the rows of a batch are divided over
 
 # An axis of the mesh is used once per array, by the first logical axis that asks for it.
