@@ -63,10 +63,10 @@ def run(blocks: params.Tree, step: local.Step, x_BTD: jax.Array, rows: Any, key:
   as without a pipeline.
 
   A tick keeps its input [m, T, D] for the backward pass, and all else of it is computed again, so that what `remat`
-  keeps of k layers exists for one microbatch at a time. Layers outside first..last - 1 take their time and change
-  nothing. Rows travel to the first stage and back, (p - 1) / p of the group's x_BTD each time; with v > 1, each layer
-  travels to the stage that computes it. A gradient of what `step` closes over is of this stage's layers only: sum it
-  over 'pipe'.
+  keeps of k layers exists for one microbatch at a time; layers that recompute do so once more. Layers outside
+  first..last - 1 take their time and change nothing. Rows travel to the first stage and back, (p - 1) / p of the
+  group's x_BTD each time; with v > 1, each layer travels to the stage that computes it. A gradient of what `step`
+  closes over is of this stage's layers only: sum it over 'pipe'.
 
   Args:
     blocks: this stage's slice of the stacked tree, [L / p, ...].

@@ -48,13 +48,19 @@ def step_of(table, rate=0.3):
   return step
 
 
+def loss_of(y_BTD, weight_BTD):
+  """Not linear in y: the backward pass of a linear loss does not wait for the forward pass, and XLA's runtime for CPUs
+  mixes up the permutations of a loop and others that are free to start beside it."""
+  return (jnp.sin(y_BTD.astype(jnp.float32)) * weight_BTD).sum()
+
+
 def plain(tree, x_BTD, table, rows, weight_BTD, *, make_step=step_of, key=True, **kw):
   """(output, gradients) on one device."""
   keys = nn.Keys(jax.random.key(5), jnp.arange(B)) if key else None
 
   def loss(tree, x_BTD, table, rows):
     y_BTD = blocks.run(tree, make_step(table), x_BTD, rows, keys, scan_layers=True, remat='none', **kw)
-    return (y_BTD.astype(jnp.float32) * weight_BTD).sum(), y_BTD
+    return loss_of(y_BTD, weight_BTD), y_BTD
   grad = jax.value_and_grad(lambda *a: loss(*a[:3], rows | {'float': a[3]}), argnums=(0, 1, 2, 3), has_aux=True)
   (_, y_BTD), grads = jax.jit(grad)(tree, x_BTD, table, rows['float'])
   return y_BTD, grads
@@ -67,7 +73,7 @@ def program(mesh, *, make_step=step_of, key=True, **kw):
 
     def loss(tree, x_BTD, table, floats):
       y_BTD = pipeline.run(tree, make_step(table), x_BTD, rows | {'float': floats}, keys, **kw)
-      return (y_BTD.astype(jnp.float32) * weight_BTD).sum(), y_BTD
+      return loss_of(y_BTD, weight_BTD), y_BTD
     (_, y_BTD), g = jax.value_and_grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(tree, x_BTD, table, rows['float'])
     return y_BTD, (jax.lax.psum(g[0], ('data', 'fsdp')), g[1], jax.lax.psum(g[2], MANUAL), g[3])
   mapped = jax.shard_map(inside, mesh=mesh, in_specs=(P('pipe'), BATCH, P(), BATCH, BATCH, BATCH),
@@ -92,15 +98,20 @@ def assert_equal(got, want, output=1e-5, gradient=1e-4):
 
 USUAL = {'microbatches': 4, 'rounds': 1, 'scan_layers': True, 'remat': 'full'}
 CASES = [
-    ({'pipe': 4}, {}), ({'pipe': 4}, {'microbatches': 1}), ({'pipe': 4}, {'microbatches': 2, 'remat': 'none'}),
-    ({'pipe': 4}, {'microbatches': 8, 'remat': 'dots', 'scan_layers': False}), ({'pipe': 4}, {'rounds': 2}),
+    ({'pipe': 4}, {}), ({'pipe': 4}, {'microbatches': 1, 'remat': 'none'}),
+    ({'pipe': 4}, {'microbatches': 8, 'remat': 'dots', 'scan_layers': False}),
     ({'pipe': 4}, {'microbatches': 8, 'rounds': 2, 'remat': 'dots'}),
     ({'pipe': 2, 'tensor': 2}, {'remat': 'dots'}), ({'pipe': 2, 'tensor': 2}, {'rounds': 2, 'scan_layers': False}),
-    ({'pipe': 2, 'tensor': 2}, {'microbatches': 2, 'rounds': 4, 'remat': 'none'}),
     ({'pipe': 2, 'data': 2}, {'microbatches': 8}), ({'pipe': 2, 'data': 2}, {'rounds': 2, 'remat': 'none'}),
-    ({'pipe': 1}, {}), ({'pipe': 1, 'data': 2}, {'rounds': 2}),
+    ({'pipe': 1, 'data': 2}, {'rounds': 2}),
     ({'pipe': 4}, {'first': 1, 'last': 6}), ({'pipe': 2, 'tensor': 2}, {'rounds': 2, 'first': 3, 'last': -1}),
 ]
+COUNTS = [(1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (8, 2)]  # M, v
+EVERY = [({'pipe': 4}, remat, scan_layers, M, v) for remat in ('none', 'dots', 'full') for scan_layers in (True, False)
+         for M, v in COUNTS]
+EVERY += [(axes, remat, True, M, v) for axes in ({'pipe': 2, 'tensor': 2}, {'pipe': 2, 'data': 2})
+          for remat, (M, v) in zip(('none', 'dots', 'full') * 2, COUNTS, strict=True)]
+EVERY += [({'pipe': 2, 'tensor': 2}, 'none', True, 2, 4)]
 
 
 @functools.cache
@@ -115,23 +126,23 @@ def test_equal_to_one_device(axes, kw):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('axes', [{'pipe': 4}, {'pipe': 2, 'tensor': 2}, {'pipe': 2, 'data': 2}])
-@pytest.mark.parametrize('scan_layers', [True, False])
-@pytest.mark.parametrize('remat', ['none', 'dots', 'full'])
-@pytest.mark.parametrize('microbatches, rounds', [(1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (8, 2)])
-def test_every_way_is_equal_to_one_device(axes, scan_layers, remat, microbatches, rounds):
+@pytest.mark.parametrize('axes, remat, scan_layers, microbatches, rounds', EVERY)
+def test_every_way_is_equal_to_one_device(axes, remat, scan_layers, microbatches, rounds):
   assert_equal(pipelined(meshes(**axes), *inputs(), scan_layers=scan_layers, remat=remat, microbatches=microbatches,
                          rounds=rounds), answer())
 
 
 def test_bf16_activations_with_f32_gradients():
+  """Equal to one device in bf16; where 'tensor' divides sums, as near to f32 as one device is."""
   tree, x_BTD, *rest = inputs(dtype=jnp.bfloat16)
-  want = plain(tree, x_BTD, *rest)
-  got = pipelined(meshes(pipe=2, tensor=2), tree, x_BTD, *rest, **USUAL | {'rounds': 2})
+  want, exact = plain(tree, x_BTD, *rest), plain(tree, x_BTD.astype(jnp.float32), *rest)
+  got = pipelined(meshes(pipe=4), tree, x_BTD, *rest, **USUAL)
   assert got[0].dtype == got[1][1].dtype == jnp.bfloat16 and got[1][0]['up'].dtype == jnp.float32
-  for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
-    g, w = np.float32(g), np.float32(w)
-    assert np.linalg.norm(g - w) < 0.03 * np.linalg.norm(w)
+  assert_equal(got, want)
+  divided = pipelined(meshes(pipe=2, tensor=2), tree, x_BTD, *rest, **USUAL | {'rounds': 2})
+  for d, w, e in zip(*map(jax.tree.leaves, (divided, want, exact)), strict=True):
+    far = lambda x, e=e: np.linalg.norm(np.float32(x) - e)
+    assert d.dtype == w.dtype and far(d) < 1.5 * far(w) < 0.1 * np.linalg.norm(e)
 
 
 def test_a_plain_key_counts_the_rows_of_a_device():
@@ -150,7 +161,7 @@ def test_a_plain_key_counts_the_rows_of_a_device():
 
 
 def test_layers_are_gathered_over_fsdp_when_they_are_used():
-  """`prepare` gathers inside of the loops, once more in the backward pass; its transpose leaves each its own part."""
+  """`prepare` gathers inside of the loops and again where they recompute; its transpose leaves each device its part."""
   mesh, (tree, x_BTD, table, rows, weight_BTD) = meshes(pipe=2, fsdp=2), inputs()
   spec = {'up': P('pipe', 'fsdp'), 'down': P('pipe', None, 'fsdp'), 'scale': P('pipe', 'fsdp')}
   gather = {'up': 0, 'down': 1, 'scale': 0}
@@ -160,7 +171,7 @@ def test_layers_are_gathered_over_fsdp_when_they_are_used():
     def loss(tree):
       y_BTD = pipeline.run(tree, step_of(table), x_BTD, rows, nn.Keys(jax.random.key(5), numbers_B), prepare=prepare,
                            **USUAL | {'rounds': 2})
-      return (y_BTD * weight_BTD).sum() + (pipeline.layer(tree, 5, prepare)['up'] * weight_BTD[0, 0, 0]).sum(), y_BTD
+      return loss_of(y_BTD, weight_BTD) + (pipeline.layer(tree, 5, prepare)['up'] * weight_BTD[0, 0, 0]).sum(), y_BTD
     (_, y_BTD), g = jax.value_and_grad(loss, has_aux=True)(tree)
     return y_BTD, g
   mapped = jax.jit(jax.shard_map(inside, mesh=mesh, in_specs=(spec, *[BATCH] * 4), out_specs=(BATCH, spec),
@@ -172,9 +183,9 @@ def test_layers_are_gathered_over_fsdp_when_they_are_used():
   want_BTD, (want, *_) = answer()
   want = want | {'up': want['up'].at[5].add(weight_BTD[::B // 4, 0, 0].sum())}
   assert_equal((y_BTD, got), (want_BTD, want))
-  whole = sum(c.bytes * c.times for c in collectives(text) if c.kind == 'all-gather' and c.shape[-2:] == (D, F))
-  ticks, layer_bytes = 4 * 2 + 2 - 1, D * F * 4
-  assert whole == 2 * ticks * (L // 4) * layer_bytes + layer_bytes  # k layers a tick and pass, and the layer by itself
+  gathers = sum(c.times for c in collectives(text) if c.kind == 'all-gather' and c.shape[-2:] == (D, F) and c.times > 1)
+  ticks, k = 4 * 2 + 2 - 1, L // 4
+  assert gathers == 3 * ticks * k  # forward, again for the inputs of the chunk's layers, again in each layer
 
 
 @pytest.mark.parametrize('i', [0, 3, 6, -1])
