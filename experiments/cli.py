@@ -15,18 +15,18 @@ from typing import Any
 from absl import flags, logging as absl_logging
 import jax
 
-from lm import config, host, run
+from lm import config, host, hosts, run
 from lm.errors import CheckpointError, ConfigError, DataError, Error, Interrupted
 
 EXIT = """Exit status: 0 done or complete already; 2 a flag or field; 3 the data; 4 a checkpoint or disk; 5 diverged;
-75 SIGTERM and 130 Ctrl-C, both after saving: start again to resume. A failure is one line on stderr."""
+70 another process of the job is stuck or gone, 75 SIGTERM and 130 Ctrl-C, both after saving: start again to resume.
+A failure is one line on stderr."""
 
 
 def main(doc: str, configs: Sequence[Callable[[], run.Config]], task: Callable[[Any], run.Task]) -> None:
   """`run_argv` of the command line; exits with its status."""
   code = run_argv(sys.argv, doc, configs, task)
-  if code and jax.distributed.is_initialized():
-    os._exit(code)  # an orderly exit would wait for the other processes, which may wait for this one in a collective
+  hosts.leave()
   sys.exit(code)
 
 
@@ -44,21 +44,30 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
                       flag_values=values)
   flags.DEFINE_bool('describe', False, 'Print the parameter table, counts, tokens and FLOPs; allocate nothing.',
                     flag_values=values)
-  flags.DEFINE_string('distributed', '', "Join a job of several processes: 'auto' on TPU pods, SLURM and MPI, else "
-                      'HOST:PORT,PROCESSES,INDEX with process 0 at HOST. They share --workdir and the mesh.',
-                      flag_values=values)
+  flags.DEFINE_string('distributed', '', "Join a job of several processes: 'auto' on TPU pods, Slurm, Open MPI and "
+                      'Kubernetes, else HOST:PORT,PROCESSES,INDEX with process 0 at HOST. They share --workdir and the '
+                      'mesh. See scripts/launch.', flag_values=values)
+  flags.DEFINE_integer('heartbeat_s', 100, 'Seconds of silence after which a process of the job counts as dead.',
+                       lower_bound=5, flag_values=values)
+  flags.DEFINE_integer('wait_s', 600, 'Seconds that processes of a job wait for one another, to join and at every '
+                       'batch; then the job ends and says who was missing.', lower_bound=5, flag_values=values)
   flags.DEFINE_bool('resume_with_changes', False, 'Resume although the config differs from the one in --workdir.',
                     flag_values=values)
 
   def program(_: list[str]) -> None:
+    if values.distributed and not values.describe:
+      hosts.join(values.distributed, values.heartbeat_s, values.wait_s)  # first: what fails from here on fails on all
     c = config.override(by_name[values.config](), *values.set)
     if values.describe:
       print(run.describe(c, task(c)))
       return
     if not values.workdir:
       raise ConfigError('--workdir: not given; expected a directory to write to; e.g. --workdir=runs/' + values.config)
-    if values.distributed:
-      _join(values.distributed)
+    if jax.distributed.is_initialized():
+      job = values.distributed.rsplit(',', 1)[0]
+      hosts.require_same({'--config': values.config, '--resume_with_changes': values.resume_with_changes,
+                          '--distributed': job, 'JAX': jax.__version__} | config.flatten(c))
+      hosts.require_shared(values.workdir)
     summary = run.run(c, task(c), values.workdir, values.resume_with_changes)
     if jax.process_index() == 0:
       print(json.dumps(summary, indent=1))
@@ -71,19 +80,6 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
     return (f'Configs (--config):\n{names}\n\nFields (--set) and their values in --config={values.config}:\n{fields}'
             f'\n\n{EXIT}')
   return _run(argv, values, program, doc, more_help)
-
-
-def _join(text: str) -> None:
-  """Makes the devices of all processes of the job visible to each."""
-  try:
-    if text == 'auto':
-      jax.distributed.initialize()
-    else:
-      address, count, index = text.split(',')
-      # JAX would listen on all interfaces, and anyone who reaches the port can join.
-      jax.distributed.initialize(address, int(count), int(index), coordinator_bind_address=address)
-  except (ValueError, TypeError) as error:
-    raise ConfigError(f"--distributed={text}: {error}; expected 'auto' or HOST:PORT,PROCESSES,INDEX") from error
 
 
 def guard(program: Callable[[list[str]], None], doc: str) -> None:
@@ -115,13 +111,18 @@ def _run(argv, values, program, doc, more_help) -> int:
     failure = _expected(error)
     if failure is None or (values.is_parsed() and values.traceback):
       traceback.print_exc()
-    print('error: ' + ' '.join(str(failure or error).split()), file=sys.stderr, flush=True)
-    return failure.code if failure else 1
+    code, line = failure.code if failure else 1, ' '.join(str(failure or error).split())
+    if jax.distributed.is_initialized():
+      hosts.fail(code, line)
+    print('error: ' + line, file=sys.stderr, flush=True)
+    return code
 
 
 def _expected(error: BaseException) -> Error | None:
   """The failure that a person can mend behind what was raised; None where it is a fault of the program."""
   text = str(error)[:400]
+  if gone := hosts.lost(error):
+    return gone
   if isinstance(error, Error):
     return error
   if isinstance(error, flags.Error):

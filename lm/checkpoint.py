@@ -24,13 +24,15 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lm import params, seal
+from lm import hosts, params, seal
 from lm.errors import CheckpointError, ConfigError
 
 FORMAT = 1
 _SHOWN = 4  # items of a list in one message
+_READ_S = 3600  # the others wait while process 0 reads all of a step, to seal or to verify it
 _NONE, _BROKEN = -1, -2  # what process 0 broadcasts when it has no step
 
+_kind = lambda x: f'{x.dtype}{list(x.shape)}'
 Tree = params.Tree
 Path = str | os.PathLike
 
@@ -119,7 +121,7 @@ class Saver:
       self.wait()
 
   def wait(self) -> None:
-    """Returns when the last save is sealed and old steps are pruned (on process 0; elsewhere: when it is written)."""
+    """Returns when the last save is sealed and old steps are pruned."""
     pending, self._pending = self._pending, None
     if pending is not None:
       pending.result()
@@ -138,6 +140,7 @@ class Saver:
       if jax.process_index() == 0:
         seal.write(self._directory, step, record)
         seal.prune(self._directory, seal.metrics(self._directory, c.metric), c.keep, c.keep_best, c.mode)
+    hosts.meet('a seal', _READ_S)
     self._newest = step
 
   def _saving(self, step):
@@ -258,6 +261,7 @@ def _agree(directory: pathlib.Path, step: int | None, log: seal.Log) -> int | No
       chosen = _NONE if found is None else found
     except CheckpointError as error:
       failure = error
+  hosts.meet('a checkpoint', _READ_S)
   chosen = int(multihost_utils.broadcast_one_to_all(np.int32(chosen)))
   if chosen == _BROKEN:
     raise failure
@@ -269,10 +273,6 @@ def _read(directory, step):
   if record['format_version'] != FORMAT:
     raise CheckpointError(f'{directory / str(step)}: format {record["format_version"]}; expected {FORMAT}; update lm')
   return record
-
-
-def _kind(x: Any) -> str:
-  return f'{x.dtype}{list(x.shape)}'
 
 
 def _match(where: pathlib.Path, wanted: dict[str, Any], stored: dict[str, str], partial: bool) -> None:

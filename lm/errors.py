@@ -34,6 +34,12 @@ class Diverged(Error):
   code = 5
 
 
+class Lost(Error):
+  """Another process of the job is stuck or gone; starting the job again resumes."""
+
+  code = 70
+
+
 class Preempted(Error):
   """SIGTERM arrived and the state was saved; starting again resumes (EX_TEMPFAIL)."""
 

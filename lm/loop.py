@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from lm import logs as logs_lib, train
+from lm import hosts, logs as logs_lib, train
 from lm.errors import ConfigError, Diverged, Error, Interrupted, Preempted
 
 Evaluations = list[list]  # [[step, {metric: value}], ...], ascending; plain JSON
@@ -63,7 +63,7 @@ class Signals:
 
   At once where nothing is trained yet. Inside `deferred` they are remembered until the loop has saved its step; there a
   second Ctrl-C ends the process on the spot, which costs no sealed checkpoint. In a job of several processes SIGTERM to
-  one of them is a notice to all (`jax.distributed` handles it), and they agree on the step.
+  one of them is a notice to all (`jax.distributed` handles it), Ctrl-C there is one too, and they agree on the step.
   """
 
   def __init__(self):
@@ -72,8 +72,8 @@ class Signals:
     self._old: dict[int, Any] = {}
 
   def __enter__(self):
-    if threading.current_thread() is threading.main_thread() and jax.process_count() == 1:
-      for number in (signal.SIGTERM, signal.SIGINT):
+    if threading.current_thread() is threading.main_thread():
+      for number in (signal.SIGTERM, signal.SIGINT) if jax.process_count() == 1 else (signal.SIGINT,):
         self._old[number] = signal.signal(number, self._on)
     return self
 
@@ -93,9 +93,12 @@ class Signals:
 
   def stop_at(self, step: int) -> bool:
     """Whether to save this step and leave; to be asked at every step, by every process."""
-    if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+    if jax.process_count() == 1:
+      return self.received is not None
+    stop = multihost_utils.reached_preemption_sync_point(step)
+    if stop and self.received is None:
       self.received = signal.SIGTERM
-    return self.received is not None
+    return stop
 
   def error(self, what: str) -> Error:
     kind, name = (Preempted, 'SIGTERM') if self.received == signal.SIGTERM else (Interrupted, 'interrupted')
@@ -104,11 +107,13 @@ class Signals:
   def _on(self, number, frame):
     del frame
     if self._deferred and number == self.received == signal.SIGINT:
-      os.write(2, b'error: interrupted twice: stopped without saving; start again to resume from the last save\n')
-      os._exit(Interrupted.code)
+      why = 'interrupted twice: stopped without saving; start again to resume from the last save'
+      hosts.fail(Interrupted.code, why)
     self.received = number
     if not self._deferred:
       raise KeyboardInterrupt  # no `except Exception` on the way may take it for a fault of its own
+    if jax.process_count() > 1:
+      os.kill(os.getpid(), signal.SIGTERM)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,6 +17,7 @@ import grain
 import jax
 import numpy as np
 
+from lm import hosts
 from lm.data import corpora, inputs, packing, records
 from lm.errors import ConfigError, DataError
 from lm.text import tokenizer as tokenizers, vocabulary
@@ -188,12 +189,11 @@ def check(data: Data, vocab: int) -> None:
     ConfigError: `vocab` is smaller than the tokenizer's, or larger than that rounded up to a multiple of 128.
     DataError: a corpus without a training row, or fewer rows than one batch.
   """
-  size = data.tokenizer.vocab_size
+  size, c = data.tokenizer.vocab_size, data.config
   most = -(-size // 128) * 128
   if not size <= vocab <= most:
     raise ConfigError(f'model.vocab={vocab}: the tokenizer has {size} ids; expected {size} to {most}; set '
                       f'model.vocab={size}')
-  c = data.config
   for d, plan in zip(data.datasets, data.plans, strict=True):
     if not plan.rows:
       raise DataError(f'{d.path}: {d.tokens("train")} training tokens in {len(d.lengths["train"])} documents; expected '
@@ -284,8 +284,7 @@ def _batches(arrays: Callable[[np.ndarray, int], Arrays], steps: int, batch: int
   def put(local):
     def part(index):
       start, stop, _ = index[0].indices(batch)
-      at = int(np.searchsorted(rows, start))
-      return local[at:at + stop - start, *index[1:]]
+      return local[slice(*np.searchsorted(rows, (start, stop))), *index[1:]]
     return jax.make_array_from_callback((batch, *local.shape[1:]), sharding, part)
 
   def run():
@@ -294,6 +293,7 @@ def _batches(arrays: Callable[[np.ndarray, int], Arrays], steps: int, batch: int
     iterator.set_state({'next_index': start})
     try:
       for local in iterator:
+        hosts.meet('a batch')
         yield (inputs.Inputs if data.config.encoder else packing.Batch)(**{name: put(x) for name, x in local.items()})
     finally:
       iterator.close()
