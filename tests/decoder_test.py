@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import nn, params
+from lm import hlo, nn, params
 from lm.errors import ConfigError
 from lm.kernels import attention
 from lm.models import decoder
@@ -130,3 +130,20 @@ def test_residual_projections_start_smaller():
   assert np.std(p['blocks']['mlp']['down']) == pytest.approx(0.02 / 6**0.5, rel=0.03)
   assert np.std(p['blocks']['mlp']['up']) == pytest.approx(0.02, rel=0.03)
   assert np.std(p['blocks']['attn']['o']) == pytest.approx(0.02 / 6**0.5, rel=0.05)
+
+
+def test_what_is_recomputed():
+  """'dots' keeps the products with weights: attention's are formed once more. 'full' forms all of a block once more."""
+  def flops(remat):
+    c = decoder.Config(vocab=32, length=32, layers=3, embed=32, heads=4, kv_heads=4, head_dim=8, mlp=128, remat=remat)
+    p = jax.eval_shape(lambda: params.init(decoder.specs(c), jax.random.key(0)))
+    gradient = jax.jit(jax.grad(lambda p, ids: decoder.apply(p, c, ids).sum()))
+    program = gradient.lower(p, jax.ShapeDtypeStruct((4, 32), jnp.int32)).compile()
+    return sum(hlo.flops(program.as_text()).values())
+  tokens, blocks = 4 * 32, 3
+  weights = 2.0 * tokens * blocks * (4 * 32 * 32 + 2 * 32 * 128)
+  scores = 2.0 * 2 * tokens * blocks * 32 * 32
+  none = flops('none')
+  assert none == 3 * (weights + scores)
+  assert none < flops('dots') <= none + scores
+  assert none + scores < flops('full') <= none + weights + scores

@@ -66,8 +66,23 @@ def recomputed(step: Callable[..., Any], remat: str) -> Callable[..., Any]:
   """`step`, of whose values the backward pass keeps all ('none'), products of matrices ('dots') or none ('full')."""
   if remat == 'none':
     return step
-  policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == 'dots' else None
-  return jax.checkpoint(step, policy=policy)
+  return jax.checkpoint(step, policy=_products if remat == 'dots' else None)
+
+
+def _products(primitive, *arrays, **options):
+  """A policy of `jax.checkpoint`: keep products of activations and weights. It asks about `nn.dot`, which has its own
+  derivative, as a whole."""
+  inner = options.get('call_jaxpr')
+  if inner is None:
+    return jax.checkpoint_policies.dots_with_no_batch_dims_saveable(primitive, *arrays, **options)
+  return any(equation.primitive.name == 'dot_general' and not any(equation.params['dimension_numbers'][1])
+             for equation in _equations(inner.jaxpr))
+
+
+def _equations(jaxpr):
+  for equation in jaxpr.eqns:
+    inner = equation.params.get('jaxpr')
+    yield from [equation] if inner is None else _equations(inner.jaxpr)
 
 
 def bias(x: jax.Array, b: jax.Array) -> jax.Array:
