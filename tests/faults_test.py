@@ -152,7 +152,7 @@ FAULTS = [
     ('batch over microbatches', ['--set=optim.microbatches=3'], None, 2, r'data.batch=8 is not divisible'),
     ('too few devices', ['--set=mesh.data=4'], None, 2, r'mesh: data=4 .*needs 4 devices, 8 are here'),
     ('no axis', ['--set=mesh.data=0'], None, 2, r'mesh.data=0; expected at least 1'),
-    ('a pipeline', ['--set=mesh.pipe=2'], None, 2, r'mesh.pipe=2: models run without a pipeline'),
+    ('too few layers', ['--set=mesh.pipe=2'], None, 2, r'mesh.pipe=2, mesh.rounds=1: model.layers=1, not divisible by'),
     ('longer than positions', ['--set=data.length=17'], None, 2, r'data.length=17 is more than model.length=16'),
     ('no corpus', ['--set=data.corpus='], None, 2, r'data.corpus is empty'),
     ('missing corpus', ['--set=data.corpus={d}/none.txt'], None, 3, r'{d}/none.txt: no text'),
