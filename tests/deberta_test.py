@@ -217,7 +217,7 @@ def test_decoder_runs_the_last_block_twice(name):
   p = {**weights(name), 'decoder': {'positions': jnp.zeros((16, 16))}}
   layers = params.unstack(p['blocks'])
   hidden = deberta.apply({**p, 'blocks': layers[:-1]}, dataclasses.replace(c, layers=2), ids_BT)
-  block = functools.partial(deberta._block, layers[-1], hidden, None, c=c, mask=nn.Mask(causal=False),
+  block = functools.partial(deberta._block, layers[-1], hidden, None, None, c=c,
                             relative=deberta._relative(p, c, 8), attend=None)
   first = block()
   close(first, apply(p, c, ids_BT))
