@@ -155,7 +155,7 @@ def test_accumulation_weighs_both_terms_by_what_was_drawn(microbatches):
   grads, value, _ = jax.jit(train.accumulate(loss, microbatches))(p, inputs, key)
 
   def by_hand(p):
-    parts = [loss(p, jax.tree.map(lambda x, i=i: x[i::microbatches], inputs), jax.random.fold_in(key, i))[0]
+    parts = [loss(p, jax.tree.map(lambda x, i=i: x[i::microbatches], inputs), key)[0]
              for i in range(microbatches)]
     mean = lambda name: sum(t[name].total for t in parts) / sum(t[name].weight for t in parts)
     return mean('generator') + 50 * mean('discriminator')
