@@ -165,7 +165,7 @@ def test_next_sentences_and_words_are_both_learned():
     (dict(data__length=64), 'data.length=64 is more than model.length=32 positions'),
     (dict(data__packing='full_sentences'), "nsp=True with data.packing='full_sentences'"),
     (dict(mesh__tensor=3), 'mesh.tensor=3 does not divide model.heads=2'),
-    (dict(mesh__pipe=2), 'mesh.pipe=2: models run without a pipeline'),
+    (dict(mesh__pipe=2, mesh__microbatches=3), 'mesh.microbatches=3'),
 ])
 def test_what_does_not_go_together_is_refused(change, message):
   with pytest.raises(ConfigError, match=message.replace('.', r'\.').replace('?', r'\?')):
