@@ -3,15 +3,14 @@
 import os
 import pathlib
 
-# Without the second flag a fake device may start its collectives in another order than its peers, and all wait forever.
-os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-                           ' --xla_cpu_enable_concurrency_optimized_scheduler=false')
-os.environ.setdefault('JAX_PLATFORMS', 'cpu')
-
-import jax  # noqa: E402
+import fake_devices
+import jax
 
 _CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'lm-tests' / 'jax'
 
+# Compiling is most of the time of the tests: quick code matters less than code that is there quickly.
+os.environ['XLA_FLAGS'] = '--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true'
+fake_devices.use(8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_debug_key_reuse', True)
 jax.config.update('jax_compilation_cache_dir', str(_CACHE))

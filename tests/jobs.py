@@ -17,6 +17,7 @@ LAST = 400  # steps: more than any job here comes to before its fault
 PROGRAM = """
 import os, sys, time
 ME = {index}
+{devices}
 from experiments import cli, gpt2
 from lm import checkpoint, hosts, loop, pretrain, run
 from lm.data import loader
@@ -32,6 +33,14 @@ def at(step, act):
 
 {fault}
 cli.main('', gpt2.CONFIGS, pretrain.task)
+"""
+
+
+# Not with several processes: each would number its collectives for itself, and they must be the same program.
+ALONE = """
+sys.path.insert(0, 'tests')
+import fake_devices
+fake_devices.use(8)
 """
 
 
@@ -66,10 +75,10 @@ class Job:
                  *dict(own).get(i, [])]
       if join:
         flags_i.append(f'--distributed={address},{processes},{i}')
+      program = PROGRAM.format(index=i, fault=fault, devices=ALONE if processes == 1 else '')
       self.processes.append(subprocess.Popen(
-          [sys.executable, '-c', PROGRAM.format(index=i, fault=fault), *flags_i], cwd=ROOT,
-          env=os.environ | devices | dict(env).get(i, {}), text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-          start_new_session=True))
+          [sys.executable, '-c', program, *flags_i], cwd=ROOT, env=os.environ | devices | dict(env).get(i, {}),
+          text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True))
 
   def __enter__(self):
     return self
