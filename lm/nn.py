@@ -4,7 +4,7 @@ Shapes: B batch, T query length, S key length, D model, N query heads, K key/val
 R rotary half (H // 2). Norms and softmax are computed in f32 whatever the activations' dtype, and cast back.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import math
@@ -35,11 +35,12 @@ class Dropout:
 
 
 @functools.singledispatch
-def dot(w: jax.Array, x: jax.Array, equation: str) -> jax.Array:
+def dot(w: jax.Array, x: jax.Array, equation: str, key: 'Key | None' = None) -> jax.Array:
   """einsum(equation, x, w) in x's dtype, for equations 'batch in, in out -> batch out' such as 'BTD,DNH->BTNH'.
 
-  Dispatches on the type of `w`: a LoRA leaf registers its own rule here.
+  Dispatches on the type of `w`: a LoRA leaf registers its own rule here, whose dropout `key` turns on.
   """
+  del key
   return _dot(equation, x, w)
 
 
@@ -68,14 +69,16 @@ def _dot_backward(equation, residuals, g):
 _dot.defvjp(lambda equation, x, w: (_dot(equation, x, w), (x, w)), _dot_backward)
 
 
-def dots(ws: Sequence[jax.Array], x: jax.Array, equations: Sequence[str]) -> tuple[jax.Array, ...]:
+def dots(ws: Sequence[jax.Array], x: jax.Array, equations: Sequence[str], key: 'Key | None' = None
+         ) -> tuple[jax.Array, ...]:
   """`dot` of one x with several weights, such as those of queries, keys and values.
 
   Where weights are divided over devices, each has a part of the derivative by x from each weight. These are summed
   before devices add theirs up: one array is sent and not one a weight.
   """
   if sharding.local() or not all(isinstance(w, jax.Array) for w in ws):
-    return tuple(dot(w, x, equation) for w, equation in zip(ws, equations, strict=True))
+    pairs = zip(ws, equations, strict=True)
+    return tuple(dot(w, x, equation, fold(key, i)) for i, (w, equation) in enumerate(pairs))
   return _dots(tuple(equations), x, tuple(ws))
 
 
@@ -98,6 +101,24 @@ def _dots_backward(equations, residuals, gs):
 
 
 _dots.defvjp(lambda equations, x, ws: (_dots(equations, x, ws), (x, ws)), _dots_backward)
+
+
+@functools.singledispatch
+def residual(w: jax.Array, x: jax.Array, y: jax.Array, equation: str, bias: jax.Array | None, *, rate: float = 0.0,
+             key: 'Key | None' = None, norm: Callable[[jax.Array], jax.Array] = lambda x: x) -> jax.Array:
+  """norm(x + dropout(y w + bias)): the end of a block's branch; x is the residual stream, y the branch's last input.
+
+  Dispatches on the type of `w`: an adapter stands between dropout and sum.
+  """
+  return norm(x + branch(w, y, equation, bias, rate, key))
+
+
+def branch(w: jax.Array, y: jax.Array, equation: str, bias: jax.Array | None, rate: float, key: 'Key | None'
+           ) -> jax.Array:
+  """dropout(y w + bias)."""
+  out = dot(w, y, equation, fold(key, 1))
+  out = out if bias is None else out + jnp.expand_dims(bias.astype(out.dtype), range(out.ndim - bias.ndim))
+  return dropout(out, rate, key)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
@@ -129,35 +150,6 @@ def rotary(x_BTNH: jax.Array, positions_BT: jax.Array, theta: float) -> jax.Arra
   sin, cos = jnp.sin(angle_BT1R), jnp.cos(angle_BT1R)
   a, b = jnp.split(x_BTNH.astype(jnp.float32), 2, axis=-1)
   return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(x_BTNH.dtype)
-
-
-def sinusoids(positions: jax.Array, width: int) -> jax.Array:
-  """[..., width] of sin then cos of position * 10000^(-2i/width) (arXiv:1706.03762 §3.5, halves concatenated)."""
-  half = width // 2
-  freq = 10000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions[..., None].astype(jnp.float32) * jnp.expand_dims(freq, range(positions.ndim))
-  return jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-
-
-def relative_scores(w: jax.Array, content_NH: jax.Array, position_NH: jax.Array, q_BTNH: jax.Array, S: int,
-                    start: int | jax.Array) -> tuple[jax.Array, jax.Array]:
-  """Transformer-XL's scores (arXiv:1901.02860 §3.3): (q + u) k + (q + v) W r(i - j), for query t in slot start + t.
-
-  Args:
-    w: W, [D, N, H]. content_NH, position_NH: u and v.
-    S: number of keys.
-
-  Returns:
-    q + u, and the second term [B, N, T, S] times H ** -0.5, to be added to the logits.
-  """
-  T, H = q_BTNH.shape[1], q_BTNH.shape[3]
-  content, position = (u.astype(q_BTNH.dtype)[None, None] for u in (content_NH, position_NH))
-  r_1XD = sinusoids(jnp.arange(S - 1, -T, -1), w.shape[0])[None]  # X: all distances, the largest first
-  r_XNH = dot(w, r_1XD.astype(q_BTNH.dtype), 'BXD,DNH->BXNH')[0]
-  scores_BNTX = jnp.einsum('BTNH,XNH->BNTX', q_BTNH + position, r_XNH, preferred_element_type=jnp.float32)
-  column_TS = S - 1 - (start + jnp.arange(T)[:, None] - jnp.arange(S)[None])
-  index = jnp.broadcast_to(jnp.clip(column_TS, 0, S + T - 2)[None, None], (*scores_BNTX.shape[:3], S))
-  return q_BTNH + content, jnp.take_along_axis(scores_BNTX, index, axis=-1) * H**-0.5
 
 
 @struct.dataclass
@@ -216,7 +208,8 @@ class Mask:
   Attributes:
     causal: query t sees slots s <= start + t.
     window: at most this many slots back, the query's own included; None = no bound.
-    start: slot of query 0 (scalar): a Python 0 unless decoding into a cache.
+    start: slot of query 0 (scalar): a Python int unless decoding into a cache.
+    prefix: that many first slots are seen by every query, whatever its segment.
     q_segments_BT, k_segments_BS: ids >= 1 of packed documents, 0 = padding; a query sees its own segment only. None =
       one segment. A query of segment 0 sees no key: its output is finite and means nothing.
   """
@@ -224,6 +217,7 @@ class Mask:
   causal: bool = struct.field(pytree_node=False, default=True)
   window: int | None = struct.field(pytree_node=False, default=None)
   start: int | jax.Array = 0
+  prefix: int = struct.field(pytree_node=False, default=0)
   q_segments_BT: jax.Array | None = None
   k_segments_BS: jax.Array | None = None
 
@@ -239,17 +233,33 @@ class Mask:
     if self.q_segments_BT is not None:
       q_Bt1, k_B1s = self.q_segments_BT[:, rows, None], self.k_segments_BS[:, None, columns]
       parts.append((q_Bt1 == k_B1s) & (q_Bt1 > 0))
+    if parts and self.prefix > columns.start:
+      parts = [functools.reduce(jnp.logical_and, parts) | (k_s < self.prefix)[None, None]]
     return functools.reduce(jnp.logical_and, parts) if parts else None
 
   def cut(self, rows: slice, columns: slice) -> 'Mask':
     """The mask of a block of queries and keys, as a mask of its own."""
     pick = lambda x, part: None if x is None else x[:, part]
-    return self.replace(start=self.start + rows.start - columns.start, q_segments_BT=pick(self.q_segments_BT, rows),
-                        k_segments_BS=pick(self.k_segments_BS, columns))
+    return self.replace(start=self.start + rows.start - columns.start, prefix=max(self.prefix - columns.start, 0),
+                        q_segments_BT=pick(self.q_segments_BT, rows), k_segments_BS=pick(self.k_segments_BS, columns))
 
   def all(self, queries: int, keys: int) -> jax.Array | None:
     """The whole mask, bool [B or 1, T, S]."""
     return self.block(slice(0, queries), slice(0, keys))
+
+
+def prefixed(p: dict, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask) -> tuple[jax.Array, jax.Array, Mask]:
+  """Keys, values and mask behind the learned ones that p may hold: 'prefix_k' and 'prefix_v', [slots, K, H]."""
+  if 'prefix_k' not in p:
+    return k_BSKH, v_BSKH, mask
+  def behind(name, x_BSKH):
+    first_BPKH = jnp.broadcast_to(p[name].astype(x_BSKH.dtype)[None], (x_BSKH.shape[0], *p[name].shape))
+    return jnp.concatenate([first_BPKH, x_BSKH], axis=1)
+  P, segments_BS = p['prefix_k'].shape[0], mask.k_segments_BS
+  if segments_BS is not None:
+    segments_BS = jnp.pad(segments_BS, ((0, 0), (P, 0)))
+  return behind('prefix_k', k_BSKH), behind('prefix_v', v_BSKH), mask.replace(
+      start=mask.start + P, prefix=P, k_segments_BS=segments_BS)
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: Mask, *, bias_BNTS: jax.Array | None = None,

@@ -49,6 +49,16 @@ class FanIn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Uniform:
+  """Uniform between -bound and bound."""
+
+  bound: float
+
+  def __call__(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    return jax.random.uniform(key, shape, jnp.float32, -self.bound, self.bound)
+
+
+@dataclasses.dataclass(frozen=True)
 class Stacked:
   """`init` for each slice of the first dimension, slice i from fold_in(key, i)."""
 
@@ -106,6 +116,13 @@ def unstack(tree: Tree) -> list[Tree]:
   leaves, treedef = jax.tree.flatten(tree)
   layers = [[x[0] for x in jax.lax.split(leaf, [1] * leaf.shape[0])] for leaf in leaves]
   return [treedef.unflatten(row) for row in zip(*layers, strict=True)]
+
+
+def unstack_specs(specs: Tree) -> list[Tree]:
+  """The specs of `unstack`'s trees: of layers that are to be told apart, as by `lm.peft` those that train."""
+  layers = jax.tree.leaves(specs)[0].shape[0]
+  one = lambda s: Spec(s.shape[1:], s.axes[1:], s.init.init if isinstance(s.init, Stacked) else s.init)
+  return [jax.tree.map(one, specs) for _ in range(layers)]
 
 
 def init(specs: Tree, key: jax.Array) -> Tree:

@@ -7,12 +7,9 @@ checkpoints, logs, resuming) is here. The order is deliberate: all that can be r
 from collections.abc import Callable
 import contextlib
 import dataclasses
-import functools
 import math
 import os
 import pathlib
-import resource
-import statistics
 import time
 from typing import Any
 
@@ -30,12 +27,14 @@ from lm import (
   optim as optim_lib,
   parallel,
   params,
+  peft,
   sharding,
+  summary,
   train,
   weights,
 )
 from lm.data import loader
-from lm.errors import ConfigError, Diverged
+from lm.errors import CheckpointError, ConfigError, Diverged
 from lm.text.tokenizer import Tokenizer
 
 
@@ -77,6 +76,9 @@ class Task:
     vocab: rows of the embedding: the tokenizer must fit it.
     flops: FLOPs of one training token.
     bind: the task once its tokenizer is known, where the losses need ids of special tokens; the same parameters.
+    source: a module with the functions of `lm.data.loader` for `Config.data`.
+    base: the specs that `Config.init_from` must fill, where training adds leaves to a model; None = all.
+    freeze: pattern of leaves that do not train; '' = as `optim.freeze` says.
   """
 
   specs: params.Tree
@@ -85,6 +87,9 @@ class Task:
   vocab: int
   flops: budget.Flops
   bind: Callable[[Tokenizer], 'Task'] | None = None
+  source: Any = loader
+  base: params.Tree | None = None
+  freeze: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,7 +107,8 @@ class Parts:
 def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Parts:
   """Mesh, optimizer, shardings, and the jitted step and evaluation; compiles nothing yet."""
   mesh = sharding.make_mesh(c.mesh, devices)
-  tx, trainable = optim_lib.make(c.optim, task.specs), optim_lib.trainable_mask(c.optim, task.specs)
+  tx = optim_lib.make(c.optim, task.specs)
+  trainable = optim_lib.trainable_mask(dataclasses.replace(c.optim, freeze=task.freeze or c.optim.freeze), task.specs)
   places = train.shardings(task.specs, tx, trainable, mesh, c.mesh.zero)
   layout = parallel.layout(mesh, c.mesh, task.specs, trainable)
   step = jax.jit(train.make_step(task.loss, tx, c.optim.microbatches, layout), donate_argnums=0,
@@ -129,16 +135,16 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
   checkpoint_lib.preflight(workdir / 'checkpoints', nbytes, c.checkpoint)
   with checkpoint_lib.lock(workdir), loop_lib.Signals() as signals, sharding.use(parts.mesh, c.mesh.sequence):
     _refuse(c, workdir, resume_with_changes)
-    data = loader.prepare(c.data, workdir / 'data', seed=c.seed)
-    loader.check(data, task.vocab)
+    data = task.source.prepare(c.data, workdir / 'data', seed=c.seed)
+    task.source.check(data, task.vocab)
     if task.bind:
       task = task.bind(data.tokenizer)
       parts = build(c, task)
-    evaluate = _evaluation(c, parts, abstract, data)
+    evaluate = _evaluation(c, task, parts, abstract, data)
     start, state, meta = _start(c, task, parts, abstract, data, workdir, resume_with_changes)
     if start >= c.optim.steps or (meta['finished'] and not resume_with_changes):
       logs.say(f'already complete: step {start} of {c.optim.steps} in {workdir}; nothing was trained')
-      return _summarise(c, task, workdir, start, meta)
+      return summary.write(c, task, workdir, start, meta)
     if start:
       logs.say(f'resumed from step {start} in {workdir}')
     with signals.deferred(), contextlib.ExitStack() as stack:
@@ -146,12 +152,12 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
       log = stack.enter_context(contextlib.closing(logs.Logs(workdir, c.optim.steps, start)))
       saver = stack.enter_context(checkpoint_lib.Saver(workdir / 'checkpoints', c.checkpoint, start or None, log.say))
       batches = stack.enter_context(contextlib.closing(
-          loader.train_batches(data, sharding.batch_sharding(parts.mesh), start)))
+          task.source.train_batches(data, sharding.batch_sharding(parts.mesh), start)))
       wall = lambda: meta['wall_s'] + time.perf_counter() - began
-      program = _program(c, task, parts, data, saver, evaluate, wall)
+      program = _program(c, task, parts, data, saver, evaluate, wall, meta['base'])
       _, evaluations = loop_lib.fit(program, c.loop, state, batches, start, meta['evaluations'], log, signals)
-    done = {'evaluations': evaluations, 'wall_s': wall(), 'peak_bytes': _peak_bytes()}
-    return _summarise(c, task, workdir, evaluations[-1][0], done)
+    done = {'evaluations': evaluations, 'wall_s': wall(), 'peak_bytes': summary.peak_bytes()}
+    return summary.write(c, task, workdir, evaluations[-1][0], done)
 
 
 def describe(c: Config, task: Task) -> str:
@@ -197,32 +203,51 @@ def _record(c, data, workdir):
 
 
 def _start(c, task, parts, abstract, data, workdir, resume_with_changes):
-  """(step, state, meta): restored, imported or initialised on the mesh."""
-  restored = checkpoint_lib.restore(workdir / 'checkpoints', abstract)
-  if restored is not None:
-    step, state, meta = restored
-    if not resume_with_changes:
-      loader.check_fingerprint(meta['data'], data.fingerprint)
-    return step, state, meta
-  if c.init_from:
-    make = functools.partial(train.state_of, tx=parts.tx, trainable=parts.trainable)
-    given = jax.device_put(weights.params_from(c.init_from, params.abstract(task.specs)),
-                           params.join(parts.state.params, parts.state.frozen))
-  else:
+  """(step, state, meta): restored, imported or initialised on the mesh.
+
+  Frozen leaves are not in checkpoints: they are made again, and must be those that the run began with.
+  """
+  kept = abstract.replace(frozen=jax.tree.map(lambda x: None, abstract.frozen))
+  restored = checkpoint_lib.restore(workdir / 'checkpoints', kept)
+  frozen = bool(jax.tree.leaves(abstract.frozen))
+  if restored is None:
+    state = _first(c, task, parts)
+    meta = {'evaluations': [], 'wall_s': 0.0, 'finished': False}
+    return 0, state, meta | {'base': weights.fingerprint(state.frozen) if frozen else ''}
+  step, state, meta = restored
+  if not resume_with_changes:
+    loader.check_fingerprint(meta['data'], data.fingerprint)
+  if frozen:
+    state = state.replace(frozen=_first(c, task, parts).frozen)
+    if weights.fingerprint(state.frozen) != meta['base']:
+      raise CheckpointError(f'init_from={c.init_from}: other weights than this run began with; expected those, as its '
+                            'checkpoints hold only what trains; restore that model, or choose another --workdir')
+  return step, state, meta
+
+
+def _first(c, task, parts):
+  """The state at step 0."""
+  key = jax.random.fold_in(jax.random.key(c.seed), 0)
+  if not c.init_from:
     make = lambda key: train.init(task.specs, parts.tx, parts.trainable, key)
-    given = jax.random.fold_in(jax.random.key(c.seed), 0)
-  state = jax.jit(make, out_shardings=parts.state)(given)
-  return 0, state, {'evaluations': [], 'wall_s': 0.0, 'finished': False}
+    return jax.jit(make, out_shardings=parts.state)(key)
+  base = task.specs if task.base is None else task.base
+  given = weights.params_from(c.init_from, params.abstract(base), partial=task.base is not None)
+  make = lambda p, key: train.state_of(p if task.base is None else peft.graft(p, task.specs, key), parts.tx,
+                                       parts.trainable)
+  if task.base is None:
+    given = jax.device_put(given, params.join(parts.state.params, parts.state.frozen))
+  return jax.jit(make, out_shardings=parts.state)(given, key)
 
 
-def _evaluation(c, parts, abstract, data):
+def _evaluation(c, task, parts, abstract, data):
   """state -> {'val_loss': ..., ...} of the whole validation split.
 
   Raises, before anything is compiled:
     DataError: nothing to evaluate. ConfigError: `c.checkpoint.metric` will not be among the metrics.
   """
   key = jax.random.fold_in(jax.random.key(c.seed), 2)
-  batches = lambda: loader.eval_batches(data, 'validation', c.data.batch, sharding.batch_sharding(parts.mesh))
+  batches = lambda: task.source.eval_batches(data, 'validation', c.data.batch, sharding.batch_sharding(parts.mesh))
   with contextlib.closing(batches()) as some:
     sums = jax.eval_shape(parts.evaluate, abstract, next(some), key)
   known = _validation(jax.tree.map(lambda x: 0.0, sums), data)
@@ -241,12 +266,12 @@ def _evaluation(c, parts, abstract, data):
 def _validation(sums, data):
   """Sums over the validation split -> 'val_<metric>' means (NaN of nothing); a decoder's bits per byte."""
   values = {f'val_{k}': float(t.total) / float(t.weight) if t.weight else math.nan for k, t in sums.items()}
-  if 'loss' in sums and data.utf8_bytes('validation') and not data.config.encoder:
+  if 'loss' in sums and data.utf8_bytes('validation') and not getattr(data.config, 'encoder', False):
     values['val_bits_per_byte'] = float(sums['loss'].total) / math.log(2) / data.utf8_bytes('validation')
   return values
 
 
-def _program(c, task, parts, data, saver, evaluate, wall):
+def _program(c, task, parts, data, saver, evaluate, wall, base):
   # All of it now, on the host: asking the device for a rate would wait for the step that it is busy with.
   rates = np.asarray(jax.jit(optim_lib.schedule(c.optim))(jnp.arange(c.optim.steps)))
   finite = jax.jit(lambda s: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(s.params)]).all())
@@ -255,9 +280,9 @@ def _program(c, task, parts, data, saver, evaluate, wall):
     if not finite(state):
       raise Diverged(f'step {step}: a parameter is not finite; the checkpoints before it are intact; lower optim.lr')
     meta = {'evaluations': evaluations, 'data': data.fingerprint, 'config': config.to_json(c), 'wall_s': wall(),
-            'peak_bytes': _peak_bytes(), 'finished': finished}
+            'peak_bytes': summary.peak_bytes(), 'finished': finished, 'base': base}
     metrics = evaluations[-1][1] if evaluations and evaluations[-1][0] == step else {}
-    saver.save(step, state, meta, metrics)
+    saver.save(step, state.replace(frozen=None), meta, metrics)
 
   return loop_lib.Program(
       step=parts.step, evaluate=evaluate, save=save, poll=saver.poll, wait=saver.wait, steps=c.optim.steps,
@@ -266,34 +291,3 @@ def _program(c, task, parts, data, saver, evaluate, wall):
       flops_per_step=task.flops.total * c.data.batch * c.data.length,
       peak_flops=budget.peak_flops(jax.local_devices()[0]) * parts.mesh.size, save_every=c.checkpoint.every,
       metric=c.checkpoint.metric, mode=c.checkpoint.mode)
-
-
-def _summarise(c, task, workdir, step, meta):
-  """summary.json from the last evaluation and metrics.jsonl; rates are medians over its rows."""
-  values = meta['evaluations'][-1][1] if meta['evaluations'] else {}
-  rows = logs.read(workdir)
-  middle = lambda name: statistics.median([r[name] for r in rows if name in r] or [math.nan])
-  per_step = c.data.batch * c.data.length
-  summary = values | {
-      'steps': step, 'tokens': step * per_step, 'flops': step * per_step * task.flops.total, 'wall_s': meta['wall_s'],
-      'tokens_per_s': middle('tokens_per_s'), 'mfu': middle('mfu'), 'peak_bytes': meta['peak_bytes'],
-      'parameters': params.count(task.specs), 'best': _best(meta['evaluations'], c.checkpoint),
-      'planned': {'steps': c.optim.steps, 'tokens': c.optim.steps * per_step,
-                  'flops': c.optim.steps * per_step * task.flops.total},
-  } | ({} if c.published is None else {'published': c.published})
-  if jax.process_index() == 0:
-    logs.write_summary(workdir, summary)
-  return summary
-
-
-def _best(evaluations, c):
-  """The evaluation whose checkpoint is kept as the best (of equal ones the last, as in `seal.ranked`)."""
-  sign = 1 if c.mode == 'min' else -1
-  scores = [(sign * v[c.metric], -step) for step, v in evaluations if math.isfinite(v.get(c.metric, math.nan))]
-  return {'step': -min(scores)[1], c.metric: sign * min(scores)[0]} if scores else None
-
-
-def _peak_bytes():
-  """Of the device; of the whole process where the device does not tell, as a CPU."""
-  stats = jax.local_devices()[0].memory_stats() or {}
-  return stats.get('peak_bytes_in_use', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)

@@ -1,5 +1,6 @@
 """Finds a trained decoder wherever it lies: a workdir of ours, an HF folder, or a GGUF file."""
 
+import hashlib
 import json
 import os
 import pathlib
@@ -7,12 +8,14 @@ import sys
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
-from lm import checkpoint, config, params, seal
+from lm import checkpoint, config, params, peft, seal
 from lm.errors import CheckpointError, ConfigError
 from lm.models import decoder, gguf, hf
 from lm.text import tokenizer as tokenizers
 
+_MIXERS = ((2654435761, 2246822519), (3266489917, 668265263))  # odd, without a pattern in their bits
 _TOKENIZERS = ('*.model', 'tokenizer.json', 'vocab.*', 'encoder.json', 'char.json', 'byte.json')
 
 
@@ -46,20 +49,34 @@ def load(path: str | os.PathLike, best: bool = True) -> Model:
   return Model(c, p, _tokenizer(path))
 
 
-def params_from(path: str | os.PathLike, abstract: params.Tree) -> params.Tree:
-  """Parameters to start training from.
+def params_from(path: str | os.PathLike, abstract: params.Tree, partial: bool = False) -> params.Tree:
+  """Parameters to start training from; `partial`: what the model there has more, such as heads, is left out.
 
   Raises:
     ConfigError: a leaf is missing, is one too many or has another shape; the message names it.
   """
   have, want = hf.load(path)[1] if kind_of(path) == 'hf' else load(path).params, params.flatten(abstract)
   got = params.flatten(have)
-  for name in sorted(want.keys() | got.keys()):
+  for name in sorted(want.keys() if partial else want.keys() | got.keys()):
     a, b = want.get(name), got.get(name)
     if a is None or b is None or a.shape != b.shape:
       raise ConfigError(f'init_from={path}: {name} is {"absent" if b is None else b.shape} there and '
                         f'{"absent" if a is None else a.shape} in this model; set model.* to the shape of that model')
-  return have
+  return params.map_with_path(lambda name, _: got[name], abstract) if partial else have
+
+
+def fingerprint(tree: params.Tree) -> str:
+  """64 bits, in hexadecimal, of all leaves' names, shapes and bits; the same on every mesh."""
+  def mixed(x):
+    bits = jax.lax.bitcast_convert_type(x, {4: jnp.uint32, 2: jnp.uint16, 1: jnp.uint8}[x.dtype.itemsize])
+    bits = bits.astype(jnp.uint32)
+    place = jnp.arange(bits.size, dtype=jnp.uint32).reshape(bits.shape)
+    both = [(bits ^ (place * jnp.uint32(a))) * jnp.uint32(b) for a, b in _MIXERS]
+    return jnp.stack([(x ^ (x >> 15)).sum(dtype=jnp.uint32) for x in both])
+  found = jax.device_get(jax.jit(lambda leaves: [mixed(x) for x in leaves])(jax.tree.leaves(tree)))
+  names = [(path, x.shape, str(x.dtype)) for path, x in params.flatten(tree).items()]
+  text = repr([(*name, sums.tolist()) for name, sums in zip(names, found, strict=True)])
+  return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def kind_of(path: str | os.PathLike) -> str:
@@ -87,29 +104,51 @@ def _workdir(path, best):
   except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
     raise CheckpointError(f'{path / "config.json"}: {type(error).__name__}: {error}; expected the config of a decoder '
                           'run; name another model') from error
-  return Model(c, restore(path, decoder.specs(c), ranked), _tokenizer(path / 'tokenizer'))
+  p = peft.plain(restore(path, decoder.specs(c), ranked))
+  return Model(c, p, _tokenizer(path / 'tokenizer'))
 
 
 def restore(workdir: str | os.PathLike, specs: params.Tree, first: int | None = None) -> params.Tree:
-  """A workdir's parameters for `specs` on the default device: of step `first`, else of the newest that is whole."""
+  """A workdir's parameters for `specs` on the default device: of step `first`, else of the newest that is whole.
+
+  What its run froze is not in its checkpoints and is taken from where the run began; with what `peft` added in place.
+  """
+  workdir = pathlib.Path(workdir)
+  saved = json.loads((workdir / 'config.json').read_bytes())['config']
+  few = config.from_json(peft.Config, saved['peft']) if 'peft' in saved else peft.Config()
+  whole = peft.specs(few, specs)
+  layers = jax.tree.leaves(specs['blocks'])[0].shape[0] if 'blocks' in specs else 0
+  frozen = peft.freeze(few, layers) or saved['optim']['freeze']
   here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-  abstract = params.abstract(specs, jax.tree.map(lambda _: here, specs))
-  return _intact(pathlib.Path(workdir) / 'checkpoints', abstract, first)
+  abstract = params.abstract(whole, jax.tree.map(lambda _: here, whole))
+  if not frozen:
+    return _intact(workdir / 'checkpoints', abstract, first)[0]
+  learned, meta = _intact(workdir / 'checkpoints', abstract, first, f'^(?!.*(?:{frozen}))')
+  key = jax.random.fold_in(jax.random.key(saved['seed']), 0)
+  if saved['init_from']:
+    base = peft.graft(params_from(saved['init_from'], params.abstract(specs), partial=True), whole, key)
+  else:
+    base = params.init(whole, key)
+  rest = params.split(base, jax.tree.map(lambda x: x is None, learned, is_leaf=lambda x: x is None))[0]
+  if fingerprint(rest) != meta['base']:
+    raise CheckpointError(f'{workdir}: its frozen weights, from init_from={saved["init_from"]!r}, are not those it was '
+                          'trained with; expected the same model there; put it back')
+  return params.join(learned, rest)
 
 
-def _intact(folder, abstract, first):
-  """The parameters of step `first`, else of the newest step that is whole; a warning names what was passed over."""
+def _intact(folder, abstract, first, pattern=''):
+  """(parameters, meta) of step `first`, else of the newest step that is whole; a warning names what was passed over."""
   newest = sorted(checkpoint.steps(folder), key=lambda s: (s == first, s), reverse=True)
   rejected = []
   for step in newest:
     try:
-      p = checkpoint.restore_params(folder, abstract, step=step, log=lambda line: None)
+      p = checkpoint.restore_params(folder, abstract, pattern, step=step, log=lambda line: None)
     except CheckpointError as error:
       rejected.append(f'step {step} ({seal.check(folder, step) or error})')
       continue
     if rejected:
       print(f'warning: rejected {"; ".join(rejected)}; using step {step} of {folder}', file=sys.stderr, flush=True)
-    return p
+    return p, checkpoint.read_meta(folder, step)
   raise CheckpointError(f'{folder}: no intact checkpoint{": rejected " * bool(rejected)}{"; ".join(rejected)}; '
                         'expected a sealed and undamaged step; copy one back, or name another model')
 

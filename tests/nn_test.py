@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lm import nn
+from lm.models import transformer_xl
 
 
 def normal(*shape, seed=0, dtype=np.float32):
@@ -85,7 +86,7 @@ def test_rotary_scores_depend_on_the_distance_only():
 
 
 def test_sinusoids():
-  got = nn.sinusoids(jnp.array([[0, 3], [7, -2]]), 6)
+  got = transformer_xl.sinusoids(jnp.array([[0, 3], [7, -2]]), 6)
   for (i, j), p in np.ndenumerate([[0, 3], [7, -2]]):
     want = [f(p / 10000 ** (2 * r / 6)) for f in (math.sin, math.cos) for r in range(3)]
     np.testing.assert_allclose(got[i, j], want, atol=1e-6)

@@ -17,12 +17,10 @@ import grain
 import jax
 import numpy as np
 
-from lm import hosts
-from lm.data import corpora, inputs, packing, records
+from lm.data import corpora, inputs, packing, placing, records
 from lm.errors import ConfigError, DataError
 from lm.text import tokenizer as tokenizers, vocabulary
 
-ENDLESS = 2**40  # rows or steps; grain wants a length
 Arrays = dict[str, np.ndarray]  # the fields of `packing.Batch` or `inputs.Inputs`
 Batch = packing.Batch | inputs.Inputs
 Packing = Literal['stream', 'fit', 'bert_pairs', 'electra_pairs', 'full_sentences', 'doc_sentences']
@@ -120,7 +118,7 @@ class Data:
   @functools.cached_property
   def picks(self) -> grain.MapDataset:
     """Row of the run -> (dataset, row of that dataset), mixed in proportion to `weights`: rows are equal in tokens."""
-    rows = grain.MapDataset.range(ENDLESS)
+    rows = grain.MapDataset.range(placing.ENDLESS)
     return grain.MapDataset.mix([rows.map(lambda row, i=i: (i, row)) for i in range(len(self.plans))], self.weights)
 
   @functools.cached_property
@@ -220,7 +218,8 @@ def host_batch(data: Data, step: int) -> Arrays:
 
 def train_batches(data: Data, sharding: jax.sharding.Sharding, start_step: int = 0) -> Iterator[Batch]:
   """Endless global batches from `start_step` on; each host builds only the rows that its devices hold."""
-  return _batches(functools.partial(_train_arrays, data), ENDLESS, data.config.batch, data, sharding, start_step)
+  arrays = lambda rows, step: _kind(data)(**_train_arrays(data, rows, step))
+  return placing.batches(arrays, placing.ENDLESS, data.config.batch, data.config.threads, sharding, start_step)
 
 
 def eval_steps(data: Data, split: str, batch: int) -> int:
@@ -246,8 +245,12 @@ def eval_batches(data: Data, split: str, batch: int, sharding: jax.sharding.Shar
     for row in (step * batch + rows).tolist():
       d = int(np.searchsorted(ends, row, 'right'))
       picks.append((d, plans[d].row(row - int(ends[d]) + plans[d].rows)) if d < len(plans) else (0, nothing))
-    return _fill(data, split, picks)
-  return _batches(arrays, eval_steps(data, split, batch), batch, data, sharding, 0)
+    return _kind(data)(**_fill(data, split, picks))
+  return placing.batches(arrays, eval_steps(data, split, batch), batch, data.config.threads, sharding)
+
+
+def _kind(data):
+  return inputs.Inputs if data.config.encoder else packing.Batch
 
 
 def _train_arrays(data: Data, rows: np.ndarray, step: int) -> Arrays:
@@ -270,31 +273,3 @@ def _fill(data: Data, split: str, picks: list[Pick]) -> Arrays:
       spans = np.concatenate([spans for spans, mine in zip(rows, mine_B, strict=True) if mine])
       arrays['ids_BT'][mine_B[:, None] & text_BT] = dataset.read(split, spans)
   return arrays
-
-
-def _batches(arrays: Callable[[np.ndarray, int], Arrays], steps: int, batch: int, data: Data,
-             sharding: jax.sharding.Sharding, start: int) -> Iterator[Batch]:
-  try:
-    places = sharding.addressable_devices_indices_map((batch,))
-  except ValueError as error:
-    raise ConfigError(f'batch={batch}: cannot be divided over the devices ({error}); choose a multiple of mesh.data * '
-                      'mesh.fsdp') from error
-  rows = np.unique(np.concatenate([np.arange(batch)[index[0]] for index in places.values()]))
-
-  def put(local):
-    def part(index):
-      start, stop, _ = index[0].indices(batch)
-      return local[slice(*np.searchsorted(rows, (start, stop))), *index[1:]]
-    return jax.make_array_from_callback((batch, *local.shape[1:]), sharding, part)
-
-  def run():
-    ahead = grain.ReadOptions(num_threads=data.config.threads, prefetch_buffer_size=2 * data.config.threads)
-    iterator = iter(grain.MapDataset.range(steps).map(functools.partial(arrays, rows)).to_iter_dataset(ahead))
-    iterator.set_state({'next_index': start})
-    try:
-      for local in iterator:
-        hosts.meet('a batch')
-        yield (inputs.Inputs if data.config.encoder else packing.Batch)(**{name: put(x) for name, x in local.items()})
-    finally:
-      iterator.close()
-  return run()

@@ -61,12 +61,13 @@ def _outputs(shape, inputs):
 
 
 @nn.dot.register
-def _dot(w: Packed, x: jax.Array, equation: str) -> jax.Array:
+def _dot(w: Packed, x: jax.Array, equation: str, key: nn.Key | None = None) -> jax.Array:
   """einsum(equation, x, w) in x's dtype, accumulated in f32 or int32.
 
   Raises:
     ValueError: the equation contracts other dimensions than `w.inputs`, or not the last ones of `x` in that order.
   """
+  del key
   terms, out = equation.split('->')
   x_dims, w_dims = terms.split(',')
   contracted = ''.join(w_dims[i] for i in w.inputs)

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from lm import nn, params
+from lm.sharding import constrain
 
 Step = Callable[[params.Tree, jax.Array, Any, nn.Key | None], jax.Array]  # (layer, x_BTD, rows, key) -> x_BTD
 
@@ -88,6 +89,18 @@ def _equations(jaxpr):
 def bias(x: jax.Array, b: jax.Array) -> jax.Array:
   """x + b in x's dtype, b being x's last dimensions."""
   return x + jnp.expand_dims(b.astype(x.dtype), range(x.ndim - b.ndim))
+
+
+def up(p: params.Tree, x_BTD: jax.Array, key: nn.Key | None, activation: str) -> jax.Array:
+  """The first half of an MLP, [B, T, F]: activation(x up + up_bias)."""
+  up_BTF = activate(bias(nn.dot(p['up'], x_BTD, 'BTD,DF->BTF', key), p['up_bias']), activation)
+  return constrain(up_BTF, 'batch', 'length', 'mlp')
+
+
+def virtual(blocks: params.Tree) -> int:
+  """Positions that learned keys and values (`nn.prefixed`) take before a row's first token."""
+  first = (blocks[0] if isinstance(blocks, (list, tuple)) else blocks)['attn']
+  return first['prefix_k'].shape[-3] if 'prefix_k' in first else 0
 
 
 def activate(x: jax.Array, activation: str) -> jax.Array:

@@ -236,14 +236,19 @@ def _block(p, x_BTD, segments_BT, key, q_BTD=None, *, c, relative, attend):
   keys = [nn.fold(key, i) for i in range(4)]
   mask = nn.Mask(causal=False, q_segments_BT=segments_BT, k_segments_BS=segments_BT)
   q_BTD = x_BTD if q_BTD is None else q_BTD
-  a_BTD = _attention(p['attn'], q_BTD, x_BTD, keys[:2], c, mask, relative, attend)
-  y_BTD = _norm(q_BTD + nn.dropout(a_BTD, c.dropout.hidden, keys[2]), p['attn_norm'], c)
-  m_BTD = nn.dropout(_mlp(p['mlp'], y_BTD, c), c.dropout.hidden, keys[3])
-  return constrain(_norm(y_BTD + m_BTD, p['mlp_norm'], c), 'batch', 'sequence', 'embed')
+  a_BTNH = _attention(p['attn'], q_BTD, x_BTD, keys[:2], c, mask, relative, attend)
+  y_BTD = nn.residual(p['attn']['o'], q_BTD, a_BTNH, 'BTNH,NHD->BTD', p['attn']['o_bias'], rate=c.dropout.hidden,
+                      key=keys[2], norm=lambda x_BTD: _norm(x_BTD, p['attn_norm'], c))
+  up_BTF = blocks.up(p['mlp'], y_BTD, nn.fold(keys[3], 2), c.activation)
+  y_BTD = nn.residual(p['mlp']['down'], y_BTD, up_BTF, 'BTF,FD->BTD', p['mlp']['down_bias'], rate=c.dropout.hidden,
+                      key=keys[3], norm=lambda x_BTD: _norm(x_BTD, p['mlp_norm'], c))
+  return constrain(y_BTD, 'batch', 'sequence', 'embed')
 
 
 def _attention(p, q_BTD, x_BTD, keys, c, mask, relative, attend):
-  projected = _project(p, 'qkv', x_BTD) if q_BTD is x_BTD else _project(p, 'q', q_BTD) + _project(p, 'kv', x_BTD)
+  one, other = nn.fold(keys[0], 1), nn.fold(keys[0], 2)
+  projected = (_project(p, 'qkv', x_BTD, one) if q_BTD is x_BTD else
+               _project(p, 'q', q_BTD, one) + _project(p, 'kv', x_BTD, other))
   q_BTNH, k_BTNH, v_BTNH = (constrain(y_BTNH, 'batch', 'length', 'heads', 'head_dim') for y_BTNH in projected)
   table_RD, index = relative
   tables = {}
@@ -252,21 +257,14 @@ def _attention(p, q_BTD, x_BTD, keys, c, mask, relative, attend):
     kind = '' if c.shared else 'position_'
     names = {term: kind + {'c2p': 'k', 'p2c': 'q'}[term] for term in index}
     tables = {term: _project(p, [name], r_1RD)[0][0][index[term]] for term, name in names.items()}
-  y_BTNH = disentangled.attention(q_BTNH, k_BTNH, v_BTNH, tables, mask, scale=(c.head_dim * (1 + len(tables))) ** -0.5,
-                                  rate=c.dropout.attention, key=keys[1], attend=attend)
-  return blocks.bias(nn.dot(p['o'], y_BTNH, 'BTNH,NHD->BTD'), p['o_bias'])
+  return disentangled.attention(q_BTNH, k_BTNH, v_BTNH, tables, mask, scale=(c.head_dim * (1 + len(tables))) ** -0.5,
+                                rate=c.dropout.attention, key=keys[1], attend=attend)
 
 
-def _project(p, names, x_BTD):
-  projected = nn.dots([p[name] for name in names], x_BTD, ['BTD,DNH->BTNH'] * len(names))
+def _project(p, names, x_BTD, key=None):
+  projected = nn.dots([p[name] for name in names], x_BTD, ['BTD,DNH->BTNH'] * len(names), key)
   return tuple(blocks.bias(y_BTNH, p[f'{name}_bias']) if f'{name}_bias' in p else y_BTNH
                for y_BTNH, name in zip(projected, names, strict=True))
-
-
-def _mlp(p, x_BTD, c):
-  up_BTF = blocks.activate(blocks.bias(nn.dot(p['up'], x_BTD, 'BTD,DF->BTF'), p['up_bias']), c.activation)
-  up_BTF = constrain(up_BTF, 'batch', 'length', 'mlp')
-  return blocks.bias(nn.dot(p['down'], up_BTF, 'BTF,FD->BTD'), p['down_bias'])
 
 
 def _norm(x, p, c):

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from lm import nn, params
 from lm.errors import ConfigError
-from lm.models import blocks
+from lm.models import blocks, transformer_xl
 from lm.params import Spec
 from lm.sharding import constrain
 
@@ -148,7 +148,7 @@ def apply(
   Args:
     p: tree of `specs(c)`; 'blocks' may also be a list of per-layer trees (`params.unstack`), which decoding prefers.
     ids_BT: int32 token ids.
-    positions_BT: default 0..T-1, or behind the cache's tokens of the same row.
+    positions_BT: default 0..T-1, or behind the cache's tokens of the same row; a learned prefix comes before all.
     segments_BT: ids >= 1 of packed documents, 0 = padding; None = one document a row.
     cache: from `init_cache`; the new tokens take its next T slots and see all earlier ones of their segment.
     key: turns dropout on.
@@ -158,6 +158,7 @@ def apply(
   if positions_BT is None:
     positions_BT = (jnp.broadcast_to(jnp.arange(ids_BT.shape[1])[None], ids_BT.shape) if cache is None
                     else _next_positions(cache, segments_BT, ids_BT))
+  positions_BT = positions_BT + blocks.virtual(p['blocks'])
   x_BTD = _embed(p['embed'], c, ids_BT, positions_BT, nn.fold(key, c.layers))
   block = functools.partial(_block, c=c, attend=attend)
   if cache is None:
@@ -216,20 +217,19 @@ def _embed(p, c, ids_BT, positions_BT, key):
 def _block(p, x_BTD, key, cache=None, *, c, positions_BT, mask, attend):
   """One block: (x_BTD, (k_BKSH, v_BKSH) or None without a cache)."""
   keys = [nn.fold(key, i) for i in range(3)]
+  add = functools.partial(_add, rate=c.dropout.hidden)
   y_BTD = _norm(x_BTD, p['attn_norm'], c)
-  a_BTD, cache = _attention(p['attn'], y_BTD, keys[0], cache, c, positions_BT, mask, attend)
-  a_BTD = nn.dropout(a_BTD, c.dropout.hidden, keys[1])
-  if c.parallel:
-    m_BTD = nn.dropout(_mlp(p['mlp'], y_BTD, c), c.dropout.hidden, keys[2])
-    x_BTD = x_BTD + a_BTD + m_BTD
-  else:
-    x_BTD = x_BTD + a_BTD
-    x_BTD = x_BTD + nn.dropout(_mlp(p['mlp'], _norm(x_BTD, p['mlp_norm'], c), c), c.dropout.hidden, keys[2])
+  a_BTNH, cache = _attention(p['attn'], y_BTD, keys[0], cache, c, positions_BT, mask, attend)
+  x_BTD = add(p['attn'], 'o', x_BTD, a_BTNH, 'BTNH,NHD->BTD', keys[1])
+  if not c.parallel:
+    y_BTD = _norm(x_BTD, p['mlp_norm'], c)
+  x_BTD = add(p['mlp'], 'down', x_BTD, _mlp(p['mlp'], y_BTD, nn.fold(keys[2], 2), c), 'BTF,FD->BTD', keys[2])
   return constrain(x_BTD, 'batch', 'sequence', 'embed'), cache
 
 
 def _attention(p, y_BTD, key, cache, c, positions_BT, mask, attend):
-  projected = nn.dots([p[name] for name in 'qkv'], y_BTD, ['BTD,DNH->BTNH', 'BTD,DKH->BTKH', 'BTD,DKH->BTKH'])
+  projected = nn.dots([p[name] for name in 'qkv'], y_BTD, ['BTD,DNH->BTNH', 'BTD,DKH->BTKH', 'BTD,DKH->BTKH'],
+                      nn.fold(key, 1))
   q_BTNH, k_BSKH, v_BSKH = (_bias(x, p, f'{name}_bias') for x, name in zip(projected, 'qkv', strict=True))
   if c.positions == 'rotary':
     q_BTNH, k_BSKH = (nn.rotary(x, positions_BT, c.rope_theta) for x in (q_BTNH, k_BSKH))
@@ -238,13 +238,17 @@ def _attention(p, y_BTD, key, cache, c, positions_BT, mask, attend):
     cache = _append(old_k, k_BSKH, length), _append(old_v, v_BSKH, length)
     B, _, K, H = k_BSKH.shape
     k_BSKH, v_BSKH = (x.reshape(B, K, -1, H).swapaxes(1, 2) for x in cache)
+  k_BSKH, v_BSKH, mask = nn.prefixed(p, k_BSKH, v_BSKH, mask)
   q_BTNH = constrain(q_BTNH, 'batch', 'length', 'heads', 'head_dim')
   bias_BNTS = None
   if c.positions == 'relative':
-    q_BTNH, bias_BNTS = nn.relative_scores(p['relative'], p['content_bias'], p['position_bias'], q_BTNH,
+    q_BTNH, bias_BNTS = transformer_xl.relative_scores(p['relative'], p['content_bias'], p['position_bias'], q_BTNH,
                                            k_BSKH.shape[1], mask.start)
-  x_BTNH = attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS=bias_BNTS, rate=c.dropout.attention, key=key)
-  return _bias(nn.dot(p['o'], x_BTNH, 'BTNH,NHD->BTD'), p, 'o_bias'), cache
+  return attend(q_BTNH, k_BSKH, v_BSKH, mask, bias_BNTS=bias_BNTS, rate=c.dropout.attention, key=key), cache
+
+
+def _add(p, name, x_BTD, y, equation, key, rate):
+  return nn.residual(p[name], x_BTD, y, equation, p.get(f'{name}_bias'), rate=rate, key=key)
 
 
 def _lead(B, K):
@@ -258,15 +262,15 @@ def _append(old, new_BTKH, length):
   return jax.lax.dynamic_update_slice_in_dim(old, new_BTKH.swapaxes(1, 2).reshape(*lead, T, H), length, len(lead))
 
 
-def _mlp(p, y_BTD, c):
+def _mlp(p, y_BTD, key, c):
+  """The input of 'down'."""
   if c.activation == 'swiglu':
-    up_BTF, gate_BTF = nn.dots((p['up'], p['gate']), y_BTD, ['BTD,DF->BTF'] * 2)
+    up_BTF, gate_BTF = nn.dots((p['up'], p['gate']), y_BTD, ['BTD,DF->BTF'] * 2, key)
     up_BTF = _bias(up_BTF, p, 'up_bias') * jax.nn.silu(_bias(gate_BTF, p, 'gate_bias'))
   else:
-    up_BTF = _bias(nn.dot(p['up'], y_BTD, 'BTD,DF->BTF'), p, 'up_bias')
+    up_BTF = _bias(nn.dot(p['up'], y_BTD, 'BTD,DF->BTF', key), p, 'up_bias')
     up_BTF = jax.nn.gelu(up_BTF, approximate=c.activation == 'gelu_tanh')
-  up_BTF = constrain(up_BTF, 'batch', 'length', 'mlp')
-  return _bias(nn.dot(p['down'], up_BTF, 'BTF,FD->BTD'), p, 'down_bias')
+  return constrain(up_BTF, 'batch', 'length', 'mlp')
 
 
 def _bias(x, p, name):

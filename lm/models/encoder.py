@@ -107,11 +107,11 @@ def apply(
   Raises:
     ConfigError: rows are longer than `c.length`.
   """
-  T = ids_BT.shape[1]
-  if T > c.length:
-    raise ConfigError(f'model.length={c.length}; expected at least {T}, the tokens of a row; set model.length, or cut '
-                      'the rows')
-  positions_BT = jnp.arange(T)[None] if positions_BT is None else positions_BT
+  T, before = ids_BT.shape[1], blocks.virtual(p['blocks'])
+  if T + before > c.length:
+    raise ConfigError(f'model.length={c.length}; expected at least {T + before}, the tokens of a row; set '
+                      'model.length, or cut the rows')
+  positions_BT = before + (jnp.arange(T)[None] if positions_BT is None else positions_BT)
   x_BTD = _embed(p, c, ids_BT, positions_BT, types_BT, nn.fold(key, c.layers))
   step = functools.partial(_block, c=c, attend=attend)
   return stack.run(p['blocks'], step, x_BTD, segments_BT, key, scan_layers=c.scan_layers, remat=c.remat)
@@ -133,25 +133,22 @@ def _embed(p, c, ids_BT, positions_BT, types_BT, key):
 def _block(p, x_BTD, segments_BT, key, *, c, attend):
   keys = [nn.fold(key, i) for i in range(3)]
   mask = nn.Mask(causal=False, q_segments_BT=segments_BT, k_segments_BS=segments_BT)
-  a_BTD = nn.dropout(_attention(p['attn'], x_BTD, keys[0], c, mask, attend), c.dropout.hidden, keys[1])
-  x_BTD = _norm(x_BTD + a_BTD, p['attn_norm'], c)
-  m_BTD = nn.dropout(_mlp(p['mlp'], x_BTD, c), c.dropout.hidden, keys[2])
-  return constrain(_norm(x_BTD + m_BTD, p['mlp_norm'], c), 'batch', 'sequence', 'embed')
+  a_BTNH = _attention(p['attn'], x_BTD, keys[0], c, mask, attend)
+  x_BTD = nn.residual(p['attn']['o'], x_BTD, a_BTNH, 'BTNH,NHD->BTD', p['attn']['o_bias'], rate=c.dropout.hidden,
+                      key=keys[1], norm=lambda x_BTD: _norm(x_BTD, p['attn_norm'], c))
+  up_BTF = blocks.up(p['mlp'], x_BTD, nn.fold(keys[2], 2), c.activation)
+  x_BTD = nn.residual(p['mlp']['down'], x_BTD, up_BTF, 'BTF,FD->BTD', p['mlp']['down_bias'], rate=c.dropout.hidden,
+                      key=keys[2], norm=lambda x_BTD: _norm(x_BTD, p['mlp_norm'], c))
+  return constrain(x_BTD, 'batch', 'sequence', 'embed')
 
 
 def _attention(p, x_BTD, key, c, mask, attend):
-  projected = nn.dots([p[name] for name in 'qkv'], x_BTD, ['BTD,DNH->BTNH'] * 3)
+  projected = nn.dots([p[name] for name in 'qkv'], x_BTD, ['BTD,DNH->BTNH'] * 3, nn.fold(key, 1))
   q_BTNH, k_BTNH, v_BTNH = (
       constrain(blocks.bias(x_BTNH, p[f'{name}_bias']), 'batch', 'length', 'heads', 'head_dim')
       for x_BTNH, name in zip(projected, 'qkv', strict=True))
-  y_BTNH = attend(q_BTNH, k_BTNH, v_BTNH, mask, rate=c.dropout.attention, key=key)
-  return blocks.bias(nn.dot(p['o'], y_BTNH, 'BTNH,NHD->BTD'), p['o_bias'])
-
-
-def _mlp(p, x_BTD, c):
-  up_BTF = blocks.activate(blocks.bias(nn.dot(p['up'], x_BTD, 'BTD,DF->BTF'), p['up_bias']), c.activation)
-  up_BTF = constrain(up_BTF, 'batch', 'length', 'mlp')
-  return blocks.bias(nn.dot(p['down'], up_BTF, 'BTF,FD->BTD'), p['down_bias'])
+  k_BSNH, v_BSNH, mask = nn.prefixed(p, k_BTNH, v_BTNH, mask)
+  return attend(q_BTNH, k_BSNH, v_BSNH, mask, rate=c.dropout.attention, key=key)
 
 
 def _norm(x_BTD, p, c):

@@ -1,0 +1,42 @@
+"""What a run leaves to be read by people and by other programs: summary.json."""
+
+import math
+import pathlib
+import resource
+import statistics
+from typing import Any
+
+import jax
+
+from lm import checkpoint, logs, params
+
+
+def write(c: Any, task: Any, workdir: pathlib.Path, step: int, meta: dict[str, Any]) -> dict[str, Any]:
+  """summary.json of a run of `lm.run`, from its last evaluation and metrics.jsonl; rates are medians over its rows."""
+  values = meta['evaluations'][-1][1] if meta['evaluations'] else {}
+  rows = logs.read(workdir)
+  middle = lambda name: statistics.median([r[name] for r in rows if name in r] or [math.nan])
+  per_step = c.data.batch * c.data.length
+  summary = values | {
+      'steps': step, 'tokens': step * per_step, 'flops': step * per_step * task.flops.total, 'wall_s': meta['wall_s'],
+      'tokens_per_s': middle('tokens_per_s'), 'mfu': middle('mfu'), 'peak_bytes': meta['peak_bytes'],
+      'parameters': params.count(task.specs), 'best': best(meta['evaluations'], c.checkpoint),
+      'planned': {'steps': c.optim.steps, 'tokens': c.optim.steps * per_step,
+                  'flops': c.optim.steps * per_step * task.flops.total},
+  } | ({} if c.published is None else {'published': c.published})
+  if jax.process_index() == 0:
+    logs.write_summary(workdir, summary)
+  return summary
+
+
+def best(evaluations: list, c: checkpoint.Config) -> dict[str, float] | None:
+  """The evaluation whose checkpoint is kept as the best (of equal ones the last, as in `seal.ranked`)."""
+  sign = 1 if c.mode == 'min' else -1
+  scores = [(sign * v[c.metric], -step) for step, v in evaluations if math.isfinite(v.get(c.metric, math.nan))]
+  return {'step': -min(scores)[1], c.metric: sign * min(scores)[0]} if scores else None
+
+
+def peak_bytes() -> int:
+  """Most memory in use at once: of the device; of the whole process where the device does not tell, as a CPU."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get('peak_bytes_in_use', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
