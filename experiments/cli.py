@@ -17,6 +17,7 @@ import jax
 
 from lm import config, host, hosts, run
 from lm.errors import CheckpointError, ConfigError, DataError, Error, Interrupted
+from lm.models import decoder
 
 EXIT = """Exit status: 0 done or complete already; 2 a flag or field; 3 the data; 4 a checkpoint or disk; 5 diverged;
 70 another process of the job is stuck or gone, 75 SIGTERM and 130 Ctrl-C, both after saving: start again to resume.
@@ -71,7 +72,7 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
     summary = run.run(c, task(c), values.workdir, values.resume_with_changes)
     if jax.process_index() == 0:
       print(json.dumps(summary, indent=1))
-      more = '' if c.data.encoder else (
+      more = '' if not isinstance(getattr(c, 'model', None), decoder.Config) or hasattr(c, 'classes') else (
           f'; sample with: python -m scripts.sample --model={values.workdir} --prompt="..."')
       print(f'done: {values.workdir}/curves.png shows the loss{more}')
 

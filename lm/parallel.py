@@ -85,8 +85,11 @@ def layout(mesh: Mesh, c: sharding.Config, specs: params.Tree, trainable: params
 
 
 def stack(c: sharding.Config, specs: params.Tree, dtype: str) -> blocks.Stack:
-  """How a model whose blocks have `specs` (stacked) runs them inside a layout's `spread`; f32 weights go as `dtype`."""
-  gathers = c.fsdp > 1 and c.zero == 3
+  """How a model whose blocks have `specs` (stacked) runs them inside a layout's `spread`; f32 weights go as `dtype`.
+
+  A list of layers has been gathered as a whole by `Layout.gather`.
+  """
+  gathers = c.fsdp > 1 and c.zero == 3 and not isinstance(specs, list)
   if not gathers and c.pipe == 1:
     return blocks.LOCAL
 

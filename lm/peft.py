@@ -98,6 +98,11 @@ def specs(c: Config, base: params.Tree) -> params.Tree:
   return base if c.method == 'full' else _prefix_specs(c, base)
 
 
+def block_specs(c: Config, tree: params.Tree) -> params.Tree:
+  """Of the blocks as a model reads them, in a tree of `specs`: with the prefix that `materialise` puts in."""
+  return _with_prefix(c, tree['blocks']) if 'prefix' in tree else tree['blocks']
+
+
 def freeze(c: Config, layers: int) -> str:
   """The pattern of the leaves that do not train in a model of `layers` blocks, for `optim.Config.freeze`; '' = none."""
   if c.method == 'full':
@@ -190,16 +195,18 @@ def _adapter_specs(c, s):
 
 
 def _prefix_specs(c, base):
-  k = base['blocks']['attn']['k']
-  L, D, K, H = k.shape
-  axes = ('layers', None, *k.axes[2:])
   if not c.hidden:
-    new = Spec((L, c.length, K, H), axes, params.Normal(0.02))
-    attn = base['blocks']['attn'] | {'prefix_k': new, 'prefix_v': new}
-    return base | {'blocks': base['blocks'] | {'attn': attn}}
+    return base | {'blocks': _with_prefix(c, base['blocks'])}
+  L, D, K, H = base['blocks']['attn']['k'].shape
   flat = lambda *shape, init=params.zeros: Spec(shape, (None,) * len(shape), init)
   bound = lambda inputs: params.Uniform(inputs**-0.5)  # torch's Linear, as in the paper's code
   return base | {'prefix': {
       'table': flat(c.length, D, init=params.Normal(1.0)), 'dense': flat(D, c.hidden, init=bound(D)),
       'dense_bias': flat(c.hidden, init=bound(D)), 'out': flat(c.hidden, L, 2, K, H, init=bound(c.hidden)),
       'out_bias': flat(L, 2, K, H, init=bound(c.hidden))}}
+
+
+def _with_prefix(c, blocks):
+  L, _, K, H = blocks['attn']['k'].shape
+  new = Spec((L, c.length, K, H), ('layers', None, *blocks['attn']['k'].axes[2:]), params.Normal(0.02))
+  return blocks | {'attn': blocks['attn'] | {'prefix_k': new, 'prefix_v': new}}

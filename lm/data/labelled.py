@@ -1,19 +1,104 @@
-"""Texts with a class each, as rows of an encoder: [CLS] text [SEP]. The whole set fits in memory.
+"""Texts with a class each, as rows of an encoder: [CLS] text [SEP], or of a decoder: the text and the end of text.
 
-Shapes: N examples, B rows of a batch, T tokens a row.
+The whole set fits in memory; `prepare`, `check`, `train_batches` and `eval_batches` are those of a source of
+`lm.run.Task`. Shapes: N examples, B rows of a batch, T tokens a row.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 import dataclasses
+import os
+from typing import Literal
 
 from flax import struct
 import jax
 import numpy as np
 
+from lm.data import examples, memory, splits
 from lm.data.corpora import Document
+from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError, DataError
 from lm.text import vocabulary
 from lm.text.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Which texts, and how they become rows.
+
+  Attributes:
+    corpus: a file or folder of records {text, label, split}, see `lm.data.examples.read`.
+    classes: names of the labels in order; () = those of the training split, sorted.
+    tokenizer: a path, see `lm.text.tokenizer.load`.
+    length: T, most tokens of a row; longer texts are cut at their end.
+    batch: rows of the global batch.
+    split: how records that do not say are split: by a hash of the text, or in equal shares of each class.
+    validation_fraction: of those.
+    on_error: a record that is wrong ends the run ('stop') or is left out and counted ('skip').
+    threads: batches built ahead, 0 = none.
+  """
+
+  corpus: str = ''
+  classes: tuple[str, ...] = ()
+  tokenizer: str = ''
+  length: int = 128
+  batch: int = 32
+  split: Literal['hash', 'stratified'] = 'hash'
+  validation_fraction: float = 0.1
+  on_error: Literal['stop', 'skip'] = 'stop'
+  threads: int = 2
+
+  def __post_init__(self):
+    for name, low in (('length', 3), ('batch', 1), ('threads', 0)):
+      if getattr(self, name) < low:
+        raise ConfigError(f'data.{name}={getattr(self, name)}; expected at least {low}')
+    if not 0 < self.validation_fraction < 1:
+      raise ConfigError(f'data.validation_fraction={self.validation_fraction}; expected a share between 0 and 1')
+
+
+def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool = True) -> memory.Data:
+  """The rows of `c.corpus`; writes nothing.
+
+  Args:
+    encoder: rows as encoders take them; else of a decoder.
+
+  Raises:
+    ConfigError, DataError: no corpus or tokenizer; a wrong record; fewer than two classes.
+  """
+  del folder
+  for name in ('corpus', 'tokenizer'):
+    if not getattr(c, name):
+      raise ConfigError(f'data.{name} is empty; expected a path; e.g. --set data.{name}=...')
+  found, report = examples.read(c.corpus, 'classification', c.on_error, classes=c.classes or None)
+  if report.kept < report.seen:
+    print(f'{c.corpus}:\n{report.table()}', flush=True)
+  names = list(c.classes) or sorted({e.label for e in found if e.label is not None and e.split in (None, 'train')})
+  if len(names) < 2:
+    raise DataError(f'{c.corpus}: labels {names}; expected at least two in the training split')
+  tokenizer = memory.read_tokenizer(c.tokenizer)
+  parts = {'train': [], 'validation': [], 'test': []}
+  for example, part in zip(found, assigned(found, c, seed), strict=True):
+    if example.label not in names:
+      raise DataError(f'{example.origin}: label {example.label!r} is not among those of the training split, {names}')
+    parts[part].append((tokenizer.encode(example.text), example.label))
+  wrap = _encoder_wrap(tokenizer) if encoder else _decoder_wrap(tokenizer)
+  sets = {part: _set(rows, names, wrap, c.length).examples for part, rows in parts.items() if rows or part != 'test'}
+  return memory.Data(c, seed, tokenizer, sets, Labelled(np.int32(wrap.pad), np.int32(0), np.int32(-1)))
+
+
+def assigned(found: Sequence[examples.Labelled], c: Config, seed: int) -> list[str]:
+  """The split of each example: its own, or that of `c.split`; never one text in two."""
+  parts = [e.split for e in found]
+  if unknown := [e for e in found if e.split not in (None, 'train', 'validation', 'test')]:
+    raise DataError(f'{unknown[0].origin}: split {unknown[0].split!r}; expected train, validation or test')
+  open_ = [i for i, part in enumerate(parts) if part is None]
+  if open_:
+    texts, shares = [found[i].text for i in open_], (1 - c.validation_fraction, c.validation_fraction)
+    split = (splits.by_hash(texts, shares, seed) if c.split == 'hash' else
+             splits.stratified(texts, [found[i].label for i in open_], shares, seed))
+    for name in ('train', 'validation'):
+      for i in getattr(split, name):
+        parts[open_[i]] = name
+  return [part or 'train' for part in parts]
 
 
 @struct.dataclass
@@ -58,7 +143,7 @@ def sets(documents: Iterable[Document], tokenizer: Tokenizer, length: int) -> tu
   Raises:
     DataError: a document without one, an empty text, fewer than two classes, or a class that only validation has.
   """
-  special = vocabulary.special_ids(tokenizer)
+  wrap = _encoder_wrap(tokenizer)
   rows: dict[str, list[tuple[np.ndarray, str]]] = {'train': [], 'validation': []}
   for d in documents:
     if d.label is None or d.split is None:
@@ -74,15 +159,34 @@ def sets(documents: Iterable[Document], tokenizer: Tokenizer, length: int) -> tu
       raise DataError(f'{split}: label {sorted(unknown)[0]!r} is not among those of the training split, {names}')
   if len(names) < 2:
     raise DataError(f'labels: {names}; expected at least two in the training split')
-  return {split: _set(found, names, special, length) for split, found in rows.items()}, names
+  return {split: _set(found, names, wrap, length) for split, found in rows.items()}, names
 
 
-def _set(rows, names, special, length):
-  ids_NT = np.full((len(rows), length), special.pad, np.int32)
+@dataclasses.dataclass(frozen=True)
+class _Wrap:
+  """Ids before and after a text, and of padding."""
+
+  before: tuple[int, ...]
+  after: tuple[int, ...]
+  pad: int
+
+
+def _encoder_wrap(tokenizer):
+  special = vocabulary.special_ids(tokenizer)
+  return _Wrap((special.cls,), (special.sep,), special.pad)
+
+
+def _decoder_wrap(tokenizer):
+  return _Wrap((), () if tokenizer.eos_id is None else (tokenizer.eos_id,), 0)
+
+
+def _set(rows, names, wrap, length):
+  room = length - len(wrap.before) - len(wrap.after)
+  ids_NT = np.full((len(rows), length), wrap.pad, np.int32)
   segments_NT = np.zeros((len(rows), length), np.int32)
   for row, (ids, _) in enumerate(rows):
-    tokens = [special.cls, *ids[:length - 2], special.sep]
+    tokens = [*wrap.before, *ids[:room], *wrap.after]
     ids_NT[row, :len(tokens)] = tokens
     segments_NT[row, :len(tokens)] = 1
   labels_N = np.array([names.index(label) for _, label in rows], np.int32)
-  return Set(Labelled(ids_NT, segments_NT, labels_N), sum(len(ids) > length - 2 for ids, _ in rows))
+  return Set(Labelled(ids_NT, segments_NT, labels_N), sum(len(ids) > room for ids, _ in rows))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import functools
 import hashlib
+import os
 from typing import Any
 
 import jax
@@ -16,6 +17,8 @@ import numpy as np
 
 from lm.data import placing
 from lm.errors import ConfigError, DataError
+from lm.models import gguf
+from lm.text import tokenizer as tokenizers
 from lm.text.tokenizer import Tokenizer
 
 Rows = Any  # a tree of numpy arrays [rows, ...]
@@ -53,6 +56,17 @@ class Data:
     found = {name: sha256(rows) for name, rows in self.splits.items()}
     return {'rows': found, 'tokenizer': self.tokenizer.sha256, 'seed': self.seed, 'batch': self.config.batch,
             'config': dataclasses.asdict(self.config) | {'threads': None}}
+
+
+def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
+  """The tokenizer at `path`, see `lm.text.tokenizer.load`, or that in a model's GGUF file."""
+  if not str(path).endswith('.gguf'):
+    return tokenizers.load(path)
+  found = gguf.read_tokenizer(path)
+  if found is None:
+    raise ConfigError(f'data.tokenizer={path}: no tokenizer of a kind that is read here; expected byte-level BPE; name '
+                      'another tokenizer')
+  return found
 
 
 def sha256(rows: Rows) -> str:

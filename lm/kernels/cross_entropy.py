@@ -13,19 +13,20 @@ from lm.sharding import constrain
 
 
 def weighted_nll(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weights_BT: jax.Array,
-                 chunk: int = 1024, z: float = 0.0, bias_V: jax.Array | None = None
+                 chunk: int = 1024, z: float = 0.0, bias_V: jax.Array | None = None, smoothing: float = 0.0
                  ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Sums over positions of weight * (-log softmax(x w^T + bias)[target] + z * logsumexp^2).
 
   Args:
     chunk: tokens whose logits exist at once, at most; at least one column of the batch.
     z: coefficient of the z-loss (PaLM §5: 1e-4).
+    smoothing: share of the target that is spread over all V (arXiv:1512.00567 §7).
 
   Returns:
-    (objective, nll, correct): f32 sums over B and T, weighted; objective includes the z-loss and is the only one with a
-    gradient; `correct` counts positions whose target has the largest logit. Logits and sums are f32.
+    (objective, nll, correct): f32 sums over B and T, weighted; objective includes z-loss and smoothing and is the only
+    one with a gradient; `correct` counts positions whose target has the largest logit. Logits and sums are f32.
   """
-  return _nll(x_BTD, w_VD, bias_V, targets_BT, weights_BT.astype(jnp.float32), _columns(x_BTD, chunk), z)
+  return _nll(x_BTD, w_VD, bias_V, targets_BT, weights_BT.astype(jnp.float32), _columns(x_BTD, chunk), (z, smoothing))
 
 
 def sample(keys_B: jax.Array, x_BTD: jax.Array, w_VD: jax.Array, bias_V: jax.Array | None = None, chunk: int = 1024
@@ -48,19 +49,21 @@ def _columns(x_BTD, chunk):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _nll(x_BTD, w_VD, bias_V, targets_BT, weights_BT, columns, z):
-  """Without a gradient wanted: one matmul a chunk."""
-  return sum_chunks(lambda *xs: _sums(_logits(xs[0], w_VD, bias_V), *xs[1:], z)[0], columns, x_BTD, targets_BT,
+def _nll(x_BTD, w_VD, bias_V, targets_BT, weights_BT, columns, extra):
+  """Without a gradient wanted: one matmul a chunk. extra: (z, smoothing)."""
+  return sum_chunks(lambda *xs: _sums(_logits(xs[0], w_VD, bias_V), *xs[1:], *extra)[0], columns, x_BTD, targets_BT,
                     weights_BT)
 
 
-def _forward(x_BTD, w_VD, bias_V, targets_BT, weights_BT, columns, z):
+def _forward(x_BTD, w_VD, bias_V, targets_BT, weights_BT, columns, extra):
   """The gradient is formed beside the value, while the chunk's logits are there: recomputing costs a third more."""
+  z, smoothing = extra
   def chunk(x_BCD, targets_BC, weights_BC):
     logits_BCV = _logits(x_BCD, w_VD, bias_V)
-    sums, (lse_BC, hit_BCV) = _sums(logits_BCV, targets_BC, weights_BC, z)
+    sums, (lse_BC, hit_BCV) = _sums(logits_BCV, targets_BC, weights_BC, *extra)
     p_BCV = jnp.exp(logits_BCV - lse_BC[..., None])
-    g_BCV = weights_BC[..., None] * (p_BCV * (1 + 2 * z * lse_BC[..., None]) - hit_BCV)
+    wanted_BCV = hit_BCV if not smoothing else (1 - smoothing) * hit_BCV + smoothing / w_VD.shape[0]
+    g_BCV = weights_BC[..., None] * (p_BCV * (1 + 2 * z * lse_BC[..., None]) - wanted_BCV)
     db_V = None if bias_V is None else g_BCV.sum((0, 1))
     g_BCV = constrain(g_BCV.astype(x_BCD.dtype), 'batch', 'length', 'vocab')
     dx_BCD = jnp.einsum('BCV,VD->BCD', g_BCV, w_VD)
@@ -70,8 +73,8 @@ def _forward(x_BTD, w_VD, bias_V, targets_BT, weights_BT, columns, z):
   return sums, (dx_BTD, dw_VD.astype(w_VD.dtype), None if bias_V is None else db_V.astype(bias_V.dtype))
 
 
-def _backward(columns, z, residuals, cotangents):
-  del columns, z
+def _backward(columns, extra, residuals, cotangents):
+  del columns, extra
   g = cotangents[0]
   return *jax.tree.map(lambda d: (d * g).astype(d.dtype), residuals), None, None
 
@@ -86,14 +89,17 @@ def _logits(x_BCD, w_VD, bias_V):
   return constrain(logits_BCV, 'batch', 'length', 'vocab')
 
 
-def _sums(logits_BCV, targets_BC, weights_BC, z):
+def _sums(logits_BCV, targets_BC, weights_BC, z, smoothing):
   top_BC = logits_BCV.max(-1)
   lse_BC = top_BC + jnp.log(jnp.exp(logits_BCV - top_BC[..., None]).sum(-1))
   hit_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])[None, None]
   target_BC = jnp.where(hit_BCV, logits_BCV, 0.0).sum(-1)
   nll = (weights_BC * (lse_BC - target_BC)).sum()
   correct = (weights_BC * (target_BC >= top_BC)).sum()
-  return (nll + z * (weights_BC * lse_BC**2).sum(), nll, correct), (lse_BC, hit_BCV)
+  total = nll + z * (weights_BC * lse_BC**2).sum()
+  if smoothing:
+    total = total + smoothing * (weights_BC * (target_BC - logits_BCV.mean(-1))).sum()
+  return (total, nll, correct), (lse_BC, hit_BCV)
 
 
 def sum_chunks(f, columns, x_BTD, targets_BT, weights_BT, stacked=False):

@@ -18,16 +18,19 @@ from lm.losses import Term
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """z: coefficient of log^2 Z (PaLM §5: 1e-4). chunk: tokens whose logits exist at once."""
+  """z: coefficient of log^2 Z (PaLM §5: 1e-4). chunk: tokens whose logits exist at once. smoothing: of the targets."""
 
   z: float = 0.0
   chunk: int = 1024
+  smoothing: float = 0.0
 
   def __post_init__(self):
     if self.z < 0:
       raise ConfigError(f'loss.z={self.z}; expected at least 0')
     if self.chunk < 1:
       raise ConfigError(f'loss.chunk={self.chunk}; expected at least 1')
+    if not 0 <= self.smoothing < 1:
+      raise ConfigError(f'loss.smoothing={self.smoothing}; expected 0 <= smoothing < 1')
 
 
 def loss(p: params.Tree, batch: Batch, key: nn.Key | None, *, apply: Callable[..., jax.Array],
@@ -44,5 +47,6 @@ def loss(p: params.Tree, batch: Batch, key: nn.Key | None, *, apply: Callable[..
   x_BTD = apply(p, batch.ids_BT[:, :-1], positions_BT=batch.positions_BT[:, :-1], segments_BT=segments_BT, key=key)
   weights_BT = (batch.mask_BT[:, 1:] & (segments_BT == next_BT) & (next_BT > 0)).astype(jnp.float32)
   weight = weights_BT.sum()
-  total, nll, correct = weighted_nll(x_BTD, head(p), batch.ids_BT[:, 1:], weights_BT, c.chunk, c.z)
+  total, nll, correct = weighted_nll(x_BTD, head(p), batch.ids_BT[:, 1:], weights_BT, c.chunk, c.z,
+                                     smoothing=c.smoothing)
   return {'nll': Term(total, weight)}, {'loss': Term(nll, weight), 'accuracy': Term(correct, weight)}

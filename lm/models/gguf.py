@@ -65,6 +65,12 @@ def load(path: str | os.PathLike) -> tuple[decoder.Config, params.Tree, tokenize
   return c, p, _tokenizer(path, meta, tokens)
 
 
+def read_tokenizer(path: str | os.PathLike) -> tokenizer.Tokenizer | None:
+  """The tokenizer of `load`, without reading a weight."""
+  meta, _ = _scan(path)
+  return _tokenizer(path, meta, meta.get('tokenizer.ggml.tokens', []))
+
+
 def _halves(x: np.ndarray) -> np.ndarray:
   """llama.cpp turns neighbours (2i, 2i+1) of a head by one angle; `nn.rotary` turns (i, i + H/2)."""
   return np.ascontiguousarray(x.reshape(*x.shape[:-1], -1, 2).swapaxes(-1, -2).reshape(x.shape))

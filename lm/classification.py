@@ -1,0 +1,136 @@
+"""Fine-tuning of any encoder or decoder to one label a text, all of it or few parameters, as a `Task`."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import types
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lm import budget, instruct, nn, parallel, params, peft as peft_lib, pretrain, run, train
+from lm.data import labelled
+from lm.errors import ConfigError
+from lm.kernels import attention
+from lm.losses import classify
+from lm.models import deberta, decoder, encoder, heads
+
+
+@dataclasses.dataclass(frozen=True)
+class _Config(run.Config):
+  """What all kinds have in common.
+
+  Attributes:
+    classes: number of labels.
+    pooling: what is classified: 'pooler' (BERT's, pretrained with it), the 'first' token with a dense layer of its own
+      (RoBERTa, ELECTRA, DeBERTa), the 'mean' of the tokens, or a decoder's 'last' token.
+    smoothing: share of a label that is spread over all classes (arXiv:1512.00567 §7).
+  """
+
+  data: labelled.Config = labelled.Config()
+  peft: peft_lib.Config = peft_lib.Config(train='^(classify|pooler)/')
+  classes: int = 2
+  pooling: Literal['pooler', 'first', 'mean', 'last'] = 'first'
+  smoothing: float = 0.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.classes < 2:
+      raise ConfigError(f'classes={self.classes}; expected at least 2')
+    if not 0 <= self.smoothing < 1:
+      raise ConfigError(f'smoothing={self.smoothing}; expected 0 <= smoothing < 1')
+    virtual = self.peft.length if self.peft.method in ('prefix', 'prompt') else 0
+    if self.data.length + virtual > self.model.length:
+      raise ConfigError(f'data.length={self.data.length} is more than model.length={self.model.length} positions'
+                        f'{f" less peft.length={virtual}" if virtual else ""}; lower data.length')
+    if (self.pooling == 'last') != isinstance(self.model, decoder.Config):
+      raise ConfigError(f"pooling={self.pooling!r}; expected 'last' of a decoder, and of a decoder only")
+    if self.pooling == 'pooler' and not isinstance(self.model, encoder.Config):
+      raise ConfigError("pooling='pooler'; expected of BERT's family only; set pooling=first")
+    if self.peft.method == 'prefix' and isinstance(self.model, deberta.Config):
+      raise ConfigError('peft.method=prefix: DeBERTa scores distances, which a prefix has not; choose another')
+    pretrain.check_mesh(self, self.model)
+    instruct.check(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoder(_Config):
+  """BERT, RoBERTa, MiniLM, ELECTRA."""
+
+  model: encoder.Config = encoder.Config()
+
+
+@dataclasses.dataclass(frozen=True)
+class Disentangled(_Config):
+  """DeBERTa."""
+
+  model: deberta.Config = deberta.Config()
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoder(_Config):
+  """GPT-2, Llama."""
+
+  model: decoder.Config = decoder.Config()
+  pooling: Literal['pooler', 'first', 'mean', 'last'] = 'last'
+
+
+Config = Encoder | Disentangled | Decoder
+_FAMILIES = {encoder.Config: encoder, deberta.Config: deberta, decoder.Config: decoder}
+
+
+def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.Task:
+  """The model with a new head; `attend`: another attention, but for DeBERTa."""
+  family = _FAMILIES[type(c.model)]
+  body = family.specs(c.model)
+  base = body | ({'pooler': heads.pooler_specs(c.model.embed)} if c.pooling == 'pooler' else {})
+  head = heads.classify_specs(c.model.embed, c.classes, dense=c.pooling == 'first')
+  specs = peft_lib.specs(c.peft, base | {'classify': head})
+  flops = budget.training_flops(body, c.model.heads * c.model.head_dim, c.model.layers, c.data.length, predicted=0.0)
+  quiet = dataclasses.replace(c.model, dropout=nn.Dropout())
+  source = types.SimpleNamespace(prepare=functools.partial(labelled.prepare, encoder=family is not decoder),
+                                 check=labelled.check, train_batches=labelled.train_batches,
+                                 eval_batches=labelled.eval_batches)
+  return run.Task(specs, _loss(c, c.model, family, specs, attend, c.smoothing),
+                  _loss(c, quiet, family, specs, attend, 0.0), c.model.vocab, flops, source=source, base=base,
+                  freeze=peft_lib.freeze(c.peft, c.model.layers))
+
+
+def logits(p: params.Tree, ids_BT: jax.Array, *, segments_BT: jax.Array, key: nn.Key | None, model: Any, pooling: str,
+           hidden: Callable[..., jax.Array]) -> jax.Array:
+  """[B, C] of the texts. hidden: (p, ids_BT, *, segments_BT, key) -> x_BTD."""
+  x_BTD = hidden(p, ids_BT, segments_BT=segments_BT, key=nn.fold(key, 0))
+  if pooling == 'pooler':
+    x_BD = heads.pooler(p['pooler'], x_BTD)
+  elif pooling == 'mean':
+    x_BD = heads.mean_pool(x_BTD, segments_BT)
+  elif pooling == 'last':
+    last_B11 = jnp.maximum((segments_BT > 0).sum(1) - 1, 0)[:, None, None]
+    x_BD = jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0]
+  else:
+    x_BD = x_BTD[:, 0]
+  return heads.classify(p['classify'], x_BD, 'tanh', model.dropout.classifier, nn.fold(key, 1))
+
+
+def _loss(c, model, family, specs, attend, smoothing) -> train.Loss:
+  options = {} if family is deberta else {'attend': attend}
+  stack = parallel.stack(c.mesh, peft_lib.block_specs(c.peft, specs), model.dtype)
+
+  def hidden(p, ids_BT, **arrays):
+    return family.apply(p, model, ids_BT, stack=stack, **options, **arrays)
+  bound = functools.partial(classify.loss, smoothing=smoothing, logits=functools.partial(
+      logits, model=model, pooling=c.pooling, hidden=hidden))
+  before = functools.partial(_prompted, vocab=model.vocab, length=c.peft.length, first=int(family is not decoder))
+  rows = before if c.peft.method == 'prompt' else lambda batch: batch
+  return lambda p, batch, key: bound(peft_lib.materialise(p), rows(batch), key)
+
+
+def _prompted(batch, vocab, length, first):
+  """The ids of a learned prompt before each row, or behind its [CLS]."""
+  def put(x_BT, new_BP):
+    return jnp.concatenate([x_BT[:, :first], new_BP.astype(x_BT.dtype), x_BT[:, first:]], axis=1)
+  B = batch.ids_BT.shape[0]
+  return batch.replace(
+      ids_BT=put(batch.ids_BT, jnp.broadcast_to(vocab + jnp.arange(length)[None], (B, length))),
+      segments_BT=put(batch.segments_BT, jnp.broadcast_to(batch.segments_BT[:, :1], (B, length))))

@@ -1,0 +1,251 @@
+"""Examples to fine-tune on, as values: classes, instructions, conversations, preferences; read record by record.
+
+The keys are the textbook's, and what others write: 'messages' and 'conversations', ShareGPT's from and value, Alpaca's
+instruction, input and output, preferences as TRL and LLaMA-Factory have them. Other keys are not looked at, but for a
+classification they go to the metadata.
+"""
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import os
+from typing import Any
+
+from lm.data import tables_io, turns
+from lm.data.json_io import Fault, Limits, Row
+from lm.data.turns import Message
+from lm.errors import ConfigError, DataError
+
+SPLITS = ('train', 'validation', 'test')
+SHOWN = 3  # messages that a report keeps of each kind of fault
+
+
+@dataclasses.dataclass(frozen=True)
+class Labelled:
+  """A text of one class.
+
+  Attributes (split and origin are those of all examples):
+    metadata: whatever else the record had, by name: a domain, a group, a time.
+    split: 'train', 'validation', 'test', another name that a saved dataset has, or None: not said.
+    origin: 'file:line' or 'file, row N'; no part of the value.
+  """
+
+  text: str
+  label: str | None
+  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+  split: str | None = None
+  origin: str = dataclasses.field(default='', compare=False)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chat:
+  """A system turn or none, then user and assistant by turns, the last from the assistant."""
+
+  messages: tuple[Message, ...]
+  split: str | None = None
+  origin: str = dataclasses.field(default='', compare=False)
+
+  def __post_init__(self):
+    turns.alternate(self.messages, 'assistant', self.origin, 'messages')
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+  """A task, what it is to be done on ('' where the task says all), and the answer."""
+
+  instruction: str
+  input: str
+  output: str
+  task_type: str = ''
+  split: str | None = None
+  origin: str = dataclasses.field(default='', compare=False)
+
+  def as_chat(self) -> Chat:
+    """One user turn, the input on a line of its own, and one assistant turn."""
+    question = Message('user', turns.question(self.instruction, self.input))
+    return Chat((question, Message('assistant', self.output)), self.split, self.origin)
+
+
+@dataclasses.dataclass(frozen=True)
+class Preference:
+  """Two answers to a conversation that ends with the user's turn."""
+
+  prompt: tuple[Message, ...]
+  chosen: str
+  rejected: str
+  split: str | None = None
+  origin: str = dataclasses.field(default='', compare=False)
+
+  def __post_init__(self):
+    turns.alternate(self.prompt, 'user', self.origin, 'prompt')
+    if self.chosen.strip() == self.rejected.strip():
+      raise Fault('same', self.origin, 'fields chosen and rejected are the same; expected two answers')
+
+  def as_chats(self) -> tuple[Chat, Chat]:
+    """(the conversation with the chosen answer, that with the rejected one)."""
+    chosen, rejected = (Chat((*self.prompt, Message('assistant', answer)), self.split, self.origin)
+                        for answer in (self.chosen, self.rejected))
+    return chosen, rejected
+
+
+Example = Labelled | Instruction | Chat | Preference
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+  """What reading came to.
+
+  Attributes:
+    seen, kept: records of the file; those that became examples.
+    cut: examples that lost a last turn, which nobody answered.
+    faults: number of records by the kind of their first fault.
+    messages: the first few messages of each kind: file, line or row, field, what was found and expected.
+  """
+
+  seen: int
+  kept: int
+  cut: int
+  faults: Mapping[str, int]
+  messages: Mapping[str, tuple[str, ...]]
+
+  def table(self) -> str:
+    """Counts and shares, one kind a line, the most frequent first, with the messages below."""
+    counts = [('records', self.seen), ('kept', self.kept), *([('last turn cut', self.cut)] if self.cut else []),
+              *sorted(self.faults.items(), key=lambda item: (-item[1], item[0]))]
+    out = []
+    for name, count in counts:
+      out.append(f'{name:<16}{count:>9}  {count / max(self.seen, 1):7.2%}')
+      out += [f'  {message}' for message in self.messages.get(name, ())]
+    return '\n'.join(out)
+
+
+def read(path: str | os.PathLike, kind: str, on_error: str = 'stop', encoding: str = 'utf-8', *,
+         classes: Sequence[str] | None = None, rename: Mapping[str, str] | None = None, unanswered: str = 'fault',
+         limits: Limits | None = None) -> tuple[list[Example], Report]:
+  """The examples of a file or folder (formats: `tables_io.rows`), in order, and what was wrong with the others.
+
+  Args:
+    kind: 'classification', 'instruction', 'chat' (which takes instructions too) or 'preference'.
+    on_error: 'stop' raises at the first fault, 'skip' leaves the record out and counts it.
+    encoding: of text files.
+    classes: the labels there are; None takes any.
+    rename: {'sentence': 'text'}: what the file calls a field, and what it is called here.
+    unanswered: a chat whose last turn is the user's: 'fault', or 'cut' takes that turn off (and counts it).
+    limits: of a record.
+
+  Raises:
+    DataError: a fault, if it is to stop; a file damaged as a whole; no record at all, or none to keep.
+    ConfigError: an argument that is none of these, or a library that is not installed.
+  """
+  for name, value, allowed in (('kind', kind, tuple(_PARSERS)), ('on_error', on_error, ('stop', 'skip')),
+                               ('unanswered', unanswered, ('fault', 'cut'))):
+    if value not in allowed:
+      raise ConfigError(f'{name}={value!r}; expected one of {", ".join(allowed)}')
+  found, seen, cut, faults, messages = [], 0, [], {}, {}
+  options = _Options(tuple(classes or ()), cut if unanswered == 'cut' else None)
+  for item in tables_io.rows(path, encoding, limits):
+    seen += 1
+    try:
+      if isinstance(item, Fault):
+        raise item
+      found.append(_PARSERS[kind](_renamed(item, rename or {}), options))
+    except Fault as fault:
+      if on_error == 'stop':
+        raise
+      faults[fault.kind] = faults.get(fault.kind, 0) + 1
+      messages[fault.kind] = (*messages.get(fault.kind, ()), str(fault))[:SHOWN]
+  if not seen:
+    raise DataError(f'{os.fspath(path)}: no records; expected at least one; check that it is the right file')
+  if not found:
+    first = next(iter(messages.values()))[0]
+    raise DataError(f'{os.fspath(path)}: none of {seen} records can be used; the first: {first}')
+  return found, Report(seen, len(found), len(cut), faults, messages)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Options:
+  classes: tuple[str, ...]
+  cut: list[str] | None  # takes the origins of chats that lose a last turn; None: such a chat is a fault
+
+
+def _renamed(row: Row, names: Mapping[str, str]) -> Row:
+  """The row with our names of fields and with its split."""
+  if not isinstance(row.fields, Mapping):
+    raise Fault('type', row.origin, f'found {turns.describe(row.fields)}; expected an object with fields')
+  fields = {names.get(name, name): value for name, value in row.fields.items()}
+  if len(fields) < len(row.fields):
+    raise Fault('duplicate key', row.origin, 'two fields are renamed to one; expected distinct names')
+  split = fields.pop('split', None)
+  if split not in (None, '', *SPLITS):
+    raise Fault('split', row.origin, f'field split: found {turns.describe(split)}; expected one of {", ".join(SPLITS)}')
+  return Row(row.origin, fields, split or row.split)
+
+
+def _labelled(row, options):
+  label = row.fields.get('label')
+  if isinstance(label, str) and label.lower() == 'nan' and label not in options.classes:
+    raise Fault('nan', row.origin, f'field label: found {label!r}, a value that got lost; expected a label')
+  label, metadata = turns.text(row, 'label'), row.fields.get('metadata') or {}
+  if options.classes and label not in options.classes:
+    raise Fault('label', row.origin, f'field label: found {label[:40]!r}; expected one of '
+                f'{", ".join(options.classes)[:200]}')
+  if not isinstance(metadata, Mapping):
+    raise Fault('type', row.origin, f'field metadata: found {turns.describe(metadata)}; expected an object')
+  others = {k: v for k, v in row.fields.items() if k not in ('text', 'label', 'metadata')}
+  return Labelled(turns.text(row, 'text'), label, others | dict(metadata), row.split, row.origin)
+
+
+def _instruction(row, options):
+  del options
+  for name in ('history', 'system'):
+    if row.fields.get(name):
+      raise Fault('field', row.origin, f'field {name}: turns that an instruction cannot hold; expected none',
+                  "read the file as 'chat'")
+  return Instruction(*(turns.text(row, name, empty=name in ('input', 'task_type')) for name in (
+      'instruction', 'input', 'output', 'task_type')), row.split, row.origin)
+
+
+def _chat(row, options):
+  name, messages = turns.conversation(row, answered=True)
+  if not messages:
+    raise Fault('missing', row.origin, f'no field {" or ".join(turns.CONVERSATIONS)}{turns.names(row.fields)}; '
+                'expected turns')
+  cut = options.cut is not None and len(messages) > 1 and messages[-1].role == 'user'
+  messages = messages[:-1] if cut else messages
+  turns.alternate(messages, 'assistant', row.origin, name)
+  if cut:
+    options.cut.append(row.origin)
+  return Chat(messages, row.split, row.origin)
+
+
+def _preference(row, options):
+  del options
+  asked = row.fields.get('prompt')
+  if asked is None:
+    name, prompt = turns.conversation(row, answered=False)
+  else:
+    asked = [turns.text(row, 'prompt')] if isinstance(asked, str) else asked
+    name, prompt = 'prompt', turns.turns(row, asked, 'prompt')
+    prompt = turns.system(row) + prompt
+  (begin, chosen), (other, rejected) = (_answer(row, name) for name in ('chosen', 'rejected'))
+  if not prompt and not begin:
+    raise Fault('missing', row.origin, f'no field prompt{turns.names(row.fields)}; expected a string or turns')
+  prompt = prompt or begin  # TRL: both answers may repeat the prompt, or hold it instead
+  for field, before in (('chosen', begin), ('rejected', other)):
+    if before not in ((), prompt):
+      raise Fault('order', row.origin, f'field {field}: begins with other turns than {name}; expected the same')
+  turns.alternate(prompt, 'user', row.origin, name)
+  return Preference(prompt, chosen, rejected, row.split, row.origin)
+
+
+def _answer(row, name):
+  """(turns before the answer, the answer)."""
+  value = row.fields.get(name)
+  if not isinstance(value, Mapping | list):
+    return (), turns.text(row, name)
+  messages = turns.turns(row, [value] if isinstance(value, Mapping) else value, name)
+  if messages[-1].role != 'assistant':
+    raise Fault('order', row.origin, f'field {name}: ends with {messages[-1].role}; expected assistant')
+  return messages[:-1], messages[-1].content
+
+
+_PARSERS = {'classification': _labelled, 'instruction': _instruction, 'chat': _chat, 'preference': _preference}

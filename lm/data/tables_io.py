@@ -1,0 +1,273 @@
+"""Records out of files of any format and out of folders of them, each with where it stands.
+
+JSON lines, CSV, TSV, Parquet and Arrow are streamed; a JSON list and YAML are held in memory. What is wrong with a file
+as a whole is raised: damaged Parquet, a broken JSON list, two header cells alike.
+"""
+
+from collections.abc import Iterator
+import csv
+import dataclasses
+import functools
+import importlib
+import json
+import os
+import pathlib
+import re
+
+from lm.data import corpora, json_io
+from lm.data.json_io import Fault, Limits, Row
+from lm.errors import ConfigError, DataError
+
+_BATCH = 1024  # rows of Parquet that are Python objects at a time
+_SPLITS = {'valid': 'validation', 'val': 'validation', 'dev': 'validation'}
+_SPLIT_FILE = re.compile(r'(train|validation|valid|val|dev|test)(?:-\d+-of-\d+(?:-\w+)?)?')
+_NESTED = ('messages', 'conversation', 'conversations', 'metadata')  # what a CSV cell holds as JSON
+
+
+def rows(path: str | os.PathLike, encoding: str = 'utf-8', limits: Limits | None = None) -> Iterator[Row | Fault]:
+  """The records of a file or folder, in a fixed order.
+
+  By ending: .jsonl .ndjson (a record a line), .json (a list of records, or lines), .csv .tsv (the first row names the
+  fields), .parquet, .yml .yaml (ChatterBot's conversations). A folder is one that the `datasets` library saved to disk,
+  or holds files of one format, at any depth; where it holds Parquet, other files are left alone. Class numbers of
+  `datasets` become their names. The split of a row is that of the saved dictionary, or of a folder or file called
+  'train', 'validation' or 'test' (with numbers as the Hub puts them).
+
+  Raises:
+    ConfigError: an unknown encoding, or a library that the format needs is missing.
+    DataError: nothing to read, or a file that is damaged as a whole.
+  """
+  path, limits = os.fspath(path), limits or Limits()
+  _check_encoding(encoding)
+  encoding = encoding.lower().replace('-sig', '').replace('_sig', '')  # a byte order mark is dropped anyway
+  if not os.path.isdir(path):
+    yield from _file(path, encoding, limits)
+  elif os.path.exists(os.path.join(path, 'dataset_dict.json')):
+    for split in _manifest(path, 'dataset_dict.json', 'splits'):
+      for item in json_io.sound(_saved(_inside(path, split)), limits):
+        yield _of(item, split)
+  elif os.path.exists(os.path.join(path, 'state.json')):
+    yield from json_io.sound(_saved(path), limits)
+  else:
+    for file in _found(path):
+      named = _SPLIT_FILE.fullmatch(file.stem) or file.parent != pathlib.Path(path) and _SPLIT_FILE.fullmatch(
+          file.parent.name)
+      for item in _file(str(file), encoding, limits):
+        yield _of(item, named[1]) if named else item
+
+
+def _of(item, split):
+  return dataclasses.replace(item, split=_SPLITS.get(split, split)) if isinstance(item, Row) else item
+
+
+def _found(folder):
+  found = sorted(p for p in pathlib.Path(folder).rglob('*') if p.suffix.lower() in _READERS and p.is_file())
+  found = [p for p in found if p.suffix.lower() == '.parquet'] or found
+  if len({_READERS[p.suffix.lower()] for p in found}) != 1:
+    raise DataError(f'{folder}: {", ".join(sorted({p.suffix for p in found})) or "no file that can be read"}; expected '
+                    f'files of one format ({" ".join(_READERS)}), or a dataset saved to disk; name one file')
+  return found
+
+
+def _file(path, encoding, limits):
+  suffix = pathlib.Path(path).suffix.lower()
+  if suffix not in _READERS:
+    raise DataError(f'{path}: ending {suffix!r}; expected one of {" ".join(_READERS)}; rename or convert the file')
+  try:
+    yield from json_io.sound(_READERS[suffix](path, encoding, limits), limits)
+  except OSError as error:
+    raise DataError(f'{path}: {error.strerror or _line(error)}; expected a file that can be read; check the path'
+                    ) from error
+
+
+def _check_encoding(encoding):
+  try:
+    plain = '\n'.encode(encoding).endswith(b'\n') and '\n'.encode(encoding) in (b'\n', b'\xef\xbb\xbf\n')
+  except LookupError as error:
+    raise ConfigError(f'encoding={encoding!r}: {error}; expected one that Python knows, such as utf-8 or gb18030'
+                      ) from error
+  if not plain:
+    raise ConfigError(f'encoding={encoding!r}: its lines do not end with the byte 0x0a; expected utf-8, gb18030 or '
+                      'another that does; convert the file to utf-8')
+
+
+def _library(name, format):
+  try:
+    return importlib.import_module(name)
+  except ImportError as error:
+    raise ConfigError(f"{format}: {name} is not installed; expected it; pip install 'lm[finetune]'") from error
+
+
+class _Long(Exception):
+  pass
+
+
+class _Texts:
+  """Lines for `csv`; a byte that is not of the encoding becomes a lone surrogate. A generator would end at `_Long`."""
+
+  def __init__(self, path, encoding, size):
+    self.lines, self.encoding, self.number, self.room = json_io.lines(path, size), encoding, 0, size
+
+  def __iter__(self):
+    return self
+
+  def __next__(self):
+    self.number, line, _ = next(self.lines)
+    self.room -= len(line or b'')
+    if line is None or self.room < -2:  # the end of the row's last line does not count
+      raise _Long
+    return line.decode(self.encoding, 'surrogateescape')
+
+
+def _cells(path, encoding, size, delimiter):
+  """(origin of the line where it begins, cells or Fault) of each row."""
+  texts = _Texts(path, encoding, size)
+  reader = csv.reader(texts, delimiter=delimiter, strict=True)
+  while True:
+    origin, texts.room = f'{path}:{texts.number + 1}', size
+    before = csv.field_size_limit(size)  # one for all readers of the process: it is put back
+    try:
+      found = next(reader)
+    except StopIteration:
+      return
+    except (csv.Error, _Long) as error:
+      if isinstance(error, _Long) or 'larger than' in str(error):
+        found = Fault('too long', origin, f'row of more than {size} bytes; expected a shorter one, or its quote closed')
+      else:
+        kind = 'truncated' if 'unexpected end' in str(error) else 'csv'
+        found = Fault(kind, origin, f'{error}; expected cells quoted as RFC 4180 has it')
+    finally:
+      csv.field_size_limit(before)
+    yield origin, found
+
+
+def _csv(path, encoding, limits, delimiter):
+  parser, header = json_io.Parser(), None
+  for origin, cells in _cells(path, encoding, limits.size, delimiter):
+    if isinstance(cells, Fault):
+      if header is None:
+        raise cells
+      yield cells
+    elif header is None and cells:
+      header = [name.strip() for name in cells]
+      if len(set(header)) < len(header) or '' in header:
+        raise Fault('header', origin, 'a field name twice, or empty; expected distinct names', 'rename the columns')
+    elif cells and len(cells) != len(header):
+      yield Fault('cells', origin, f'{len(cells)} cells; expected {len(header)}: {", ".join(header)[:60]}',
+                  'quote a cell that holds the delimiter or a newline')
+    elif cells:
+      fields, fault = dict(zip(header, cells, strict=True)), None
+      for name in _NESTED:
+        if fields.get(name, '').lstrip()[:1] in ('[', '{'):
+          item = parser.record(fields[name].strip(), f'{origin}: field {name}')
+          fields[name], fault = (None, item) if isinstance(item, Fault) else (item.fields, fault)
+      yield fault or Row(origin, fields)
+
+
+def _parquet(path, encoding, limits):
+  arrow, parquet = _library('pyarrow', path), _library('pyarrow.parquet', path)
+  try:
+    with parquet.ParquetFile(path) as f:
+      yield from _batches(f.iter_batches(_BATCH), f.schema_arrow, path)
+  except (arrow.ArrowException, ValueError, OSError) as error:
+    if getattr(error, 'errno', None):  # the file system's; without a number it is Parquet's
+      raise
+    raise DataError(f'{path}: {_line(error)}; expected a whole Parquet file; copy or write it again') from error
+
+
+def _saved(folder):
+  """Rows of a folder that `datasets` saved: streams of Arrow, listed in its state."""
+  arrow, ipc = _library('pyarrow', folder), _library('pyarrow.ipc', folder)
+  state = _manifest(folder, 'state.json')
+  if state.get('_indices_data_files') or state.get('_indices_files'):
+    raise DataError(f'{folder}: saved as a selection of rows of another dataset; expected rows in their own order; '
+                    'call flatten_indices() and save it again')
+  for entry in _manifest(folder, 'state.json', '_data_files'):
+    path = _inside(folder, entry.get('filename') if isinstance(entry, dict) else entry)
+    try:
+      with arrow.memory_map(path) as source, ipc.open_stream(source) as reader:
+        yield from _batches(reader, reader.schema, path)
+    except (arrow.ArrowException, ValueError, OSError) as error:
+      raise DataError(f'{path}: {_line(error)}; expected a stream of Arrow batches; save the dataset again') from error
+
+
+def _batches(batches, schema, path):
+  classes, number = _classes(schema), 0
+  for batch in batches:
+    for fields in _records(batch):
+      number += 1
+      origin = f'{path}, row {number}'
+      if fields is None:
+        yield Fault('encoding', origin, 'a string that is not UTF-8; expected UTF-8')
+        continue
+      for name, names in classes.items():
+        if isinstance(fields.get(name), int) and -1 <= fields[name] < len(names):  # -1 stands for: has none
+          fields[name] = names[fields[name]] if fields[name] >= 0 else None
+      yield Row(origin, fields)
+
+
+def _classes(schema):
+  """{column: names of its classes}, as `datasets` notes them beside the schema."""
+  try:
+    features = json.loads((schema.metadata or {})[b'huggingface'])['info']['features']
+    return {name: list(feature['names']) for name, feature in features.items()
+            if isinstance(feature, dict) and feature.get('_type') == 'ClassLabel'}
+  except (ValueError, KeyError, TypeError, AttributeError):
+    return {}
+
+
+def _records(batch):
+  """Python objects of a batch; None for a row that has a string of other bytes than UTF-8."""
+  try:
+    return batch.to_pylist()
+  except UnicodeDecodeError:
+    if batch.num_rows == 1:
+      return [None]
+    half = batch.num_rows // 2
+    return _records(batch.slice(0, half)) + _records(batch.slice(half))
+
+
+def _manifest(folder, name, key=None):
+  path = os.path.join(folder, name)
+  try:
+    found = corpora.strict_json(pathlib.Path(path).read_bytes(), path)
+  except OSError as error:
+    raise DataError(f'{path}: {error.strerror}; expected what save_to_disk writes; save the dataset again') from error
+  if not isinstance(found, dict) or key and not isinstance(found.get(key), list):
+    raise DataError(f'{path}: no list {key}; expected what save_to_disk writes; save the dataset again')
+  return found[key] if key else found
+
+
+def _inside(folder, name):
+  if not isinstance(name, str) or name in ('', '.', '..') or name != os.path.basename(name):
+    raise DataError(f'{folder}: lists {str(name)[:60]!r}; expected names of its own files; save the dataset again')
+  return os.path.join(folder, name)
+
+
+def _line(error):
+  return ' '.join(str(error).split())[:120]
+
+
+def _yaml(path, encoding, limits):
+  """ChatterBot's dialogues. Texts are taken as they are written: a plain `No` or `42` is what somebody says."""
+  yaml = _library('yaml', path)
+  try:
+    text = pathlib.Path(path).read_bytes().decode(encoding).removeprefix('\ufeff')
+    top = yaml.compose(text, getattr(yaml, 'CSafeLoader', yaml.SafeLoader))
+  except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    mark, what = getattr(error, 'problem_mark', None), getattr(error, 'problem', None) or error  # no text of the file
+    raise DataError(f'{path}{f":{mark.line + 1}" if mark else ""}: {_line(what)}; expected YAML in {encoding}; repair '
+                    'the file') from error
+  found = [value for key, value in getattr(top, 'value', ()) if key.value == 'conversations'] if isinstance(
+      top, yaml.MappingNode) else []
+  if len(found) != 1 or not isinstance(found[0], yaml.SequenceNode):
+    raise DataError(f'{path}: {len(found)} lists called conversations; expected one; repair the file')
+  for node in found[0].value:
+    turns = [turn.value if isinstance(turn, yaml.ScalarNode) else {} for turn in node.value] if isinstance(
+        node, yaml.SequenceNode) else node.value
+    yield Row(f'{path}:{node.start_mark.line + 1}', {'conversation': turns})
+
+
+_READERS = {'.jsonl': json_io.read_lines, '.ndjson': json_io.read_lines, '.json': json_io.read_list,
+            '.csv': functools.partial(_csv, delimiter=','), '.tsv': functools.partial(_csv, delimiter='\t'),
+            '.parquet': _parquet, '.yml': _yaml, '.yaml': _yaml}

@@ -1,0 +1,81 @@
+"""Supervised fine-tuning of a decoder on conversations, all of it or few parameters, as a `Task`."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from lm import budget, nn, parallel, params, peft as peft_lib, pretrain, run, train
+from lm.data import conversations
+from lm.data.packing import Batch
+from lm.errors import ConfigError
+from lm.kernels import attention
+from lm.losses import ar
+from lm.models import decoder
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(run.Config):
+  """`init_from` names the model; `model` must have its shape."""
+
+  data: conversations.Config = conversations.Config()
+  model: decoder.Config = decoder.Config()
+  loss: ar.Config = ar.Config()
+  peft: peft_lib.Config = peft_lib.Config(train='')
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.data.length + self.virtual > self.model.length:
+      raise ConfigError(f'data.length={self.data.length} is more than model.length={self.model.length} positions'
+                        f'{f" less peft.length={self.virtual}" if self.virtual else ""}; lower data.length')
+    pretrain.check_mesh(self, self.model)
+    check(self)
+
+  @property
+  def virtual(self) -> int:
+    return self.peft.length if self.peft.method in ('prefix', 'prompt') else 0
+
+
+def check(c: Config) -> None:
+  """Raises ConfigError for few parameters on a mesh that cannot hold them."""
+  if c.mesh.pipe > 1 and (c.peft.method == 'top' or c.peft.method == 'prefix' and c.peft.hidden):
+    raise ConfigError(f'mesh.pipe={c.mesh.pipe}: peft.method={c.peft.method!r} keeps its layers together; set '
+                      'mesh.pipe=1' + (' or peft.hidden=0' if c.peft.method == 'prefix' else ''))
+  if c.peft.method == 'prompt' and getattr(c.data, 'pack', False):
+    raise ConfigError('data.pack=True: a prompt stands before one conversation; set data.pack=False')
+  if c.peft.method == 'prefix' and c.mesh.sequence:
+    raise ConfigError('mesh.sequence=True: a prefix makes keys longer than rows; set mesh.sequence=False')
+
+
+def prompted(batch: Batch, vocab: int, length: int) -> Batch:
+  """The batch with the ids of a learned prompt before each row: vocab, vocab + 1, ..., which are no targets."""
+  B = batch.ids_BT.shape[0]
+  row_1P = jnp.arange(length, dtype=jnp.int32)[None]
+  before = lambda first, x_BT: jnp.concatenate([jnp.broadcast_to(first, (B, length)).astype(x_BT.dtype), x_BT], axis=1)
+  return Batch(before(vocab + row_1P, batch.ids_BT), before(batch.segments_BT[:, :1], batch.segments_BT),
+               before(row_1P, batch.positions_BT + length), before(jnp.zeros((1, 1), bool), batch.mask_BT))
+
+
+def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.Task:
+  """The decoder of `c.model`, with what `c.peft` adds, under the loss of the assistant's tokens."""
+  base = decoder.specs(c.model)
+  specs = peft_lib.specs(c.peft, base)
+  flops = budget.training_flops(base, c.model.heads * c.model.head_dim, c.model.layers, c.data.length)
+  quiet = dataclasses.replace(c.model, dropout=nn.Dropout())
+  return run.Task(specs, loss(c, c.model, specs, attend), loss(c, quiet, specs, attend), c.model.vocab, flops,
+                  source=conversations, base=base, freeze=peft_lib.freeze(c.peft, c.model.layers))
+
+
+def loss(c: Config, model: decoder.Config, specs: params.Tree, attend: Callable[..., jax.Array]) -> train.Loss:
+  """Documents of a row do not see each other; all see the prefix or prompt."""
+  stack = parallel.stack(c.mesh, peft_lib.block_specs(c.peft, specs), model.dtype)
+
+  def apply(p, ids_BT, *, positions_BT, segments_BT, key):
+    return decoder.apply(p, model, ids_BT, positions_BT=positions_BT, segments_BT=segments_BT, key=key, attend=attend,
+                         stack=stack)
+  bound = functools.partial(ar.loss, apply=apply, head=lambda p: decoder.head(p, model), c=c.loss)
+  before = functools.partial(prompted, vocab=c.model.vocab, length=c.peft.length)
+  rows = before if c.peft.method == 'prompt' else lambda batch: batch
+  return lambda p, batch, key: bound(peft_lib.materialise(p), rows(batch), key)

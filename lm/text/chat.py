@@ -1,0 +1,282 @@
+"""Conversations as token ids: fixed templates, and a mask of the tokens that the assistant learns to write.
+
+A template is a function from messages to pieces; `chatml`, `llama2`, `alpaca` and `plain` are four. Each piece is
+encoded by itself, in training as in sampling, so nothing that a message says can move, join or mask a token outside its
+own words. A template's marks ('<|im_start|>', '[INST]', '### Response:') become control ids where the tokenizer has
+them, and those no text can make (`lm.text.tokenizer`). The end of a turn is always one id. A mark without an id of its
+own is spelled as text; the same characters in a message then get a space after their first one ('[ INST]',
+'# ## Response:'), and one more where spaces stand there already, so that `parse` can take it out again.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import re
+from typing import NamedTuple
+
+import numpy as np
+
+from lm.errors import ConfigError, DataError
+from lm.text import vocabulary
+from lm.text.tokenizer import Tokenizer
+
+SMOLLM2 = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'  # what its own template falls back to
+ALPACA = 'Below is an instruction that describes a task. Write a response that appropriately completes the request.'
+ROLES = ('system', 'user', 'assistant')
+_BEGIN, _END = '<s>', '</s>'  # of a document, whatever the tokenizer calls them
+_ENDS = (_END, '<|im_end|>')
+_ANCHORS = ('\n', '.', 'a')
+_CUT = 60  # characters of a message in an error
+
+
+class Message(NamedTuple):
+  """What one side says; `role` is one of `ROLES`. Anything with these two attributes will do."""
+
+  role: str
+  content: str
+
+
+class Piece(NamedTuple):
+  """A part of a conversation as a template writes it down.
+
+  Attributes:
+    text: never joined with its neighbours' before it is encoded.
+    is_target: the assistant's own words, or the end of its turn.
+    is_control: a mark of the template; white space around it is dropped where it becomes a control id.
+    message: index of the message whose words these are; None: the template's own text.
+  """
+
+  text: str
+  is_target: bool = False
+  is_control: bool = False
+  message: int | None = None
+
+
+class Rendered(NamedTuple):
+  """ids: int32 [n]. mask: bool [n], the assistant's words and ends of turns."""
+
+  ids: np.ndarray
+  mask: np.ndarray
+
+
+Template = Callable[[Sequence[Message]], list[Piece]]
+_EXAMPLE = tuple(Message(role, 'x') for role in (*ROLES, 'user', 'assistant'))
+
+
+def chatml(messages: Sequence[Message], system: str | None = None) -> list[Piece]:
+  """<|im_start|>role, a line break, the words, <|im_end|>, a line break; `system` stands in for a missing system turn.
+
+  functools.partial(chatml, system=SMOLLM2) is the template of SmolLM2-Instruct.
+  """
+  first = [] if system is None or messages[0].role == 'system' else _chatml('system', Piece(system))
+  return first + [piece for i, m in enumerate(messages)
+                  for piece in _chatml(m.role, Piece(m.content, m.role == 'assistant', message=i))]
+
+
+def _chatml(role: str, words: Piece) -> list[Piece]:
+  return [Piece('<|im_start|>', is_control=True), Piece(f'{role}\n'), words,
+          Piece('<|im_end|>', words.is_target, True), Piece('\n')]
+
+
+def llama2(messages: Sequence[Message]) -> list[Piece]:
+  """<s>[INST] <<SYS>> system <</SYS>> user [/INST] assistant </s>, again for each exchange; words are stripped.
+
+  As Llama-2's reference code writes it (arXiv:2307.09288): the space before </s> is the assistant's too.
+  """
+  pieces = []
+  for i, m in enumerate(messages):
+    words = m.content.strip()
+    if m.role == 'assistant':
+      pieces += [Piece(f' {words} ', True, message=i), Piece(_END, True, True)]
+      continue
+    after = i > 0 and messages[i - 1].role == 'system'
+    if not after:
+      pieces += [Piece(_BEGIN, is_control=True), Piece('[INST]', is_control=True)]
+    if m.role == 'system':
+      pieces += [Piece(' <<SYS>>\n', is_control=True), Piece(words, message=i),
+                 Piece('\n<</SYS>>\n\n', is_control=True)]
+    else:
+      pieces += [Piece(words if after else f' {words}', message=i), Piece(' [/INST]', is_control=True)]
+  return pieces
+
+
+def alpaca(messages: Sequence[Message], system: str = ALPACA) -> list[Piece]:
+  """'### Instruction:' and '### Response:' after a first paragraph: the system turn, or else `system`."""
+  pieces = [Piece(_BEGIN, is_control=True)]
+  if messages[0].role != 'system' and system:
+    pieces.append(Piece(system))
+  for i, m in enumerate(messages):
+    if m.role == 'user':
+      gap = '\n\n' if len(pieces) > 1 else ''
+      pieces += [Piece(f'{gap}### Instruction:\n', is_control=True), Piece(m.content, message=i),
+                 Piece('\n\n### Response:\n', is_control=True)]
+    elif m.role == 'assistant':
+      pieces += [Piece(m.content, True, message=i), Piece(_END, True, True)]
+    else:
+      pieces.append(Piece(m.content, message=i))
+  return pieces
+
+
+def plain(messages: Sequence[Message], between: str = '\n') -> list[Piece]:
+  """The words alone, `between` after each turn that is not the assistant's; its turns end as documents do."""
+  pieces = [Piece(_BEGIN, is_control=True)]
+  for i, m in enumerate(messages):
+    own = m.role == 'assistant'
+    pieces += [Piece(m.content, own, message=i), Piece(_END, True, True) if own else Piece(between)]
+  return pieces
+
+
+def check(messages: Sequence[Message]) -> None:
+  """A system turn or none, then user and assistant in turn.
+
+  Raises:
+    DataError: another order or role, no message, or content that is no text.
+  """
+  if not messages:
+    raise DataError('conversation: no message; expected a user turn at least; remove it')
+  before = None
+  for i, m in enumerate(messages):
+    want = ('system', 'user') if before is None else ('assistant',) if before == 'user' else ('user',)
+    if m.role not in want:
+      raise DataError(f'message {i}: role {str(m.role)[:_CUT]!r}; expected {" or ".join(want)} here; mend the order of '
+                      'the turns')
+    if not isinstance(m.content, str):
+      raise DataError(f'message {i}: content of type {type(m.content).__name__}; expected text; mend the record')
+    before = m.role
+  if before == 'system':
+    raise DataError('conversation: a system turn alone; expected a user turn after it; remove it')
+
+
+def encode(template: Template, messages: Sequence[Message], tokenizer: Tokenizer) -> Rendered:
+  """The whole conversation.
+
+  Raises:
+    DataError: see `check`; or words that the tokenizer cannot tell from a mark of the template.
+    ConfigError: a tokenizer without a token that ends a turn.
+  """
+  found = tokenise(template, messages, tokenizer)
+  return Rendered(np.concatenate([ids for _, ids in found]),
+                  np.repeat([piece.is_target for piece, _ in found], [len(ids) for _, ids in found]))
+
+
+def prompt(template: Template, messages: Sequence[Message], tokenizer: Tokenizer) -> np.ndarray:
+  """int32 ids up to where the assistant's answer to the last message begins.
+
+  They are how `encode` of the conversation begins, once the answer is there.
+  """
+  check(messages)
+  if messages[-1].role != 'user':
+    raise DataError(f'message {len(messages) - 1}: role {messages[-1].role!r}; expected the user to speak last; add '
+                    'what is to be answered')
+  found = tokenise(template, [*messages, Message('assistant', '')], tokenizer)
+  at = [piece.message for piece, _ in found].index(len(messages))
+  return np.concatenate([ids for _, ids in found[:at]])
+
+
+def stop_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
+  """The ids that end the assistant's turn (and eos): for `decode.Sampling.stop`."""
+  ends = [_control(piece.text, tokenizer)[0] for piece in template(_EXAMPLE) if piece.is_target and piece.is_control]
+  return tuple(dict.fromkeys(i for i in (*ends, tokenizer.eos_id) if i is not None))
+
+
+def parse(template: Template, ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> tuple[str, bool]:
+  """(what the assistant said, whether its turn is over), of the ids sampled after `prompt`."""
+  ids = np.asarray(ids, np.int32).reshape(-1)
+  ends = np.flatnonzero(np.isin(ids, stop_ids(template, tokenizer)))
+  ids = ids[:ends[0]] if len(ends) else ids
+  text = tokenizer.decode(ids)
+  if _adds_space(tokenizer):  # as the text of `ids` stands after other text
+    text = tokenizer.decode([*tokenizer.encode(_ANCHORS[0]), *ids]).removeprefix(_ANCHORS[0])
+  before, after = next(piece.text for piece in template(_EXAMPLE) if piece.message == 2).split(_EXAMPLE[2].content)
+  return _guard(template, tokenizer).restore(text.removeprefix(before).removesuffix(after)), len(ends) > 0
+
+
+def tokenise(template: Template, messages: Sequence[Message], tokenizer: Tokenizer) -> list[tuple[Piece, np.ndarray]]:
+  """Every piece of the conversation with its int32 ids; `encode` joins them. Raises what `encode` does."""
+  check(messages)
+  guard, found, inside = _guard(template, tokenizer), [], False
+  for piece in template(messages):
+    ids = _control(piece.text, tokenizer) if piece.is_control else None
+    if ids is not None:
+      found.append((piece, np.array(ids, np.int32)))
+    elif piece.message is None:
+      found.append((piece, _text(piece.text, tokenizer, inside)))
+    else:
+      found.append((piece, _words(piece, guard, tokenizer, inside)))
+    inside = ids is None
+  return found
+
+
+@dataclasses.dataclass(frozen=True)
+class _Guard:
+  """The marks that a tokenizer spells as text, and how to keep them out of other text."""
+
+  marks: tuple[str, ...]
+
+  def neutralise(self, text: str) -> str:
+    return self._change(r'(?<={})(?= *{})', ' ', text)
+
+  def restore(self, text: str) -> str:
+    return self._change(r'(?<={}) (?= *{})', '', text)
+
+  def _change(self, pattern, by, text):
+    if not self.marks:
+      return text
+    return re.sub('|'.join(pattern.format(re.escape(m[0]), re.escape(m[1:])) for m in self.marks), by, text)
+
+
+@functools.lru_cache(maxsize=64)
+def _guard(template: Template, tokenizer: Tokenizer) -> _Guard:
+  marks = [piece.text.strip() for piece in template(_EXAMPLE)
+           if piece.is_control and _control(piece.text, tokenizer) is None]
+  seen = [tokenizer.decode(tokenizer.encode(m)).strip() for m in marks]  # other letters, where it normalises text
+  return _Guard(tuple(dict.fromkeys(m for m in (*marks, *seen) if m)))
+
+
+def _words(piece: Piece, guard: _Guard, tokenizer: Tokenizer, inside: bool) -> np.ndarray:
+  """Ids of a message's words, in which no mark is left even once the tokenizer has normalised them."""
+  text = piece.text
+  for _ in range(2):
+    ids = _text(guard.neutralise(text), tokenizer, inside)
+    text = tokenizer.decode(ids) if guard.marks else ''
+    bad = [m for m in guard.marks if m in text]
+    if not bad:
+      return ids
+  raise DataError(f'message {piece.message}: the tokenizer cannot tell its words from {bad[0]!r} of the template; '
+                  'expected one that keeps spaces and case; choose another template or tokenizer')
+
+
+def _control(text: str, tokenizer: Tokenizer) -> list[int] | None:
+  """Ids of a mark; none for a beginning that the tokenizer does not have, None where the mark is spelled as text."""
+  name = text.strip()
+  if name in tokenizer.control:
+    return [tokenizer.control[name]]
+  if name == _BEGIN:  # as documents begin; a token that ends them or begins a turn does not begin them
+    bos = tokenizer.bos_id
+    return [] if bos is None or bos in (tokenizer.eos_id, tokenizer.control.get('<|im_start|>')) else [bos]
+  if name not in _ENDS:
+    return None
+  if tokenizer.eos_id is None:
+    raise ConfigError(f'data.tokenizer: no {name} and no other end token among its control tokens; expected one that '
+                      f"ends a turn; train one with python -m scripts.train_tokenizer --control_symbols='{name}'")
+  return [tokenizer.eos_id]
+
+
+def _text(text: str, tokenizer: Tokenizer, inside: bool) -> np.ndarray:
+  """Ids of a text; `inside`: it goes on after other text, so a tokenizer that begins each text by a space must not."""
+  if not text:
+    return np.zeros(0, np.int32)
+  for anchor in _ANCHORS if inside and _adds_space(tokenizer) else ():
+    first, ids = tokenizer.encode(anchor), tokenizer.encode(anchor + text)
+    if np.array_equal(ids[:len(first)], first):
+      return ids[len(first):]
+  return tokenizer.encode(text)
+
+
+@functools.lru_cache(maxsize=64)
+def _adds_space(tokenizer: Tokenizer) -> bool:
+  """Whether it encodes a text as if a space stood before, as SentencePiece does."""
+  if tokenizer.kind not in ('sentencepiece', 'hf'):
+    return False
+  first = tokenizer.encode('a')[:1]
+  return bool(len(first)) and vocabulary.pieces(tokenizer)[first[0]].startswith(b' ')

@@ -1,0 +1,176 @@
+"""Writes labelled texts in other words: a JSONL file, and after each training example of it copies that differ.
+
+  python -m scripts.augment --list
+  python -m scripts.augment --in=reviews.jsonl --out=more.jsonl --methods=synonyms_en:0.1,typos:0.05
+  python -m scripts.augment --in=reviews.jsonl --out=more.jsonl --methods=synonyms_zh+clauses,homophones --copies=2
+  python -m scripts.augment --in=reviews.jsonl --out=more.jsonl --methods=back_translation --translate=eng-spa,spa-eng
+
+A line of --in is {"text", "label", "split"}, any other fields are kept. A method is NAME or NAME:RATE, the share of
+words (sentences, marks) to change. Each copy is made by one of the methods between commas, drawn by chance; a plus sign
+applies several, one after the other. Numbers, URLs, e-mails, code, negations and the words of --protect never change.
+
+Only examples of --split are copied, and --split must be a training split: held-out text is never augmented. Copies
+come after their original with its label, the id 'ID#N' and "origin": ID; those equal to a text that is there already
+are left out. The same input, flags and seed give the same file. To augment on the fly, call
+lm.text.augment.augmented with the number of the epoch: copy N is what epoch N would see.
+
+Exit status: 0 done, 2 a flag is wrong or a package missing, 3 the data.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+import dataclasses
+import difflib
+import json
+import os
+import pathlib
+from typing import Any
+
+from absl import flags
+import numpy as np
+
+from experiments import cli
+from lm.data import corpora
+from lm.errors import ConfigError, DataError
+from lm.text import augment, noise, synonyms
+
+_LIST = flags.DEFINE_bool('list', False, 'Print the methods and stop.')
+_IN = flags.DEFINE_string('in', '', 'JSONL file of {"text", "label", "split"}.')
+_OUT = flags.DEFINE_string('out', '', 'JSONL file to write; must not exist.')
+_METHODS = flags.DEFINE_list('methods', [], 'What to do, NAME[:RATE][+NAME[:RATE]...], comma-separated (see --list).')
+_COPIES = flags.DEFINE_integer('copies', 1, 'Copies of each training example, at most.', lower_bound=1)
+_SEED = flags.DEFINE_integer('seed', 0, 'Of all choices.', lower_bound=0)
+_SPLIT = flags.DEFINE_string('split', 'train', 'The split to augment.')
+_PROTECT = flags.DEFINE_list('protect', [], 'Words that stay as they are, comma-separated: names, terms.')
+_WORDNET = flags.DEFINE_string('wordnet', synonyms.DEBIAN, 'Folder of WordNet, for synonyms_en.')
+_TRANSLATE = flags.DEFINE_list('translate', ['eng-spa', 'spa-eng'], 'Apertium pairs there and back, for '
+                               'back_translation.')
+_SHOW = flags.DEFINE_integer('show', 3, 'Pairs of original and copy to print.', lower_bound=0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A line of the file: `fields` as read, and what a copy has instead; `origin` is 'ID#N' of a copy, else empty."""
+
+  id: str
+  text: str
+  split: str
+  fields: dict[str, Any]
+  origin: str = ''
+
+  @property
+  def original(self) -> str:
+    return self.origin.rpartition('#')[0]
+
+  def json(self) -> str:
+    more = {'text': self.text, 'id': self.id, 'origin': self.original} if self.origin else {}
+    return json.dumps(self.fields | more, ensure_ascii=False)
+
+
+def methods(texts: Callable[[], list[str]] = list) -> dict[str, tuple[str, float, Callable[..., augment.Augment]]]:
+  """(what it does, rate by default, function of rate and protected words) by name; `texts` are to be translated."""
+  def back_translation(rate, protect):
+    if len(_TRANSLATE.value) != 2:
+      raise ConfigError(f'--translate={",".join(_TRANSLATE.value)}: expected two pairs, there and back; give '
+                        'eng-spa,spa-eng')
+    to, back = map(augment.apertium, _TRANSLATE.value)
+    return augment.back_translate(to, back, rate, protect, texts())
+  return {
+      'synonyms_en': ('English words by WordNet', 0.1,
+                      lambda rate, protect: synonyms.wordnet(rate, _WORDNET.value, protect)),
+      'synonyms_zh': ('Chinese words by Cilin', 0.1, synonyms.cilin),
+      'clauses': ('clauses of a sentence change places, English and Chinese', 1.0, synonyms.reorder_clauses),
+      'sentences': ('sentences of a paragraph change places', 0.5, noise.shuffle_sentences),
+      'back_translation': ('sentences there and back by Apertium', 1.0, back_translation),
+      'typos': ('slips of the keyboard', 0.05, lambda rate, protect: noise.typos(rate, protect=protect)),
+      'misread': ('shapes taken for others, rn for m, 己 for 已', 0.05,
+                  lambda rate, protect: noise.typos(rate, noise.misread, protect)),
+      'homophones': ('Chinese characters of the same sound', 0.05, noise.homophones),
+      'punctuation': ('marks dropped, doubled, of another width', 0.2, noise.punctuation),
+      'case': ('lower, UPPER, Capital', 0.1, noise.case),
+  }
+
+
+def main(_: list[str]) -> None:
+  if _LIST.value:
+    for name, (about, rate, _) in methods().items():
+      print(f'{name}:{rate:<{20 - len(name)}} {about}')
+    return
+  out = pathlib.Path(_OUT.value)
+  for flag, value in (('in', _IN.value), ('out', _OUT.value), ('methods', _METHODS.value)):
+    if not value:
+      raise ConfigError(f'--{flag}: not given; expected a value; see --help')
+  if out.exists():
+    raise ConfigError(f'--out={out}: exists already; it is not overwritten; choose another name or delete it')
+  rows = read(_IN.value)
+  known = methods(lambda: [row.text for row in rows if row.split == _SPLIT.value])
+  one_of = augment.choose(*(parse(part, known, frozenset(_PROTECT.value)) for part in _METHODS.value))
+  made = augment.apply(rows, one_of, _SEED.value, _COPIES.value, _SPLIT.value)
+  out.parent.mkdir(parents=True, exist_ok=True)
+  temporary = out.with_name(out.name + '.tmp')
+  with open(temporary, 'w', encoding='utf-8', newline='\n') as f:
+    f.writelines(row.json() + '\n' for row in made)
+  os.replace(temporary, out)
+  report(rows, made)
+  print(f'next: {out} goes wherever {_IN.value} went; compare held-out scores with and without, same seed')
+
+
+def parse(part: str, known: dict, protect: frozenset[str]) -> augment.Augment:
+  """The augmentation that 'NAME:RATE+NAME' stands for."""
+  chained = []
+  for one in part.split('+'):
+    name, colon, rate = one.partition(':')
+    if name not in known:
+      near = difflib.get_close_matches(name, known, n=1)
+      raise ConfigError(f'--methods={name}: unknown; ' + (f'did you mean {near[0]}?' if near else 'see --list'))
+    try:
+      rate = float(rate) if colon else known[name][1]
+    except ValueError:
+      raise ConfigError(f'--methods={one}: {rate!r} is no number; expected NAME:RATE; give e.g. {name}:0.1') from None
+    augment.check_rate(rate, f'--methods={one}')
+    chained.append(known[name][2](rate, protect=protect))
+  return augment.chain(*chained)
+
+
+def read(path: str) -> list[Row]:
+  """The lines of a JSONL file; the number of the line is the id where there is none."""
+  rows = []
+  with open(path, 'rb') as f:
+    for number, line in enumerate(f, 1):
+      if not line.strip():
+        continue
+      fields = corpora.strict_json(line, f'{path}:{number}')
+      for name in ('text', 'split'):
+        if not isinstance(fields, dict) or not isinstance(fields.get(name), str):
+          raise DataError(f'{path}:{number}: no {name}; expected {{"text": string, "label": ..., "split": string}}; '
+                          'add the field')
+      rows.append(Row(str(fields.get('id', number)), fields['text'], fields['split'], fields))
+  return rows
+
+
+def report(rows: list[Row], made: list[Row]) -> None:
+  """Prints how many copies there are of each split and label, how much they differ, and a few of them."""
+  group = lambda row: (row.split, str(row.fields.get('label', '')))
+  before, after = Counter(map(group, rows)), Counter(map(group, made))
+  originals = {(row.id, row.split): row.text for row in rows}
+  pairs = [(originals[row.original, row.split], row.text) for row in made if row.origin]
+  print(f'{"split":12} {"label":16} {"examples":>9} {"copies":>9} {"left out":>9}')
+  for key in sorted(before):
+    copies = after[key] - before[key]
+    left_out = _COPIES.value * before[key] - copies if key[0] == _SPLIT.value else 0
+    print(f'{key[0]:12} {key[1][:16]:16} {before[key]:9,} {copies:9,} {left_out:9,}')
+  if pairs:
+    print(f'words changed in a copy: {np.mean([changed(pair) for pair in pairs[:1000]]):.1%}')
+  for old, new in pairs[::max(len(pairs) // max(_SHOW.value, 1), 1)][:_SHOW.value]:
+    print(f'- {old[:200]}\n+ {new[:200]}')
+
+
+def changed(pair: tuple[str, str]) -> float:
+  """Share of the words of the first text (1000 at most) that the second has not, in their order."""
+  old, new = ([text[a:b] for a, b in augment.words(text)[:1000]] for text in pair)
+  same = sum(m.size for m in difflib.SequenceMatcher(None, old, new, autojunk=False).get_matching_blocks())
+  return 1 - same / max(len(old), 1)
+
+
+if __name__ == '__main__':
+  cli.guard(main, __doc__)
