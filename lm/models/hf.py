@@ -93,7 +93,7 @@ def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Toke
     ConfigError: no architecture of theirs computes this config, or the tokenizer has more ids than the model.
     CheckpointError: the parameters do not fit the config, or the folder cannot be written.
   """
-  kind, family = _family(c, p)
+  kind, family = family_of(c, p)
   heads = [head for head in family.heads if head in p]
   specs = family.tree(c, heads)
   want, have = ({path: x.shape for path, x in params.flatten(tree).items()} for tree in (specs, p))
@@ -115,8 +115,8 @@ def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Toke
     _write_tensors(tmp, list(tables.instances(family.rows, specs)), flat, shard_bytes)
 
 
-def _family(c: Any, p: params.Tree) -> tuple[str, tables.Family]:
-  """(model_type, family) by the type of the config."""
+def family_of(c: Any, p: params.Tree) -> tuple[str, tables.Family]:
+  """(model_type, family) of a config and the heads among the keys of `p`."""
   if isinstance(c, decoder.Config):
     return hf_decoder.family(c)
   return (hf_encoder if isinstance(c, encoder.Config) else hf_deberta).family(c, p.keys())

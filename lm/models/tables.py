@@ -27,7 +27,7 @@ class Row:
   """One of their tensors and where its numbers lie in ours."""
 
   def __init__(self, name: str, layout: str, *paths: str):
-    self.name, self.paths = name, paths
+    self.name, self.layout, self.paths = name, layout, paths
     theirs, ours = layout.split('->')
     self._groups, self._order = theirs.split(','), theirs.replace(',', '')
     self._ours, self._axes = ours, ('c' if 'c' in theirs else '') + ours

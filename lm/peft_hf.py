@@ -1,0 +1,205 @@
+"""LoRA, prefixes and prompts in the layout of Hugging Face PEFT: adapter_config.json and adapter_model.safetensors.
+
+Names come from the tables of `lm.models.hf`: a LoRA node's two matrices stand where its weight stands there. Where that
+is one tensor of several of ours (GPT-2's c_attn), their one pair of matrices is ours side by side, of so much higher
+rank; and read, theirs is shared by ours. A prefix is stored as keys and values, whatever made it.
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lm import params, peft
+from lm.errors import CheckpointError, ConfigError
+from lm.models import hf
+from lm.peft_nodes import Lora, Prompted
+
+_BASE = 'base_model.model.'
+_TENSORS, _CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
+
+
+def save(folder: str | os.PathLike, c: Any, p: params.Tree, few: peft.Config, base: str = '',
+         task: str | None = 'CAUSAL_LM') -> None:
+  """Writes the learned part of `p`, a tree of `peft.specs(few, specs(c))`, for PEFT to load beside the base model.
+
+  Args:
+    c: the config of the model. base: name of the base model, which PEFT may look up.
+    task: PEFT's task_type; None for an encoder without a head.
+
+  Raises:
+    ConfigError: PEFT has no such method, or transformers no such model.
+  """
+  if few.method == 'lora':
+    tensors, fields = _lora(p, few, _rows(c, p))
+  elif few.method in ('prefix', 'prompt'):
+    tensors, fields = _virtual(c, p, few)
+  else:
+    raise ConfigError(f"peft.method={few.method!r}; expected lora, prefix or prompt, all that PEFT's layout has")
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  safetensors.numpy.save_file(tensors, folder / f'{_TENSORS}.tmp')
+  os.replace(folder / f'{_TENSORS}.tmp', folder / _TENSORS)
+  fields |= {'base_model_name_or_path': base, 'task_type': task, 'inference_mode': True}
+  (folder / _CONFIG).write_text(json.dumps(fields, indent=2) + '\n')
+
+
+def load(folder: str | os.PathLike, c: Any, p: params.Tree) -> tuple[peft.Config, params.Tree]:
+  """(what trains, the tree) of PEFT's folder for the model (c, p).
+
+  Raises:
+    ConfigError: another method, or an option that is not here. CheckpointError: damaged, or of another model.
+  """
+  folder = pathlib.Path(folder)
+  try:
+    fields = json.loads((folder / _CONFIG).read_bytes())
+    with safetensors.safe_open(folder / _TENSORS, 'np') as file:
+      tensors = {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}
+    kind = fields['peft_type']
+  except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+    raise CheckpointError(f'{folder}: {type(error).__name__}: {str(error)[:200]}; expected {_CONFIG} and {_TENSORS} as '
+                          'PEFT saves them') from error
+  if kind == 'LORA':
+    return _read_lora(folder, fields, tensors, c, p)
+  if kind not in ('PREFIX_TUNING', 'PROMPT_TUNING'):
+    raise ConfigError(f'{folder}: peft_type={kind!r}; expected LORA, PREFIX_TUNING or PROMPT_TUNING')
+  found = tensors.get('prompt_embeddings')
+  if found is None or found.ndim != 2:
+    raise CheckpointError(f'{folder}: no matrix prompt_embeddings; expected one of a row a virtual token')
+  if kind == 'PROMPT_TUNING':
+    _same(folder, 'prompt_embeddings', found.shape[1], p['embed']['tokens'].shape[1])
+    table = Prompted(p['embed']['tokens'], found)
+    return peft.Config('prompt', train='', length=len(found)), p | {'embed': p['embed'] | {'tokens': table}}
+  L, _, K, H = p['blocks']['attn']['k'].shape
+  _same(folder, 'prompt_embeddings', found.shape[1], 2 * L * K * H)
+  keys, values = found.reshape(-1, L, 2, K, H).transpose(2, 1, 0, 3, 4)
+  attn = p['blocks']['attn'] | {'prefix_k': keys, 'prefix_v': values}
+  return peft.Config('prefix', train='', length=len(found), hidden=0), p | {'blocks': p['blocks'] | {'attn': attn}}
+
+
+def _rows(c, p):
+  """Rows of the blocks' matrices."""
+  _, family = hf.family_of(c, p)
+  return [row for row in family.rows if row.paths[0].startswith('blocks/') and ',' in row.layout]
+
+
+def _lora(p, few, rows):
+  nodes = {path: node for path, node in _nodes(p) if isinstance(node, Lora)}
+  tensors, modules = {}, set()
+  for row in rows:
+    mine = [nodes.get(path) for path in row.paths]
+    if not any(mine):
+      continue
+    modules.add(row.name.removesuffix('.weight').split('.')[-1])
+    for layer in range(next(n for n in mine if n is not None).w.shape[0]):
+      a, b = _side_by_side([None if n is None else _matrices(jax.tree.map(lambda x, i=layer: x[i], n)) for n in mine])
+      name = _BASE + row.name.format(layer).removesuffix('.weight')
+      tensors |= {f'{name}.lora_A.weight': a, f'{name}.lora_B.weight': b}
+  left = nodes.keys() - {path for row in rows for path in row.paths}
+  if left:
+    raise ConfigError(f'peft.targets: {sorted(left)[0]} has no weight of its own in transformers; name others')
+  ranks = {len(t) for name, t in tensors.items() if name.endswith('lora_A.weight')}
+  fused = any(len(row.paths) > 1 for row in rows)
+  rank = min(ranks)
+  keep = few.scale * (rank**0.5 if few.rank_stabilised else rank)
+  patterns = {re.escape(n.removeprefix(_BASE).removesuffix('.lora_A.weight')): len(t) for n, t in tensors.items()
+              if n.endswith('lora_A.weight') and len(t) != rank}
+  return tensors, {
+      'peft_type': 'LORA', 'r': rank, 'lora_alpha': keep, 'lora_dropout': few.rate, 'bias': 'none',
+      'target_modules': sorted(modules), 'fan_in_fan_out': fused, 'use_rslora': few.rank_stabilised,
+      'rank_pattern': patterns, 'alpha_pattern': {name: few.scale * (r**0.5 if few.rank_stabilised else r)
+                                                  for name, r in patterns.items()}}
+
+
+def _nodes(p):
+  flat = jax.tree_util.tree_flatten_with_path(p, is_leaf=peft.is_node)[0]
+  return [(params.path_of(path), node) for path, node in flat]
+
+
+def _matrices(node):
+  """(A [R, inputs], B [outputs, R]) of one layer, as torch has them."""
+  rank = node.lora_a.shape[-1]
+  return (np.ascontiguousarray(np.asarray(node.lora_a).reshape(-1, rank).T),
+          np.ascontiguousarray(np.asarray(node.lora_b).reshape(rank, -1).T))
+
+
+def _side_by_side(pairs):
+  """One pair for weights that are one tensor there; a weight without LoRA has outputs of 0."""
+  if len(pairs) == 1:
+    return pairs[0]
+  a = np.concatenate([x[0] for x in pairs if x is not None])
+  outputs = next(x[1].shape[0] for x in pairs if x is not None)  # of each: q, k and v of GPT-2 are alike
+  b, at = np.zeros((outputs * len(pairs), len(a)), np.float32), 0
+  for i, pair in enumerate(pairs):
+    if pair is not None:
+      rank = len(pair[0])
+      b[i * outputs:(i + 1) * outputs, at:at + rank] = pair[1]
+      at += rank
+  return a, b
+
+
+def _virtual(c, p, few):
+  L, heads = c.layers, getattr(c, 'kv_heads', c.heads)
+  fields = {'num_virtual_tokens': few.length, 'num_transformer_submodules': 1, 'num_layers': L}
+  if few.method == 'prompt':
+    return {'prompt_embeddings': np.asarray(p['embed']['tokens'].prompt)}, fields | {
+        'peft_type': 'PROMPT_TUNING', 'token_dim': c.embed, 'num_attention_heads': c.heads,
+        'prompt_tuning_init': 'RANDOM'}
+  attn = peft.materialise(p)['blocks']['attn']
+  both = np.stack([np.asarray(attn['prefix_k']), np.asarray(attn['prefix_v'])])  # [2, L, P, K, H]
+  flat = np.ascontiguousarray(both.transpose(2, 1, 0, 3, 4).reshape(few.length, -1))
+  return {'prompt_embeddings': flat}, fields | {
+      'peft_type': 'PREFIX_TUNING', 'token_dim': heads * c.head_dim, 'num_attention_heads': heads,
+      'prefix_projection': False, 'encoder_hidden_size': heads * c.head_dim}
+
+
+def _read_lora(folder, fields, tensors, c, p):
+  for name, allowed in (('bias', ('none', None)), ('use_dora', (False, None)), ('modules_to_save', (None, []))):
+    if fields.get(name) not in allowed:
+      raise ConfigError(f'{folder}: {name}={fields[name]!r}; expected {allowed[0]!r}; merge it there first')
+  known, out, paths = set(), dict(params.flatten(p)), []
+  stabilised = bool(fields.get('use_rslora'))
+  for row in _rows(c, p):
+    L = out[row.paths[0]].shape[0]
+    names = [f'{_BASE}{row.name.format(i).removesuffix(".weight")}.lora_{{}}.weight' for i in range(L)]
+    if names[0].format('A') not in tensors:
+      continue
+    try:
+      a, b = (np.stack([tensors[name.format(which)] for name in names]) for which in 'AB')
+    except (KeyError, ValueError) as error:
+      raise CheckpointError(f'{folder}: {row.name}: {error}; expected both matrices of every layer, of one rank'
+                            ) from error
+    known |= {name.format(which) for name in names for which in 'AB'}
+    rank = a.shape[1]
+    module = row.name.format(0).removesuffix('.weight')
+    alpha = next((a for pattern, a in (fields.get('alpha_pattern') or {}).items()
+                  if re.fullmatch(rf'(.*\.)?({pattern})', module)), fields['lora_alpha'])
+    scale = alpha / (rank**0.5 if stabilised else rank)
+    parts = np.split(b, len(row.paths), axis=1)
+    for path, part in zip(row.paths, parts, strict=True):
+      w = out[path]
+      inputs = 1 if w.ndim == 3 or w.shape[1] == a.shape[2] else 2
+      _same(folder, row.name, (a.shape[2], part.shape[1]), (int(np.prod(w.shape[1:1 + inputs])),
+                                                            int(np.prod(w.shape[1 + inputs:]))))
+      out[path] = Lora(w, a.transpose(0, 2, 1).reshape(L, *w.shape[1:1 + inputs], rank),
+                       part.transpose(0, 2, 1).reshape(L, rank, *w.shape[1 + inputs:]), scale)
+      paths.append(path)
+  if unknown := sorted(tensors.keys() - known):
+    raise CheckpointError(f'{folder}: {unknown[0]} has no place in this model; expected LoRA of weights it has')
+  few = peft.Config('lora', train='', targets=f'^({"|".join(paths)})$', rank=rank, alpha=float(fields['lora_alpha']),
+                    rank_stabilised=stabilised, rate=float(fields.get('lora_dropout') or 0.0))
+  leaves = [dataclasses.replace(out[path], rate=few.rate) if isinstance(out[path], Lora) else out[path]
+            for path in params.flatten(p)]
+  return few, jax.tree.unflatten(jax.tree.structure(p), leaves)
+
+
+def _same(folder, name, found, expected):
+  if found != expected:
+    raise CheckpointError(f'{folder}: {name}: {found}; expected {expected}; it was made for another model')

@@ -1,0 +1,153 @@
+"""LoRA, prefixes and prompts against PEFT: what is exported loads there, what was made there loads here."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import params, peft, peft_hf
+from lm.errors import CheckpointError, ConfigError
+from lm.models import decoder, encoder, hf
+
+torch = pytest.importorskip('torch')
+transformers = pytest.importorskip('transformers')
+theirs = pytest.importorskip('peft')
+pytestmark = pytest.mark.oracle
+
+V, IDS_BT = 67, np.random.default_rng(0).integers(4, 67, size=(2, 9))
+MODELS = {
+    'gpt2': ('GPT2LMHeadModel', transformers.GPT2Config(
+        n_positions=24, n_embd=32, n_layer=2, n_head=4, vocab_size=V, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0)),
+    'llama': ('LlamaForCausalLM', transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=24, vocab_size=V)),
+    'bert': ('BertForMaskedLM', transformers.BertConfig(
+        vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+        max_position_embeddings=24, hidden_act='gelu')),
+}
+QV = {'gpt2': ['c_attn'], 'llama': ['q_proj', 'v_proj'], 'bert': ['query', 'value']}
+EVERY = {'gpt2': ['c_attn', 'c_proj', 'c_fc'], 'llama': ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'gate_proj',
+                                                         'down_proj'],
+         'bert': ['query', 'key', 'value', 'dense']}
+
+
+@pytest.fixture(params=MODELS)
+def pair(request, tmp_path):
+  """(kind, their model, our config, our parameters)."""
+  torch.manual_seed(0)
+  name, config = MODELS[request.param]
+  model = getattr(transformers, name)(config).eval()
+  with torch.no_grad():
+    for p in model.parameters():
+      p.add_(0.1 * torch.randn_like(p))
+  model.save_pretrained(tmp_path / 'base')
+  return request.param, model, *hf.load(tmp_path / 'base')
+
+
+def hidden(c, p, ids_BT=IDS_BT):
+  """Before their head."""
+  family = decoder if isinstance(c, decoder.Config) else encoder
+  return np.asarray(jax.jit(lambda p: family.apply(peft.materialise(p), c, jnp.asarray(ids_BT)))(p))
+
+
+def logits(kind, model, ids_BT=IDS_BT):
+  del kind
+  with torch.no_grad():
+    return model(torch.from_numpy(np.asarray(ids_BT)), output_hidden_states=True).hidden_states[-1].numpy()
+
+
+def moved(tree):
+  rng = np.random.default_rng(1)
+  shift = lambda path, w: w + 0.1 * rng.normal(size=w.shape).astype(np.float32) if 'lora_b' in path else w
+  return params.map_with_path(shift, tree)
+
+
+@pytest.mark.parametrize('stabilised', [False, True])
+@pytest.mark.parametrize('targets', [r'attn/[qv]$', r'^blocks/(attn/[qkvo]|mlp/(up|gate|down))$'])
+def test_exported_lora_loads_there(pair, targets, stabilised, tmp_path):
+  kind, model, c, p = pair
+  few = peft.Config('lora', train='', rank=3, alpha=7, targets=targets, rank_stabilised=stabilised)
+  specs = peft.specs(few, (decoder if kind != 'bert' else encoder).specs(c))
+  body = {k: v for k, v in p.items() if k in specs}
+  tree = moved(jax.jit(lambda p, key: peft.graft(p, specs, key))(body, jax.random.key(0)))
+  peft_hf.save(tmp_path / 'lora', c, tree | {k: v for k, v in p.items() if k not in specs}, few,
+               task=None if kind == 'bert' else 'CAUSAL_LM')
+  loaded = theirs.PeftModel.from_pretrained(model, tmp_path / 'lora').eval()
+  np.testing.assert_allclose(hidden(c, tree), logits(kind, loaded), atol=1e-4)
+  few_again, again = peft_hf.load(tmp_path / 'lora', c, p)
+  assert few_again.scale == pytest.approx(few.scale) or kind == 'gpt2'
+  np.testing.assert_allclose(hidden(c, again), hidden(c, tree), atol=1e-5)
+
+
+@pytest.mark.parametrize('modules', [QV, EVERY], ids=['qv', 'every'])
+@pytest.mark.parametrize('stabilised', [False, True])
+def test_lora_made_there_loads_here(pair, modules, stabilised, tmp_path):
+  kind, model, c, p = pair
+  config = theirs.LoraConfig(r=3, lora_alpha=7, target_modules=modules[kind], use_rslora=stabilised,
+                             fan_in_fan_out=kind == 'gpt2',
+                             exclude_modules='.*(cls|pooler).*' if kind == 'bert' else None)
+  tuned = theirs.get_peft_model(model, config).eval()
+  with torch.no_grad():
+    for name, w in tuned.named_parameters():
+      if 'lora_B' in name:
+        w.add_(0.1 * torch.randn_like(w))
+  tuned.save_pretrained(tmp_path / 'lora')
+  few, tree = peft_hf.load(tmp_path / 'lora', c, p)
+  assert few.method == 'lora' and few.rank == 3 and few.rank_stabilised == stabilised
+  np.testing.assert_allclose(hidden(c, tree), logits(kind, tuned), atol=1e-4)
+
+
+@pytest.mark.parametrize('hidden_width', [0, 5])
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+def test_a_prefix_there_and_back(kind, hidden_width, tmp_path):
+  torch.manual_seed(0)
+  model = getattr(transformers, MODELS[kind][0])(MODELS[kind][1]).eval()
+  model.save_pretrained(tmp_path / 'base')
+  c, p = hf.load(tmp_path / 'base')
+  few = peft.Config('prefix', train='', length=4, hidden=hidden_width)
+  tree = jax.jit(lambda p, key: peft.graft(p, peft.specs(few, decoder.specs(c)), key))(p, jax.random.key(0))
+  peft_hf.save(tmp_path / 'prefix', c, tree, few)
+  loaded = theirs.PeftModel.from_pretrained(model, tmp_path / 'prefix').eval()
+  with torch.no_grad():
+    want = loaded(torch.from_numpy(IDS_BT)).logits.numpy()
+  got = np.asarray(decoder.logits(p, c, jnp.asarray(hidden(c, tree))))
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  _, again = peft_hf.load(tmp_path / 'prefix', c, p)
+  np.testing.assert_allclose(hidden(c, again), hidden(c, tree), atol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+def test_a_prompt_made_there_loads_here(kind, tmp_path):
+  torch.manual_seed(0)
+  model = getattr(transformers, MODELS[kind][0])(MODELS[kind][1]).eval()
+  model.save_pretrained(tmp_path / 'base')
+  c, p = hf.load(tmp_path / 'base')
+  tuned = theirs.get_peft_model(model, theirs.PromptTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=3)).eval()
+  tuned.save_pretrained(tmp_path / 'prompt')
+  few, tree = peft_hf.load(tmp_path / 'prompt', c, p)
+  with torch.no_grad():
+    want = tuned(torch.from_numpy(IDS_BT)).logits.numpy()[:, -IDS_BT.shape[1]:]
+  ids_BT = np.concatenate([np.tile(np.arange(V, V + 3), (2, 1)), IDS_BT], axis=1)
+  got = np.asarray(decoder.logits(p, c, jnp.asarray(hidden(c, tree, ids_BT))))[:, 3:]
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  peft_hf.save(tmp_path / 'again', c, tree, few)
+  _, again = peft_hf.load(tmp_path / 'again', c, p)
+  np.testing.assert_array_equal(again['embed']['tokens'].prompt, tree['embed']['tokens'].prompt)
+
+
+def test_what_cannot_be_read_is_refused(pair, tmp_path):
+  kind, model, c, p = pair
+  with pytest.raises(CheckpointError, match='expected adapter_config.json'):
+    peft_hf.load(tmp_path / 'nothing', c, p)
+  with pytest.raises(ConfigError, match='expected lora, prefix or prompt'):
+    peft_hf.save(tmp_path / 'x', c, p, peft.Config('houlsby'))
+  tuned = theirs.get_peft_model(model, theirs.LoraConfig(r=3, target_modules=QV[kind], use_dora=True))
+  tuned.save_pretrained(tmp_path / 'dora')
+  with pytest.raises(ConfigError, match='use_dora=True'):
+    peft_hf.load(tmp_path / 'dora', c, p)
+  fields = json.loads((tmp_path / 'dora/adapter_config.json').read_text()) | {'peft_type': 'IA3'}
+  (tmp_path / 'dora/adapter_config.json').write_text(json.dumps(fields))
+  with pytest.raises(ConfigError, match="peft_type='IA3'"):
+    peft_hf.load(tmp_path / 'dora', c, p)
