@@ -122,3 +122,22 @@ def test_the_model_gets_inputs_only():
           c=ar.Config())
   np.testing.assert_array_equal(seen['ids'], ids[:, :-1])
   assert seen['positions'].shape == seen['segments'].shape == (2, 5)
+
+
+@pytest.mark.parametrize('chunk', [5, 1000])
+@pytest.mark.parametrize('z', [0.0, 0.01])
+def test_label_smoothing_is_cross_entropy_with_a_mixture(chunk, z):
+  x, w, targets, weights = arrays()
+  ours = jax.jit(functools.partial(weighted_nll, chunk=chunk, z=z, smoothing=0.1))
+  mixture = 0.9 * jax.nn.one_hot(targets, V) + 0.1 / V
+
+  def plain(x, w):
+    logits = jnp.einsum('btd,vd->btv', x, w)
+    lse = jax.nn.logsumexp(logits, -1)
+    return (weights * (z * lse**2 - (mixture * jax.nn.log_softmax(logits)).sum(-1))).sum()
+  total, nll, _ = ours(x, w, targets, weights)
+  np.testing.assert_allclose(total, plain(x, w), rtol=1e-5)
+  np.testing.assert_allclose(nll, reference(x, w, targets, weights, z)[0], rtol=1e-5)
+  got = jax.grad(lambda x, w: ours(x, w, targets, weights)[0], (0, 1))(x, w)
+  for a, b in zip(got, jax.grad(plain, (0, 1))(x, w), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)

@@ -1,5 +1,7 @@
 """Few parameters in place of all: the tree's surgery on every family of models."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 from experiments import bert, gpt2, roberta
 from lm import hlo, nn, optim, params, peft, peft_nodes, train
+from lm.data.packing import Batch
 from lm.errors import ConfigError
 from lm.losses import ar
 from lm.models import blocks, deberta, decoder, encoder
@@ -210,21 +213,23 @@ def test_only_what_trains_has_optimizer_state_and_moves(method):
   assert not {path for path in still - frozen if 'lora_a' not in path}  # b is 0 still: a has no gradient yet
 
 
-def test_no_gradient_of_a_frozen_weight_is_formed():
-  """FLOPs of the compiled step: forward and the way back through activations, two thirds of a full step and LoRA's."""
-  c = decoder.Config(vocab=256, length=64, layers=4, embed=256, heads=4, kv_heads=4, head_dim=64, mlp=1024)
-  ids_BT = jnp.zeros((4, 64), jnp.int32)
+@pytest.mark.parametrize('scan_layers', [False, True])
+@pytest.mark.parametrize('chunk', [1024, 64])
+def test_no_gradient_of_a_frozen_weight_is_formed(scan_layers, chunk):
+  """FLOPs of the compiled step: forward and the way back through activations, two thirds of a full step, and LoRA's."""
+  c = decoder.Config(vocab=512, length=64, layers=4, embed=256, heads=4, kv_heads=4, head_dim=64, mlp=1024,
+                     scan_layers=scan_layers)
+  batch = Batch(*(jnp.ones((4, 65), kind) for kind in (jnp.int32, jnp.int32, jnp.int32, bool)))
 
   def flops(method):
     few = peft.Config(method, rank=8, targets=r'^blocks/attn/[qv]$', train='')
     specs = peft.specs(few, decoder.specs(c))
     optimizer = optim.Config(freeze=peft.freeze(few, c.layers))
     tx, mask = optim.make(optimizer, specs), optim.trainable_mask(optimizer, specs)
-
-    def loss(p, batch, key):
-      return {'x': ar.Term(jnp.square(decoder.apply(p, c, batch, key=key)).sum(), jnp.float32(batch.size))}, {}
+    loss = functools.partial(ar.loss, apply=lambda p, ids_BT, **arrays: decoder.apply(p, c, ids_BT, **arrays),
+                             head=lambda p: decoder.head(p, c), c=ar.Config(chunk=chunk))
     state = jax.eval_shape(lambda key: train.init(specs, tx, mask, key), jax.random.key(0))
-    step = jax.jit(train.make_step(loss, tx)).lower(state, ids_BT, jax.random.key(0)).compile()
+    step = jax.jit(train.make_step(loss, tx)).lower(state, batch, jax.random.key(0)).compile()
     return sum(hlo.flops(step.as_text()).values())
   assert flops('lora') <= 0.72 * flops('full')
 
