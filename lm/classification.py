@@ -3,13 +3,29 @@
 from collections.abc import Callable
 import dataclasses
 import functools
+import os
+import pathlib
 import types
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from lm import budget, instruct, nn, parallel, params, peft as peft_lib, pretrain, run, train
+from lm import (
+  budget,
+  checkpoint as checkpoint_lib,
+  instruct,
+  nn,
+  parallel,
+  params,
+  peft as peft_lib,
+  pretrain,
+  run,
+  sharding,
+  train,
+  weights,
+)
 from lm.data import labelled
 from lm.errors import ConfigError
 from lm.kernels import attention
@@ -26,6 +42,7 @@ class _Config(run.Config):
     pooling: what is classified: 'pooler' (BERT's, pretrained with it), the 'first' token with a dense layer of its own
       (RoBERTa, ELECTRA, DeBERTa), the 'mean' of the tokens, or a decoder's 'last' token.
     smoothing: share of a label that is spread over all classes (arXiv:1512.00567 §7).
+    consistency: R-Drop's alpha, see `losses.classify`; 0 = one pass.
   """
 
   data: labelled.Config = labelled.Config()
@@ -33,6 +50,7 @@ class _Config(run.Config):
   classes: int = 2
   pooling: Literal['pooler', 'first', 'mean', 'last'] = 'first'
   smoothing: float = 0.0
+  consistency: float = 0.0
 
   def __post_init__(self):
     super().__post_init__()
@@ -40,6 +58,8 @@ class _Config(run.Config):
       raise ConfigError(f'classes={self.classes}; expected at least 2')
     if not 0 <= self.smoothing < 1:
       raise ConfigError(f'smoothing={self.smoothing}; expected 0 <= smoothing < 1')
+    if not self.consistency >= 0:
+      raise ConfigError(f'consistency={self.consistency}; expected at least 0')
     virtual = self.peft.length if self.peft.method in ('prefix', 'prompt') else 0
     if self.data.length + virtual > self.model.length:
       raise ConfigError(f'data.length={self.data.length} is more than model.length={self.model.length} positions'
@@ -83,18 +103,44 @@ _FAMILIES = {encoder.Config: encoder, deberta.Config: deberta, decoder.Config: d
 def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.Task:
   """The model with a new head; `attend`: another attention, but for DeBERTa."""
   family = _FAMILIES[type(c.model)]
-  body = family.specs(c.model)
-  base = body | ({'pooler': heads.pooler_specs(c.model.embed)} if c.pooling == 'pooler' else {})
-  head = heads.classify_specs(c.model.embed, c.classes, dense=c.pooling == 'first')
-  specs = peft_lib.specs(c.peft, base | {'classify': head})
+  base, whole = _specs(c)
+  specs, body = peft_lib.specs(c.peft, whole), family.specs(c.model)
   flops = budget.training_flops(body, c.model.heads * c.model.head_dim, c.model.layers, c.data.length, predicted=0.0)
   quiet = dataclasses.replace(c.model, dropout=nn.Dropout())
   source = types.SimpleNamespace(prepare=functools.partial(labelled.prepare, encoder=family is not decoder),
                                  check=labelled.check, train_batches=labelled.train_batches,
                                  eval_batches=labelled.eval_batches)
-  return run.Task(specs, _loss(c, c.model, family, specs, attend, c.smoothing),
-                  _loss(c, quiet, family, specs, attend, 0.0), c.model.vocab, flops, source=source, base=base,
+  return run.Task(specs, _loss(c, c.model, family, specs, attend, c.smoothing, c.consistency),
+                  _loss(c, quiet, family, specs, attend), c.model.vocab, flops, source=source, base=base,
                   freeze=peft_lib.freeze(c.peft, c.model.layers))
+
+
+def predictions(c: Config, workdir: str | os.PathLike, split: str = 'validation') -> tuple[np.ndarray, np.ndarray]:
+  """(labels, most likely classes) of a split, [N] each, by the best checkpoint of a finished run.
+
+  Raises:
+    CheckpointError: there is none, or its base is another model now.
+  """
+  base, whole = _specs(c)
+  family = _FAMILIES[type(c.model)]
+  best = checkpoint_lib.best(pathlib.Path(workdir) / 'checkpoints', c.checkpoint.metric, c.checkpoint.mode)
+  p = weights.restore(workdir, whole, best, base)
+  specs = peft_lib.specs(c.peft, whole)
+  model = dataclasses.replace(c.model, dropout=nn.Dropout())
+  score = jax.jit(lambda p, batch: _bound(c, model, family, specs, attention.attend)(p, batch, None))
+  data = labelled.prepare(c.data, workdir, c.seed, encoder=family is not decoder)
+  place = sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
+  found = [(batch.labels_B, score(p, batch).argmax(1))
+           for batch in labelled.eval_batches(data, split, c.data.batch, place)]
+  labels_N, classes_N = (np.concatenate(jax.device_get(x)) for x in zip(*found, strict=True))
+  return labels_N[labels_N >= 0], classes_N[labels_N >= 0]
+
+
+def _specs(c):
+  """(of the model that training starts from, with the new head)."""
+  base = _FAMILIES[type(c.model)].specs(c.model)
+  base |= {'pooler': heads.pooler_specs(c.model.embed)} if c.pooling == 'pooler' else {}
+  return base, base | {'classify': heads.classify_specs(c.model.embed, c.classes, dense=c.pooling == 'first')}
 
 
 def logits(p: params.Tree, ids_BT: jax.Array, *, segments_BT: jax.Array, key: nn.Key | None, model: Any, pooling: str,
@@ -113,17 +159,30 @@ def logits(p: params.Tree, ids_BT: jax.Array, *, segments_BT: jax.Array, key: nn
   return heads.classify(p['classify'], x_BD, 'tanh', model.dropout.classifier, nn.fold(key, 1))
 
 
-def _loss(c, model, family, specs, attend, smoothing) -> train.Loss:
+def _bound(c, model, family, specs, attend):
+  """(p, batch, key) -> logits_BC."""
   options = {} if family is deberta else {'attend': attend}
   stack = parallel.stack(c.mesh, peft_lib.block_specs(c.peft, specs), model.dtype)
 
   def hidden(p, ids_BT, **arrays):
     return family.apply(p, model, ids_BT, stack=stack, **options, **arrays)
-  bound = functools.partial(classify.loss, smoothing=smoothing, logits=functools.partial(
-      logits, model=model, pooling=c.pooling, hidden=hidden))
   before = functools.partial(_prompted, vocab=model.vocab, length=c.peft.length, first=int(family is not decoder))
   rows = before if c.peft.method == 'prompt' else lambda batch: batch
-  return lambda p, batch, key: bound(peft_lib.materialise(p), rows(batch), key)
+
+  def score(p, batch, key):
+    batch = rows(batch)
+    return logits(peft_lib.materialise(p), batch.ids_BT, segments_BT=batch.segments_BT, key=key, model=model,
+                  pooling=c.pooling, hidden=hidden)
+  return score
+
+
+def _loss(c, model, family, specs, attend, smoothing=0.0, consistency=0.0) -> train.Loss:
+  score = _bound(c, model, family, specs, attend)
+
+  def loss(p, batch, key):
+    one = lambda p, ids_BT, *, segments_BT, key: score(p, batch, key)
+    return classify.loss(p, batch, key, logits=one, smoothing=smoothing, consistency=consistency)
+  return loss
 
 
 def _prompted(batch, vocab, length, first):

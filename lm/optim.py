@@ -43,6 +43,8 @@ class Config:
     networks: patterns of leaves that are clipped by a norm of their own, as by an optimizer of their own (DeBERTa-v3).
     multipliers: (pattern, factor) of the learning rate, first match wins; a factor may be a tuple of one per layer.
     freeze: leaves that do not train; '' = none.
+    thaw: (pattern, step): leaves that do not change before that update, first match wins; of stacked layers a tuple of
+      one step a layer (gradual unfreezing, arXiv:1801.06146 §3.3). Their moments stay 0 until then.
     microbatches: parts in which a step takes its batch.
   """
 
@@ -62,6 +64,7 @@ class Config:
   networks: tuple[str, ...] = ()
   multipliers: tuple[tuple[str, float | tuple[float, ...]], ...] = ()
   freeze: str = ''
+  thaw: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
   microbatches: int = 1
 
   def __post_init__(self):
@@ -77,11 +80,14 @@ class Config:
     _check('min_lr', self.min_lr, self.min_lr <= self.lr, f'at most optim.lr={self.lr}')
     for name, pattern in (('no_decay', self.no_decay), ('freeze', self.freeze),
                           *(('networks', pattern) for pattern in self.networks),
-                          *(('multipliers', pattern) for pattern, _ in self.multipliers)):
+                          *(('multipliers', pattern) for pattern, _ in self.multipliers),
+                          *(('thaw', pattern) for pattern, _ in self.thaw)):
       try:
         re.compile(pattern)
       except re.error as error:
         raise ConfigError(f'optim.{name}: {pattern!r} is no regular expression ({error}); correct it') from error
+    if self.thaw and self.name == 'muon':
+      raise ConfigError("optim.thaw: 'muon' moves all of its leaves; set optim.thaw=() or another optim.name")
     if self.networks and self.name == 'muon':
       raise ConfigError("optim.networks: 'muon' clips all leaves by one norm; set optim.networks=() or another "
                         'optim.name')
@@ -166,12 +172,14 @@ def make(c: Config, specs: params.Tree) -> optax.GradientTransformationExtraArgs
   if c.lr == 0:
     warnings.warn('optim.lr: 0; no parameter will change; expected a positive rate', stacklevel=2)
   leaves = params.flatten(specs)
-  factors = {path: _factor(c, path, leaf.shape) for path, leaf in leaves.items()}
-  for name, pattern in (*(('networks', p) for p in c.networks), *(('multipliers', p) for p, _ in c.multipliers)):
+  factors = {path: _of_layers('multipliers', c.multipliers, 1.0, path, leaf.shape) for path, leaf in leaves.items()}
+  thaws = {path: _of_layers('thaw', c.thaw, 0, path, leaf.shape) for path, leaf in leaves.items()}
+  for name, pattern in (*(('networks', p) for p in c.networks), *(('multipliers', p) for p, _ in c.multipliers),
+                        *(('thaw', p) for p, _ in c.thaw)):
     if not any(re.search(pattern, path) for path in leaves):
       raise ConfigError(f'optim.{name}: {pattern!r} matches no parameter; expected part of a path such as '
                         f'{next(iter(leaves))!r}')
-  adam = _adam(c, factors)
+  adam = _adam(c, factors, thaws)
   return adam if c.name != 'muon' else _muon(c, factors, _matrices(leaves), adam)
 
 
@@ -180,14 +188,14 @@ def _check(name, value, right, expected):
     raise ConfigError(f'optim.{name}: {value}; expected {expected}')
 
 
-def _factor(c, path, shape):
-  """The leaf's learning-rate multiplier: a float, or an array [L, 1, ...]."""
-  factor = next((f for pattern, f in c.multipliers if re.search(pattern, path)), 1.0)
-  if not isinstance(factor, tuple):
-    return factor
-  if not shape or shape[0] != len(factor):
-    raise ConfigError(f'optim.multipliers: {len(factor)} factors for {path} of shape {shape}; expected one a layer')
-  return np.asarray(factor, np.float32).reshape(-1, *(1,) * (len(shape) - 1))
+def _of_layers(name, pairs, default, path, shape):
+  """The leaf's value in (pattern, value) pairs: a number, or an array [L, 1, ...] of one a layer."""
+  value = next((v for pattern, v in pairs if re.search(pattern, path)), default)
+  if not isinstance(value, tuple):
+    return value
+  if not shape or shape[0] != len(value):
+    raise ConfigError(f'optim.{name}: {len(value)} values for {path} of shape {shape}; expected one a layer')
+  return np.asarray(value, np.float32).reshape(-1, *(1,) * (len(shape) - 1))
 
 
 def _decay(c, path):
@@ -210,7 +218,7 @@ def _clip(c, grads, norm):
   return lambda path: factors[network(path)]
 
 
-def _adam(c: Config, factors: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
+def _adam(c: Config, factors: dict[str, Any], thaws: dict[str, Any]) -> optax.GradientTransformationExtraArgs:
   """Clipped AdamW (arXiv:1711.05101 alg. 2); one pass over memory a leaf and output."""
   rate_at = schedule(c)
 
@@ -224,7 +232,8 @@ def _adam(c: Config, factors: dict[str, Any]) -> optax.GradientTransformationExt
     # Scalars, so that the loops below hold one multiplication each for clipping and bias correction.
     unbias1, unbias2 = (1.0, 1.0) if c.name == 'adam_no_bias_correction' else (
         1 / (1 - c.b1**count), 1 / (1 - c.b2**count))
-    scaled = lambda path, g: clip(path) * g
+    awake = lambda path, x: jnp.where(state.count >= thaws[path], x, jnp.zeros_like(x)) if c.thaw else x
+    scaled = lambda path, g: awake(path, clip(path) * g)
     mu = params.map_with_path(lambda path, m, g: keep(c.b1 * m + (1 - c.b1) * scaled(path, g), m), state.mu, grads)
     # Not square(g): the compiler would share it with the norm's square, and store it.
     nu = params.map_with_path(lambda path, v, g: keep(c.b2 * v + (1 - c.b2) * scaled(path, g) * scaled(path, g), v),
@@ -232,7 +241,7 @@ def _adam(c: Config, factors: dict[str, Any]) -> optax.GradientTransformationExt
 
     def step(path, p, m, v):
       direction = m * unbias1 / (jnp.sqrt(v * unbias2) + c.eps) + _decay(c, path) * p
-      return keep(-rate * factors[path] * direction, jnp.zeros_like(p))
+      return keep(awake(path, -rate * factors[path] * direction), jnp.zeros_like(p))
     return params.map_with_path(step, tree, mu, nu), optax.ScaleByAdamState(keep(count, state.count), mu, nu)
   return optax.GradientTransformationExtraArgs(init, update)
 

@@ -1,5 +1,6 @@
 """Finds a trained decoder wherever it lies: a workdir of ours, an HF folder, or a GGUF file."""
 
+import functools
 import hashlib
 import json
 import os
@@ -108,10 +109,12 @@ def _workdir(path, best):
   return Model(c, p, _tokenizer(path / 'tokenizer'))
 
 
-def restore(workdir: str | os.PathLike, specs: params.Tree, first: int | None = None) -> params.Tree:
+def restore(workdir: str | os.PathLike, specs: params.Tree, first: int | None = None,
+            base: params.Tree | None = None) -> params.Tree:
   """A workdir's parameters for `specs` on the default device: of step `first`, else of the newest that is whole.
 
   What its run froze is not in its checkpoints and is taken from where the run began; with what `peft` added in place.
+  `base`: the part of `specs` that its `init_from` has, where that is not all.
   """
   workdir = pathlib.Path(workdir)
   saved = json.loads((workdir / 'config.json').read_bytes())['config']
@@ -126,10 +129,11 @@ def restore(workdir: str | os.PathLike, specs: params.Tree, first: int | None = 
   learned, meta = _intact(workdir / 'checkpoints', abstract, first, f'^(?!.*(?:{frozen}))')
   key = jax.random.fold_in(jax.random.key(saved['seed']), 0)
   if saved['init_from']:
-    base = peft.graft(params_from(saved['init_from'], params.abstract(specs), partial=True), whole, key)
+    given = params_from(saved['init_from'], params.abstract(specs if base is None else base), partial=True)
+    given = peft.graft(given, whole, key)
   else:
-    base = params.init(whole, key)
-  rest = params.split(base, jax.tree.map(lambda x: x is None, learned, is_leaf=lambda x: x is None))[0]
+    given = jax.jit(functools.partial(params.init, whole))(key)  # as the run began: eager sums differ in the last bit
+  rest = params.split(given, jax.tree.map(lambda x: x is None, learned, is_leaf=lambda x: x is None))[0]
   if fingerprint(rest) != meta['base']:
     raise CheckpointError(f'{workdir}: its frozen weights, from init_from={saved["init_from"]!r}, are not those it was '
                           'trained with; expected the same model there; put it back')

@@ -301,7 +301,7 @@ def test_a_value_out_of_range_is_named(change, where):
     (lambda c: optim.trainable_mask(c(freeze='nothing'), SPECS), "optim.freeze: 'nothing' matches no parameter"),
     (lambda c: optim.trainable_mask(c(freeze='.'), SPECS), 'matches every parameter'),
     (lambda c: optim.make(c(multipliers=(('nothing', 1.0),)), SPECS), 'optim.multipliers'),
-    (lambda c: optim.make(c(multipliers=(('blocks', (1.0, 2.0)),)), SPECS), '2 factors for blocks/norm/scale'),
+    (lambda c: optim.make(c(multipliers=(('blocks', (1.0, 2.0)),)), SPECS), '2 values for blocks/norm/scale'),
     (lambda c: optim.make(c(name='muon'), {'embed': SPECS['embed']}), 'optim.name'),
     (lambda c: optim.make(c(name='muon'), {'blocks': {'q': jnp.zeros((3, 8, 8))}}), 'optim.name'),
 ])
@@ -355,3 +355,22 @@ def test_networks_are_clipped_each_by_its_own_norm():
     optim.Config(name='muon', networks=('a',))
   with pytest.raises(ConfigError, match=r"optim.networks: 'x/' matches no parameter"):
     optim.make(dataclasses.replace(c, networks=('x/',)), p)
+
+
+def test_leaves_thaw_one_after_the_other():
+  """Before its step neither a leaf nor its moments move; decay waits too. Layers of a stack have steps of their own."""
+  specs = {'a': params.Spec((3,), (None,)), 'blocks': {'w': params.Spec((2, 3), ('layers', None))}}
+  c = optim.Config(lr=0.1, schedule='constant', steps=10, clip=0.0, thaw=(('^a$', 2), ('^blocks/', (3, 1))))
+  tx, tree = optim.make(c, specs), {'a': jnp.ones(3), 'blocks': {'w': jnp.ones((2, 3))}}
+  state, moved = tx.init(tree), []
+  update = jax.jit(tx.update)
+  for _ in range(5):
+    updates, state = update(jax.tree.map(jnp.ones_like, tree), state, tree)
+    moved.append([bool((u != 0).any()) for u in (updates['a'], *updates['blocks']['w'])])
+    if not moved[-1][0]:
+      assert not state.mu['a'].any() and not state.nu['a'].any()
+  assert moved == [[False, False, False], [False, False, True], [True, False, True], [True, True, True],
+                   [True, True, True]]
+  for thaw, message in (((('nothing', 1),), 'matches no parameter'), ((('^blocks/', (1,)),), '1 values for blocks/w')):
+    with pytest.raises(ConfigError, match=message):
+      optim.make(dataclasses.replace(c, thaw=thaw), specs)

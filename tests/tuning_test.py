@@ -3,7 +3,10 @@
 import dataclasses
 import json
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -101,6 +104,8 @@ def test_few_parameters_learn_it_too(pooling, method, root, tmp_path):
   c = films(root, peft=few, pooling=pooling, optim__lr=0.03, optim__steps=60, loop__eval_every=60)
   summary = run.run(c, classification.task(c), tmp_path)
   assert summary['val_accuracy'] > 0.9
+  labels_N, classes_N = classification.predictions(c, tmp_path)
+  assert len(labels_N) == 16 and (labels_N == classes_N).mean() == pytest.approx(summary['best']['val_accuracy'])
   assert len(checkpoint.read_meta(tmp_path / 'checkpoints', 60)['base']) == 16
 
 
@@ -226,3 +231,47 @@ def test_mistakes_in_a_config(change, message, root):
 def test_a_prompt_needs_a_row_of_its_own(root):
   with pytest.raises(ConfigError, match='data.pack=False'):
     chat_config(root, peft=peft.Config('prompt'))
+
+
+def test_r_drop_is_two_passes_and_their_divergence():
+  batch = labelled.Labelled(jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 4), jnp.int32), jnp.array([2, 0]))
+  tables = jnp.array([[[1.0, -2.0, 0.5], [0.0, 0.3, 2.0]], [[0.2, 0.1, 0.9], [1.0, 0.0, -1.0]]])
+  passes = []
+
+  def logits(p, ids_BT, *, segments_BT, key):
+    passes.append(key)
+    return tables[len(passes) - 1]
+  terms, _ = classify.loss({}, batch, jax.random.key(0), logits=logits, consistency=4.0)
+  assert len(passes) == 2 and not np.array_equal(*map(jax.random.key_data, passes))
+  p, q = np.asarray(jax.nn.softmax(tables))
+  want = 0.5 * ((p * np.log(p / q)).sum() + (q * np.log(q / p)).sum())
+  assert float(terms['consistency'].total) == pytest.approx(want, rel=1e-5) and terms['consistency'].scale == 4.0
+  nll = -np.log([p[0, 2] * q[0, 2], p[1, 0] * q[1, 0]]).sum() / 2
+  assert float(terms['nll'].total) == pytest.approx(nll, rel=1e-5)
+  passes.clear()
+  assert 'consistency' not in classify.loss({}, batch, None, logits=logits, consistency=4.0)[0] and len(passes) == 1
+
+
+def test_folds_are_runs_of_their_own(root):
+  c = films(root).data
+  rows = [{labelled.prepare(dataclasses.replace(c, folds=4, fold=i), '').splits['validation'].ids_BT.tobytes()}
+          for i in range(4)]
+  assert len(set().union(*rows)) == 4
+  sizes = [labelled.prepare(dataclasses.replace(c, folds=4, fold=i), '').rows('validation') for i in range(4)]
+  assert sum(sizes) == 80
+  with pytest.raises(ConfigError, match='data.folds=4, data.fold=4'):
+    dataclasses.replace(c, folds=4, fold=4)
+
+
+@pytest.mark.slow
+def test_repeat_says_how_sure_the_mean_is(root, tmp_path):
+  sets = {'data.corpus': root / 'films.jsonl', 'data.tokenizer': root / 'x.model', 'data.length': 16, 'data.batch': 8,
+          'model.vocab': 300, 'model.length': 32, 'model.layers': 2, 'model.embed': 16, 'model.heads': 2,
+          'model.head_dim': 8, 'model.mlp': 32, 'optim.steps': 20, 'optim.warmup': 2, 'optim.lr': 0.02,
+          'loop.eval_every': 10}
+  argv = [sys.executable, '-m', 'scripts.repeat', '--experiment=adapters', '--config=minilm', '--folds=2', '--seeds=2',
+          f'--workdir={tmp_path / "r"}', *(f'--set={k}={v}' for k, v in sets.items())]
+  done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=pathlib.Path(__file__).parent.parent)
+  assert len(json.loads((tmp_path / 'r/results.json').read_text())) == 4
+  assert 'accuracy: ' in done.stdout and '95% interval' in done.stdout and '(4 runs)' in done.stdout
+  assert (tmp_path / 'r/confusion.png').stat().st_size > 1000 and (tmp_path / 'r/curves.png').stat().st_size > 1000

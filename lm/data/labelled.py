@@ -33,6 +33,8 @@ class Config:
     batch: rows of the global batch.
     split: how records that do not say are split: by a hash of the text, or in equal shares of each class.
     validation_fraction: of those.
+    folds, fold: with folds > 1, cross-validation: all records but those of the test split are split anew into so many
+      folds in equal shares of each class, and fold number `fold` validates.
     on_error: a record that is wrong ends the run ('stop') or is left out and counted ('skip').
     threads: batches built ahead, 0 = none.
   """
@@ -44,6 +46,8 @@ class Config:
   batch: int = 32
   split: Literal['hash', 'stratified'] = 'hash'
   validation_fraction: float = 0.1
+  folds: int = 0
+  fold: int = 0
   on_error: Literal['stop', 'skip'] = 'stop'
   threads: int = 2
 
@@ -53,6 +57,9 @@ class Config:
         raise ConfigError(f'data.{name}={getattr(self, name)}; expected at least {low}')
     if not 0 < self.validation_fraction < 1:
       raise ConfigError(f'data.validation_fraction={self.validation_fraction}; expected a share between 0 and 1')
+    if self.folds == 1 or not 0 <= self.fold < max(self.folds, 1):
+      raise ConfigError(f'data.folds={self.folds}, data.fold={self.fold}; expected 0 folds, or at least 2 and one of '
+                        'them')
 
 
 def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool = True) -> memory.Data:
@@ -90,6 +97,13 @@ def assigned(found: Sequence[examples.Labelled], c: Config, seed: int) -> list[s
   parts = [e.split for e in found]
   if unknown := [e for e in found if e.split not in (None, 'train', 'validation', 'test')]:
     raise DataError(f'{unknown[0].origin}: split {unknown[0].split!r}; expected train, validation or test')
+  if c.folds:
+    pool = [i for i, part in enumerate(parts) if part != 'test']
+    split = splits.folds([found[i].text for i in pool], c.folds, 'stratified', labels=[found[i].label for i in pool],
+                         seed=0)[c.fold]
+    for name in ('train', 'validation'):
+      for i in getattr(split, name):
+        parts[pool[i]] = name
   open_ = [i for i, part in enumerate(parts) if part is None]
   if open_:
     texts, shares = [found[i].text for i in open_], (1 - c.validation_fraction, c.validation_fraction)

@@ -1,0 +1,78 @@
+r"""Fine-tunes again and again, over seeds and folds, and says how sure the mean is.
+
+  python -m scripts.repeat --experiment=lora --config=minilm --seeds=3 --workdir=runs/lora3 \
+      --set data.corpus=corpora/movie_reviews.jsonl --set init_from=MINILM --set data.tokenizer=MINILM
+  python -m scripts.repeat --experiment=classify --config=minilm --folds=5 ...    # cross-validation
+
+Each run is a workdir of its own below --workdir and resumes there. Writes table.md (accuracy, macro F1 and MCC of every
+run, mean and 95% interval), results.json, confusion.png (all runs together) and curves.png. With folds the interval is
+Nadeau and Bengio's (2003), as training sets overlap. Chosen are the checkpoints that were best in validation, so the
+numbers are of a set that took part in a choice.
+"""
+
+import json
+import pathlib
+import statistics
+
+from absl import flags
+import numpy as np
+
+from experiments import adapters, classify, cli, lora, prefix
+from lm import classification, config, instruct, logs, metrics, pictures, run
+from lm.errors import ConfigError
+
+EXPERIMENTS = {'adapters': adapters, 'classify': classify, 'lora': lora, 'prefix': prefix}
+SCORES = {'accuracy': metrics.accuracy, 'macro F1': metrics.macro_f1, 'MCC': metrics.mcc}
+_EXPERIMENT = flags.DEFINE_enum('experiment', 'classify', list(EXPERIMENTS), 'Whose configs.')
+_CONFIG = flags.DEFINE_string('config', '', 'One of its configs.')
+_SET = flags.DEFINE_multi_string('set', [], 'path.to.field=value, as for the experiment.')
+_SEEDS = flags.DEFINE_integer('seeds', 1, 'Runs with seeds 0, 1, ...', lower_bound=1)
+_FOLDS = flags.DEFINE_integer('folds', 0, 'Cross-validation over so many folds; 0 = the split of the data.')
+_WORKDIR = flags.DEFINE_string('workdir', '', 'Where the runs and the tables are written; again: goes on.')
+
+
+def main(_: list[str]) -> None:
+  by_name = {f.__name__: f for f in EXPERIMENTS[_EXPERIMENT.value].CONFIGS}
+  if _CONFIG.value not in by_name:
+    raise ConfigError(f'--config={_CONFIG.value!r}; expected one of {", ".join(by_name)}')
+  if not _WORKDIR.value:
+    raise ConfigError('--workdir: not given; expected a directory to write to')
+  base = config.override(by_name[_CONFIG.value](), *_SET.value)
+  if isinstance(base, instruct.Config):
+    raise ConfigError(f'--config={_CONFIG.value}: of conversations; expected one that classifies')
+  workdir, results, counts = pathlib.Path(_WORKDIR.value), [], 0
+  for fold in range(max(_FOLDS.value, 1)):
+    for seed in range(_SEEDS.value):
+      c = config.replace(base, seed=seed, data__folds=_FOLDS.value, data__fold=fold)
+      place = workdir / f'fold{fold}_seed{seed}'
+      summary = run.run(c, classification.task(c), place)
+      labels_N, classes_N = classification.predictions(c, place)
+      counts = counts + metrics.confusion(labels_N, classes_N, c.classes)
+      results.append({'fold': fold, 'seed': seed, 'wall_s': summary['wall_s'], 'peak_bytes': summary['peak_bytes']}
+                     | {name: float(f(labels_N, classes_N)) for name, f in SCORES.items()})
+  _report(base, workdir, results, counts)
+
+
+def _report(c, workdir, results, counts):
+  names = list(c.data.classes) or [str(i) for i in range(c.classes)]
+  (workdir / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+  rows = {f'fold {r["fold"]}, seed {r["seed"]}': {name: r[name] for name in SCORES} for r in results}
+  lines = [metrics.table(rows), '']
+  for name in SCORES:
+    values = [r[name] for r in results]
+    if len(values) > 1:
+      found = (metrics.corrected_interval(values, 1 / (_FOLDS.value - 1)) if _FOLDS.value else metrics.interval(values))
+      lines.append(f'{name}: {found.value:.4f}, 95% interval {found.low:.4f} to {found.high:.4f} ({found.count} runs)')
+  lines.append(f'{statistics.median(r["wall_s"] for r in results):.0f} s a run')
+  (workdir / 'table.md').write_text('\n'.join(lines) + '\n')
+  pictures.confusion(workdir / 'confusion.png', np.asarray(counts), names)
+  metric, curves = c.checkpoint.metric, []
+  for r in results:
+    rows = logs.read(workdir / f'fold{r["fold"]}_seed{r["seed"]}')
+    curves.append(tuple(zip(*((row['step'], row[metric]) for row in rows if metric in row), strict=True)))
+  pictures.curves(workdir / 'curves.png', {_CONFIG.value: curves}, 'step', metric)
+  print('\n'.join(lines) + f'\n\n{workdir}/table.md, {workdir}/confusion.png, {workdir}/curves.png')
+
+
+if __name__ == '__main__':
+  cli.guard(main, __doc__)
