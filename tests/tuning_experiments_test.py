@@ -11,7 +11,9 @@ from lm import classification, config, instruct, optim, params, run
 from lm.text import tokenizer as tokenizers
 
 MODULES = (adapters, classify, lora, prefix, sft)
+QUICK = ('minilm', 'smollm2', 'deberta_base')
 ALL = [pytest.param(m, f, id=f'{m.__name__.split(".")[1]}-{f.__name__}') for m in MODULES for f in m.CONFIGS]
+HEAVY = [pytest.param(*p.values, id=p.id, marks=[pytest.mark.slow] * (p.values[1].__name__ not in QUICK)) for p in ALL]
 SMALL = {'vocab': 300, 'length': 48, 'layers': 3, 'embed': 16, 'heads': 2, 'kv_heads': 2, 'head_dim': 8, 'mlp': 24,
          'remat': 'none', 'dtype': 'float32'}
 # With the heads: RoBERTa's LoRA alone is 294,912.
@@ -41,7 +43,7 @@ def shrunk(c, root):
 def root(tmp_path_factory):
   root = tmp_path_factory.mktemp('tuning')
   texts = ['good film 好电影 bad film 坏电影 the a of say'] * 20
-  tokenizers.train_sentencepiece(texts, root / 'x.model', vocab=284, control_symbols=('[CLS]', '[SEP]', '[MASK]',
+  tokenizers.train_sentencepiece(texts, root / 'x.model', vocab=286, control_symbols=('[CLS]', '[SEP]', '[MASK]',
                                                                                      '<|im_start|>', '<|im_end|>'))
   labels = ('contradiction', 'neutral', 'entailment')
   rows = [{'text': f'film {i}', 'label': labels[i % 3], 'split': 'train' if i % 4 else 'validation'} for i in range(32)]
@@ -52,7 +54,7 @@ def root(tmp_path_factory):
   return root
 
 
-@pytest.mark.parametrize('module, make', ALL)
+@pytest.mark.parametrize('module, make', HEAVY)
 def test_three_steps(module, make, root, tmp_path, monkeypatch):
   monkeypatch.setattr('lm.budget.peak_flops', lambda device: 1e9)
   c = shrunk(make(), root)
