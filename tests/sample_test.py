@@ -43,7 +43,7 @@ def test_several_prompts_make_a_block_each(folder):
 @pytest.mark.parametrize('flags, code, part', [
     (('--model=nowhere', '--prompt=a'), 2, b'nowhere'), ((), 2, b'--model'),
     (('--model={}', '--prompt=a', '--max_new=40'), 2, b'max_new=40'),
-    (('--model={}', '--prompt=a', '--chat'), 2, b'--chat'),
+    (('--model={}', '--prompt=a', '--chat'), 2, b'--chat'), (('--model={}', '--prompt=a', '--chat=x'), 2, b'--chat'),
     (('--model={}', '--prompt=a', '--top_p=2'), 2, b'top_p=2')])
 def test_a_wrong_flag_is_one_line(folder, flags, code, part):
   done = run(*(f.format(folder) for f in flags))
