@@ -13,9 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import hlo, params, pretrain, pretrain_encoder, run, sharding, targets
-from lm.data import inputs, masking, packing
+from lm import classification, hlo, instruct, params, pretrain, pretrain_encoder, run, sharding, targets
+from lm.data import inputs, labelled, masking, packing
 from lm.errors import ConfigError
+from lm.models import decoder
 
 # Share of the roofline that a run is taken to reach: PaLM 540B's hardware FLOPs utilisation on 6,144 TPU v4
 # (arXiv:2204.02311 §4.1), recomputation counted as work.
@@ -103,7 +104,11 @@ class Plan:
 
 def task_of(c: run.Config) -> run.Task:
   """The task of a config of experiments/. Encoders get a stand-in for their tokenizer: ids do not change a program."""
-  if not c.data.encoder:
+  if isinstance(c, classification.Config):
+    return classification.task(c)
+  if isinstance(c, instruct.Config):
+    return instruct.task(c)
+  if isinstance(c.model, decoder.Config):
     return pretrain.task(c)
   vocab = next(iter(pretrain_encoder.networks(c.model).values())).vocab
   return pretrain_encoder.task(c, masking.Tokens(mask=4, vocab=vocab, special=(0, 1, 2, 3, 4)))
@@ -114,7 +119,9 @@ def batch_of(c: run.Config, mesh: jax.sharding.Mesh) -> Any:
   place = sharding.batch_sharding(mesh)
   B, T = c.data.batch, c.data.length
   array = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype, sharding=place)
-  if c.data.encoder:
+  if isinstance(c, classification.Config):
+    return labelled.Labelled(array(jnp.int32, T), array(jnp.int32, T), array(jnp.int32))
+  if not isinstance(c.model, decoder.Config):
     return inputs.Inputs(*(array(jnp.int32, T) for _ in range(4)), array(jnp.bool_, T), array(jnp.bool_),
                          array(jnp.uint32))
   return packing.Batch(*(array(jnp.int32, T + 1) for _ in range(3)), array(jnp.bool_, T + 1))

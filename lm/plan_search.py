@@ -15,6 +15,7 @@ import numpy as np
 
 from lm import config, params, pipeline, plan, pretrain_encoder, run, sharding, targets
 from lm.errors import ConfigError
+from lm.models import decoder
 
 REMAT = ('none', 'dots', 'full')
 MOST_TENSOR, MOST_PIPE, MOST_MICROBATCHES = 16, 16, 64
@@ -168,7 +169,7 @@ def _seconds(c, target, s, total, flops, tokens, remat, speeds):
   """The matmuls and all that is sent, mostly at the same time, and the bubble of the pipeline."""
   m, M = c.mesh, c.optim.microbatches
   again = {'none': 0, 'dots': 0, 'full': 1}[remat] + (m.pipe > 1)  # forward passes beyond the first
-  seen = 1.0 if c.data.encoder else 9 / 16  # of the scores: causal attention in eight blocks
+  seen = 9 / 16 if isinstance(c.model, decoder.Config) else 1.0  # of the scores: causal attention in eight blocks
   products = flops.matmul * (3 + again) / 3 + flops.attention * seen * (7 + 2 * again + 2 * (remat == 'dots')) / 6
   compute = products * c.data.batch * c.data.length / target.size / target.device.peak
   ring = lambda n: (n - 1) / n

@@ -155,7 +155,7 @@ def script(*arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('arguments, part', [
-    (('--experiment=gpt9',), 'expected one of bert, chinchilla'),
+    (('--experiment=gpt9',), 'expected one of adapters, bert, chinchilla'),
     (('--experiment=gpt3', '--config=no'), 'expected one of gpt3_small'),
     (('--experiment=gpt3', '--config=gpt3_small', '--target=v9'), "no device 'v9'"),
     (('--experiment=gpt3', '--config=gpt3_small', '--target=h100:1x8', '--set', 'no.thing=1'), 'no')])
