@@ -54,8 +54,7 @@ class Data:
   def fingerprint(self) -> dict[str, Any]:
     """All that decides the batches, json-able."""
     found = {name: sha256(rows) for name, rows in self.splits.items()}
-    return {'rows': found, 'tokenizer': self.tokenizer.sha256, 'seed': self.seed, 'batch': self.config.batch,
-            'config': dataclasses.asdict(self.config) | {'threads': None}}
+    return {'rows': found, 'tokenizer': self.tokenizer.sha256, 'seed': self.seed, 'batch': self.config.batch}
 
 
 def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
