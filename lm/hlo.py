@@ -166,11 +166,11 @@ def _where(i):
 
 
 def _flops(i, computation):
-  """Twice the multiplications of a dot, a convolution or a GPU library's matmul; of a TPU kernel, what it declares."""
+  """Twice the multiplications of a dot, a convolution or a GPU library's matmul; of a kernel, what it declares."""
   if i.opcode == 'convolution':
     return _convolution_flops(i, computation)
   if i.opcode == 'custom-call':
-    declared = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', i.rest)
+    declared = re.search(r'"cost_estimate":\{[^}]*"flops":"?(\d+)', i.rest) or re.search(r'_flops(\d+)', _where(i))
     if declared:
       return float(declared[1])
     contracted = re.search(r'"lhs_contracting_dimensions":\[([^\]]*)\]', i.rest)

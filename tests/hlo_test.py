@@ -196,6 +196,13 @@ def test_a_kernel_counts_what_it_declares():
   assert hlo.flops(text) == {'': 1234.0}
 
 
+def test_a_kernel_counts_what_its_name_says():
+  text = module('%a = bf16[16,32]{1,0} parameter(0)',
+                'ROOT %r = bf16[16,32]{1,0} custom-call(%a), custom_call_target="__gpu$xla.gpu.triton", '
+                'metadata={op_name="jit(step)/while/body/flash_keys_flops5678/pallas_call"}')
+  assert sum(hlo.flops(text).values()) == 5678
+
+
 @pytest.mark.parametrize('start, step, direction, trips', [
     (0, '1', 'LT', 7), (2, '1', 'LT', 5), (0, '1', 'LE', 8), (0, '2', 'LT', 4), (1, '3', 'LE', 3), (9, '1', 'LT', 0)])
 def test_a_trip_count_that_only_the_program_tells(start, step, direction, trips):

@@ -94,9 +94,9 @@ class Curve(NamedTuple):
   state: train.State  # after the last
 
 
-def curve(kind, mesh, steps, microbatches=1):
+def curve(kind, mesh, steps, microbatches=1, devices=None):
   c, task = make(kind, mesh, microbatches)
-  parts = run.build(c, task)
+  parts = run.build(c, task, devices)
   every = []
   with sharding.use(parts.mesh, c.mesh.sequence):
     state = initial(task, parts)

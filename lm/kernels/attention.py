@@ -4,7 +4,8 @@ Shapes: B batch, T query length, S key length, N query heads, K key/value heads,
 and s a block's queries and its keys, X = G * t rows of queries that share keys.
 
 The derivative recomputes each block's probabilities from the saved logarithm of their sum, as FlashAttention does
-(arXiv:2205.14135 §3.1), so nothing of a block outlives it.
+(arXiv:2205.14135 §3.1), so nothing of a block outlives it. Programs for NVIDIA GPUs do the same in the kernels of
+`lm.kernels.flash`, where these fit the arrays.
 """
 
 import functools
@@ -12,8 +13,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from lm import nn, sharding
+from lm.kernels import flash
 
 SMALLEST, MOST = 128, 8  # a block has at least so many queries; there are at most so many blocks, which are unrolled
 CACHE = 1 << 20  # bytes of a block's scores that a CPU core works on at once
@@ -21,10 +24,11 @@ CACHE = 1 << 20  # bytes of a block's scores that a CPU core works on at once
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: nn.Mask, *,
            bias_BNTS: jax.Array | None = None, scale: float | None = None, rate: float = 0.0,
-           key: nn.Key | None = None) -> jax.Array:
+           key: nn.Key | None = None, kernels: bool = True) -> jax.Array:
   """`nn.attend` by blocks of queries; the same arguments, shapes and values.
 
   A mask whose start is traced (decoding) and few queries go to the reference; so does each block where there is a bias.
+  `kernels`: on an NVIDIA GPU, use those of `flash` where they fit; their dropout is another draw.
   """
   T, H = q_BTNH.shape[1], q_BTNH.shape[3]
   scale = H**-0.5 if scale is None else scale
@@ -33,7 +37,7 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: nn.Mas
   if bias_BNTS is None:
     segments, static = (mask.q_segments_BT, mask.k_segments_BS), mask.replace(q_segments_BT=None, k_segments_BS=None)
     keys_BK = nn.row_keys(key, q_BTNH.shape[0], k_BSKH.shape[2]) if rate and key is not None else None
-    return _attend(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate)
+    return _attend(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate, kernels)
   out = [nn.attend(q_BTNH[:, rows], k_BSKH[:, columns], v_BSKH[:, columns], mask.cut(rows, columns),
                    bias_BNTS=bias_BNTS[:, :, rows, columns], scale=scale, rate=rate, key=nn.fold(key, i))
          for i, (rows, columns) in enumerate(_blocks(mask, T, k_BSKH.shape[1]))]
@@ -51,41 +55,76 @@ def _blocks(mask: nn.Mask, T: int, S: int) -> list[tuple[slice, slice]]:
   return blocks
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
-def _attend(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate):
-  return _forward(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _attend(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate, kernels):
+  return _forward(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate, kernels)[0]
 
 
-def _forward(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate):
+def _forward(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate, kernels):
   arrays = (q_BTNH, k_BSKH, v_BSKH)
-  out_BTNH, sums_BTN = _by_parts(functools.partial(_forward_part, static=static, scale=scale, rate=rate), static,
-                                 arrays, segments, keys_BK)
+  options = dict(static=static, scale=scale, rate=rate)
+  out_BTNH, sums_BTN = _by_parts(functools.partial(_forward_part, **options), static, arrays, segments, keys_BK,
+                                 _kernels(flash.forward, **options) if kernels else None)
   return out_BTNH, (arrays, out_BTNH, sums_BTN, segments, keys_BK)
 
 
-def _backward(static, scale, rate, residuals, g_BTNH):
+def _backward(static, scale, rate, kernels, residuals, g_BTNH):
   arrays, out_BTNH, sums_BTN, segments, keys_BK = residuals
   delta_BTN = (g_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32)).sum(-1)
-  grads = _by_parts(functools.partial(_backward_part, static=static, scale=scale, rate=rate), static,
-                    (*arrays, g_BTNH, sums_BTN, delta_BTN), segments, keys_BK)
-  return *(d.astype(x.dtype) for d, x in zip(grads, arrays, strict=True)), None, None
+  options = dict(static=static, scale=scale, rate=rate)
+  grads = _by_parts(functools.partial(_backward_part, **options), static, (*arrays, g_BTNH, sums_BTN, delta_BTN),
+                    segments, keys_BK, _kernels(flash.backward, **options) if kernels else None)
+  return *grads, None, None
 
 
 _attend.defvjp(_forward, _backward)
 
 
-def _by_parts(f, static, arrays, segments, keys_BK):
-  """f over parts of the batch and heads whose scores stay in a CPU's cache; over the whole elsewhere."""
+def _by_parts(f, static, arrays, segments, keys_BK, kernels):
+  """f over parts of the batch and heads whose scores stay in a CPU's cache; `kernels` or f over the whole elsewhere.
+
+  Both backward parts take what either forward part saves, as they differ in nothing but dropout's draw.
+  """
   B, T, K, S = arrays[0].shape[0], arrays[0].shape[1], arrays[1].shape[2], arrays[1].shape[1]
   groups = arrays[0].shape[2] // K
   rows, columns = _blocks(static, T, S)[-1]
   heads = max(1, CACHE // (4 * groups * (rows.stop - rows.start) * (columns.stop - columns.start)))
   k = math.gcd(K, heads) if heads < K else K
   b = max(d for d in range(1, B + 1) if B % d == 0 and d * K <= max(heads, K)) if k == K else 1
-  if not sharding.local():  # a loop over parts would gather what the mesh keeps apart
-    return f(arrays, segments, keys_BK)
-  return jax.lax.platform_dependent(
-      arrays, segments, keys_BK, cpu=functools.partial(_mapped, f, b, k), default=lambda a, s, r: f(a, s, r))
+  ways = {}
+  if sharding.local():  # elsewhere a loop over parts would gather what the mesh keeps apart
+    ways['cpu'] = functools.partial(_mapped, f, b, k)
+  if kernels is not None and flash.fits(*arrays[:3]) and _places(arrays) is not None:
+    ways['cuda'] = kernels
+  whole = lambda arrays, segments, keys_BK: f(arrays, segments, keys_BK)
+  return jax.lax.platform_dependent(arrays, segments, keys_BK, **ways, default=whole) if ways else whole(
+      arrays, segments, keys_BK)
+
+
+def _places(arrays):
+  """(axes of the mesh that rows are divided over, that heads are) of those left to the compiler; None: unevenly."""
+  mesh = jax.sharding.get_abstract_mesh()
+  free = lambda axes: tuple(a for a in axes if a in mesh.axis_names and a not in mesh.manual_axes)
+  rows, heads = free(sharding.ROWS), free(('tensor',))
+  ways = lambda axes: math.prod(mesh.shape[a] for a in axes)
+  even = arrays[0].shape[0] % ways(rows) == 0 and arrays[1].shape[2] % ways(heads) == 0
+  return (rows, heads) if even else None
+
+
+def _kernels(f, *, static, scale, rate):
+  """`flash.forward` or `backward`; on a mesh, of each device's rows and heads: the compiler cannot divide a kernel."""
+  part = lambda arrays, segments, words_BK2: f(arrays, segments, words_BK2, static, scale, rate)
+
+  def run(arrays, segments, keys_BK):
+    words_BK2 = None if keys_BK is None else flash.words(keys_BK)
+    if sharding.local():
+      return part(arrays, segments, words_BK2)
+    rows, heads = _places(arrays)
+    by_head, by_row = PartitionSpec(rows, None, heads), PartitionSpec(rows)
+    parts = jax.shard_map(part, mesh=jax.sharding.get_abstract_mesh(), axis_names={*rows, *heads},
+                          in_specs=(by_head, by_row, PartitionSpec(rows, heads)), out_specs=by_head, check_vma=False)
+    return parts(arrays, segments, words_BK2)
+  return run
 
 
 def _mapped(f, b, k, arrays, segments, keys_BK):
@@ -160,7 +199,8 @@ def _backward_part(arrays, segments, keys_BK, *, static, scale, rate):
     dv_BKSH = dv_BKSH.at[:, :, columns].add(_product('BKSX,BKXH->BKSH', kept_BKsX.astype(g_BKXH.dtype), g_BKXH))
     dk_BKSH = dk_BKSH.at[:, :, columns].add(_product('BKSX,BKXH->BKSH', ds_BKsX, q_BKXH))
     dqs.append(_ungroup(_product('BKSX,BKSH->BKXH', ds_BKsX, k_BKsH) * scale, rows))
-  return jnp.concatenate(dqs, axis=1), _heads_first(dk_BKSH), _heads_first(dv_BKSH)
+  grads = jnp.concatenate(dqs, axis=1), _heads_first(dk_BKSH), _heads_first(dv_BKSH)
+  return tuple(d.astype(x.dtype) for d, x in zip(grads, arrays, strict=False))
 
 
 def _product(equation, a, b):

@@ -9,6 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
+from lm import sharding
 from lm.sharding import constrain
 
 
@@ -93,7 +94,10 @@ def _sums(logits_BCV, targets_BC, weights_BC, z, smoothing):
   top_BC = logits_BCV.max(-1)
   lse_BC = top_BC + jnp.log(jnp.exp(logits_BCV - top_BC[..., None]).sum(-1))
   hit_BCV = targets_BC[..., None] == jnp.arange(logits_BCV.shape[-1])[None, None]
-  target_BC = jnp.where(hit_BCV, logits_BCV, 0.0).sum(-1)
+  if sharding.local():
+    target_BC = jnp.take_along_axis(logits_BCV, targets_BC[..., None], axis=-1)[..., 0]
+  else:  # where the vocabulary is divided, reading one logit would gather them all
+    target_BC = jnp.where(hit_BCV, logits_BCV, 0.0).sum(-1)
   nll = (weights_BC * (lse_BC - target_BC)).sum()
   correct = (weights_BC * (target_BC >= top_BC)).sum()
   total = nll + z * (weights_BC * lse_BC**2).sum()
