@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lm import hosts, params, seal
+from lm import ema, hosts, params, seal
 from lm.errors import CheckpointError, ConfigError
 
 FORMAT = 1
@@ -175,7 +175,7 @@ def restore_params(directory: Path, abstract_params: Tree, pattern: str = '', st
                    log: seal.Log = print) -> Tree:
   """The parameters of a checkpoint whose path matches `pattern` (`re.search`); None elsewhere: `params.join` fills it.
 
-  Takes a leaf from either half of the state, trainable or frozen; reads no other array. `step` as in `restore`.
+  Takes a leaf from either half of the state, trainable (its average where there is one) or frozen, and reads no other.
 
   Raises:
     CheckpointError: there is no intact checkpoint.
@@ -190,7 +190,7 @@ def restore_params(directory: Path, abstract_params: Tree, pattern: str = '', st
   wanted = {p: x for p, x in paths.items() if re.search(pattern, p)}
   if not wanted:
     raise ConfigError(f'{directory}: no parameter matches {pattern!r}; expected one of {", ".join([*paths][:_SHOWN])}')
-  homes = {p: f'frozen/{p}' if f'frozen/{p}' in stored else f'params/{p}' for p in wanted}
+  homes = {p: next((h for h in (f'{ema.PATH}/{p}', f'frozen/{p}') if h in stored), f'params/{p}') for p in wanted}
   there = {homes[p]: x for p, x in wanted.items()}
   _match(directory / str(chosen), there, stored, partial=True)
   leaves = _load(directory / str(chosen), there)

@@ -7,7 +7,19 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from lm import budget, nn, parallel, params, peft as peft_lib, pretrain, run, train
+from lm import (
+  budget,
+  decode,
+  mixout,
+  nn,
+  parallel,
+  params,
+  peft as peft_lib,
+  pretrain,
+  run,
+  samples as samples_lib,
+  train,
+)
 from lm.data import conversations
 from lm.data.packing import Batch
 from lm.errors import ConfigError
@@ -24,6 +36,7 @@ class Config(run.Config):
   model: decoder.Config = decoder.Config()
   loss: ar.Config = ar.Config()
   peft: peft_lib.Config = peft_lib.Config(train='')
+  samples: samples_lib.Config = samples_lib.Config()
 
   def __post_init__(self):
     super().__post_init__()
@@ -43,6 +56,9 @@ def check(c: Config) -> None:
   if c.mesh.pipe > 1 and (c.peft.method == 'top' or c.peft.method == 'prefix' and c.peft.hidden):
     raise ConfigError(f'mesh.pipe={c.mesh.pipe}: peft.method={c.peft.method!r} keeps its layers together; set '
                       'mesh.pipe=1' + (' or peft.hidden=0' if c.peft.method == 'prefix' else ''))
+  if c.peft.mixout and (not c.init_from or c.optim.freeze):
+    raise ConfigError(f'peft.mixout={c.peft.mixout} with init_from={c.init_from!r}, optim.freeze={c.optim.freeze!r}; '
+                      "expected a pretrained model, all of which trains; set init_from and optim.freeze=''")
   if c.peft.method == 'prompt' and getattr(c.data, 'pack', False):
     raise ConfigError('data.pack=True: a prompt stands before one conversation; set data.pack=False')
   if c.peft.method == 'prefix' and c.mesh.sequence:
@@ -64,13 +80,17 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
   specs = peft_lib.specs(c.peft, base)
   flops = budget.training_flops(base, c.model.heads * c.model.head_dim, c.model.layers, c.data.length)
   quiet = dataclasses.replace(c.model, dropout=nn.Dropout())
-  return run.Task(specs, loss(c, c.model, specs, attend), loss(c, quiet, specs, attend), c.model.vocab, flops,
-                  source=conversations, base=base, freeze=peft_lib.freeze(c.peft, c.model.layers))
+  evaluated = loss(c, quiet, specs, attend)
+  watch = functools.partial(samples_lib.watch, c.samples, decode.of(decoder, quiet), c.data.written, specs, c.virtual,
+                            c.seed) if c.samples.count else None
+  return run.Task(specs, loss(c, c.model, specs, attend), lambda p, batch, key: evaluated(p, batch, None),
+                  c.model.vocab, flops, source=conversations, base=base, freeze=peft_lib.freeze(c.peft, c.model.layers),
+                  watch=watch)
 
 
 def loss(c: Config, model: decoder.Config, specs: params.Tree, attend: Callable[..., jax.Array]) -> train.Loss:
   """Documents of a row do not see each other; all see the prefix or prompt."""
-  stack = parallel.stack(c.mesh, peft_lib.block_specs(c.peft, specs), model.dtype)
+  stack = mixout.stack(parallel.stack(c.mesh, peft_lib.block_specs(c.peft, specs), model.dtype))
 
   def apply(p, ids_BT, *, positions_BT, segments_BT, key):
     return decoder.apply(p, model, ids_BT, positions_BT=positions_BT, segments_BT=segments_BT, key=key, attend=attend,

@@ -132,6 +132,7 @@ class Program:
     tokens_per_step, flops_per_step, peak_flops: for tokens/s and MFU (peak over all devices; 0 = unknown).
     save_every: steps between saves. The end, and an evaluation better than all before, are saved too.
     metric, mode: what early stopping watches, 'min' or 'max'.
+    watch: (step, state) -> None, after each evaluation.
   """
 
   step: Callable[..., tuple[train.State, train.Metrics]]
@@ -149,6 +150,7 @@ class Program:
   save_every: int
   metric: str
   mode: str
+  watch: Callable[[int, train.State], None] = lambda step, state: None
 
 
 def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any], start: int, evaluations: Evaluations,
@@ -175,6 +177,8 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
     last, best, stopping = n == program.steps, False, signals.stop_at(n)
     if last or (c.eval_every and n % c.eval_every == 0):
       evaluations = [*evaluations, [n, report.flush(functools.partial(program.evaluate, state))]]
+      with report.paused():
+        program.watch(n, state)
       watched = [values.get(program.metric, math.nan) for _, values in evaluations]
       best = stale(watched, 0.0, program.mode) == 0
       if c.patience and stale(watched, c.min_delta, program.mode) >= c.patience and not last:

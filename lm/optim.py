@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm import params
+from lm import ema, params
 from lm.errors import ConfigError
 
 
@@ -46,6 +46,8 @@ class Config:
     thaw: (pattern, step): leaves that do not change before that update, first match wins; of stacked layers a tuple of
       one step a layer (gradual unfreezing, arXiv:1801.06146 §3.3). Their moments stay 0 until then.
     microbatches: parts in which a step takes its batch.
+    ema: decay a step of the average of the parameters that evaluation, sampling and export then use, see `lm.ema`;
+      0 = no average.
   """
 
   name: Literal['adamw', 'adam_no_bias_correction', 'muon'] = 'adamw'
@@ -66,11 +68,12 @@ class Config:
   freeze: str = ''
   thaw: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
   microbatches: int = 1
+  ema: float = 0.0
 
   def __post_init__(self):
     for name in ('lr', 'min_lr', 'eps', 'weight_decay', 'clip'):
       _check(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, 'a finite number, at least 0')
-    for name in ('b1', 'b2'):
+    for name in ('b1', 'b2', 'ema'):
       _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, '0 <= value < 1')
     _check('steps', self.steps, self.steps >= 1, 'at least 1')
     _check('microbatches', self.microbatches, self.microbatches >= 1, 'at least 1')
@@ -179,8 +182,9 @@ def make(c: Config, specs: params.Tree) -> optax.GradientTransformationExtraArgs
     if not any(re.search(pattern, path) for path in leaves):
       raise ConfigError(f'optim.{name}: {pattern!r} matches no parameter; expected part of a path such as '
                         f'{next(iter(leaves))!r}')
-  adam = _adam(c, factors, thaws)
-  return adam if c.name != 'muon' else _muon(c, factors, _matrices(leaves), adam)
+  tx = _adam(c, factors, thaws)
+  tx = tx if c.name != 'muon' else _muon(c, factors, _matrices(leaves), tx)
+  return ema.wrap(tx, c.ema) if c.ema else tx
 
 
 def _check(name, value, right, expected):

@@ -15,10 +15,10 @@ from typing import get_args, Literal
 import jax
 import jax.numpy as jnp
 
-from lm import params
+from lm import mixout, params
 from lm.errors import ConfigError
 from lm.params import Spec
-from lm.peft_nodes import Adapter, is_node, Lora, lora_weight, Prompted
+from lm.peft_nodes import Adapter, is_node, Lora, lora_weight, Mixed, Prompted
 
 Method = Literal['full', 'top', 'lora', 'houlsby', 'pfeiffer', 'prefix', 'prompt']
 _ADAPTED = {'houlsby': r'^blocks/(attn/o|mlp/down)$', 'pfeiffer': r'^blocks/mlp/down$'}
@@ -43,6 +43,8 @@ class Config:
     width: of an adapter's bottleneck.
     length: virtual positions of a prefix or prompt.
     hidden: width of the MLP that makes the prefix while it trains; 0 = keys and values are trained as they are.
+    mixout: of 'full': share of the blocks' weights that are the pretrained ones in a step (arXiv:1909.11299: 0.7 to
+      0.9); see `lm.mixout`.
   """
 
   method: Method = 'full'
@@ -56,6 +58,7 @@ class Config:
   width: int = 64
   length: int = 10
   hidden: int = 512
+  mixout: float = 0.0
 
   def __post_init__(self):
     if self.method not in get_args(Method):
@@ -65,6 +68,11 @@ class Config:
         raise ConfigError(f'peft.{name}={getattr(self, name)}; expected at least {least}')
     if not 0 <= self.rate < 1:
       raise ConfigError(f'peft.rate={self.rate}; expected 0 <= rate < 1')
+    if not 0 <= self.mixout < 1:
+      raise ConfigError(f'peft.mixout={self.mixout}; expected 0 <= mixout < 1')
+    if self.mixout and self.method != 'full':
+      raise ConfigError(f'peft.mixout={self.mixout} with peft.method={self.method!r}; expected weights that train; set '
+                        'peft.method=full or peft.mixout=0')
     for name in ('train', 'targets'):
       try:
         re.compile(getattr(self, name))
@@ -95,7 +103,9 @@ def specs(c: Config, base: params.Tree) -> params.Tree:
   if c.method == 'prompt':
     prompt = lambda path, s: Prompted(s, Spec((c.length, s.shape[1]), (None, 'embed'), params.Normal(0.02)))
     return _wrap(base, '^embed/tokens$', 'peft.method', prompt)
-  return base if c.method == 'full' else _prefix_specs(c, base)
+  if c.method == 'full':
+    return mixout.specs(c.mixout, base) if c.mixout else base
+  return _prefix_specs(c, base)
 
 
 def block_specs(c: Config, tree: params.Tree) -> params.Tree:
@@ -106,7 +116,7 @@ def block_specs(c: Config, tree: params.Tree) -> params.Tree:
 def freeze(c: Config, layers: int) -> str:
   """The pattern of the leaves that do not train in a model of `layers` blocks, for `optim.Config.freeze`; '' = none."""
   if c.method == 'full':
-    return ''
+    return mixout.FROZEN if c.mixout else ''
   top = '|'.join(map(str, range(layers - c.layers, layers)))
   trained = f'^blocks/({top})/' if c.method == 'top' and top else _TRAINED.get(c.method, '')
   wanted = '|'.join(f'(?:{pattern})' for pattern in (trained, c.train) if pattern)
@@ -119,7 +129,7 @@ def graft(p: params.Tree, into: params.Tree, key: jax.Array) -> params.Tree:
     p = p | {'blocks': params.unstack(p['blocks'])}
   have = params.flatten(p)
   fresh = params.init(into, key)
-  return params.map_with_path(lambda path, x: have.get(path.removesuffix('/w'), x), fresh)
+  return params.map_with_path(lambda path, x: have.get(re.sub('/(w|base)$', '', path), x), fresh)
 
 
 def merge(p: params.Tree) -> params.Tree:
@@ -131,7 +141,7 @@ def merge(p: params.Tree) -> params.Tree:
   def plain(node):
     if isinstance(node, Adapter):
       raise ConfigError('peft.method: an adapter cannot be merged into weights; keep the tree as it is')
-    if isinstance(node, Prompted):
+    if isinstance(node, Prompted | Mixed):
       return node.w
     return lora_weight(node) if isinstance(node, Lora) else node
   p = jax.tree.map(plain, p, is_leaf=is_node)
@@ -154,6 +164,12 @@ def plain(p: params.Tree) -> params.Tree:
   p = materialise(p)
   kept = any(isinstance(x, Adapter | Prompted) for x in jax.tree.leaves(p, is_leaf=is_node))
   return p if kept else merge(p)
+
+
+def virtual_tokens(p: params.Tree) -> list[int]:
+  """The ids of a learned prompt in a tree of arrays or specs: they stand before every row. [] where it has none."""
+  table = p['embed']['tokens']
+  return [table.shape[0] + i for i in range(table.prompt.shape[0])] if isinstance(table, Prompted) else []
 
 
 def materialise(p: params.Tree) -> params.Tree:

@@ -73,6 +73,19 @@ class Prompted:
     return self.w.astype(dtype)
 
 
+@struct.dataclass
+class Mixed:
+  """A weight w that trains and the pretrained one, base, which does not; see `lm.mixout`, that makes arrays of them.
+
+  base is None where nothing trains any more. inputs: how many dimensions, the first of a layer's, a product contracts.
+  """
+
+  w: Any
+  base: Any
+  rate: float = struct.field(pytree_node=False)
+  inputs: int = struct.field(pytree_node=False, default=1)
+
+
 @nn.dot.register
 def _dot_lora(w: Lora, x: jax.Array, equation: str, key: nn.Key | None = None) -> jax.Array:
   terms, out = equation.split('->')
@@ -114,4 +127,4 @@ def lora_weight(node: Lora) -> jax.Array:
 
 def is_node(x: Any) -> bool:
   """Is x one of this module's nodes?"""
-  return isinstance(x, (Lora, Adapter, Prompted))
+  return isinstance(x, (Lora, Adapter, Prompted, Mixed))

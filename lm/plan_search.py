@@ -144,7 +144,7 @@ def _bytes(c, s, total, rows, tokens, remat):
   """State, gradients, activations that are kept, one block at work, the loss, weights that are gathered."""
   m, T = c.mesh, c.data.length
   parts = m.tensor * m.pipe
-  state = total / parts * (8 / m.fsdp + 4 / (m.fsdp if m.zero == 3 else 1))
+  state = total / parts * ((12 if c.optim.ema else 8) / m.fsdp + 4 / (m.fsdp if m.zero == 3 else 1))
   state += total / parts / m.fsdp * s.width  # the compiler may cast a device's share at once
   gradients = total / parts * 4 / (m.fsdp if m.zero > 1 else 1) * (1 + (c.optim.microbatches > 1))
   x = tokens * s.embed * s.width / (m.tensor if m.sequence else 1)

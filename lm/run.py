@@ -79,6 +79,7 @@ class Task:
     source: a module with the functions of `lm.data.loader` for `Config.data`.
     base: the specs that `Config.init_from` must fill, where training adds leaves to a model; None = all.
     freeze: pattern of leaves that do not train; '' = as `optim.freeze` says.
+    watch: (mesh, data, workdir, start) -> a context of `loop.Program.watch`; None = nothing to see.
   """
 
   specs: params.Tree
@@ -90,6 +91,7 @@ class Task:
   source: Any = loader
   base: params.Tree | None = None
   freeze: str = ''
+  watch: Callable[..., Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +116,7 @@ def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Par
   step = jax.jit(train.make_step(task.loss, tx, c.optim.microbatches, layout), donate_argnums=0,
                  out_shardings=(places, None))
   metrics = train.make_eval(task.eval_loss, layout)
-  evaluate = jax.jit(lambda state, *rest: metrics(params.join(state.params, state.frozen), *rest),
+  evaluate = jax.jit(lambda state, *rest: metrics(train.averaged(state), *rest),
                      out_shardings=sharding.replicated(mesh))
   return Parts(mesh, tx, trainable, places, step, evaluate)
 
@@ -155,6 +157,9 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
           task.source.train_batches(data, sharding.batch_sharding(parts.mesh), start)))
       wall = lambda: meta['wall_s'] + time.perf_counter() - began
       program = _program(c, task, parts, data, saver, evaluate, wall, meta['base'])
+      if task.watch:
+        seen = stack.enter_context(task.watch(parts.mesh, data, workdir, start))
+        program = dataclasses.replace(program, watch=seen)
       _, evaluations = loop_lib.fit(program, c.loop, state, batches, start, meta['evaluations'], log, signals)
     done = {'evaluations': evaluations, 'wall_s': wall(), 'peak_bytes': summary.peak_bytes()}
     return summary.write(c, task, workdir, evaluations[-1][0], done)
@@ -167,7 +172,8 @@ def describe(c: Config, task: Task) -> str:
   groups += [('training tokens', f'{tokens:,}'),
              ('FLOPs a token', f'{task.flops.total:.4g} ({task.flops.attention / task.flops.total:.1%} attention)'),
              ('training FLOPs', f'{tokens * task.flops.total:.4g}'),
-             ('bytes, f32 with AdamW', budget.human(16.0 * params.count(task.specs), 'B'))]
+             (f'bytes, f32 with AdamW{" and an average" if c.optim.ema else ""}',
+              budget.human((20.0 if c.optim.ema else 16.0) * params.count(task.specs), 'B'))]
   return budget.table(task.specs) + '\n\n' + budget.columns(groups)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from lm import nn, parallel, params, sharding
+from lm import ema, nn, parallel, params, sharding
 from lm.losses import Term
 
 Loss = Callable[[params.Tree, Any, nn.Key | None], tuple[dict[str, Term], dict[str, Term]]]
@@ -48,6 +48,12 @@ def state_of(p: params.Tree, tx: optax.GradientTransformation, trainable: params
   """Step 0 from given parameters."""
   train, frozen = params.split(p, trainable)
   return State(jnp.int32(0), train, frozen, tx.init(train), jnp.int32(0))
+
+
+def averaged(state: State) -> params.Tree:
+  """All leaves as evaluation and export read them: those that train averaged, where the optimizer keeps an average."""
+  average = ema.of(state.opt_state)
+  return params.join(state.params if average is None else average, state.frozen)
 
 
 def shardings(specs: params.Tree, tx: optax.GradientTransformation, trainable: params.Tree, mesh: Mesh, zero: int = 3

@@ -17,6 +17,7 @@ from lm.models import decoder, gguf, hf
 from lm.text import tokenizer as tokenizers
 
 _MIXERS = ((2654435761, 2246822519), (3266489917, 668265263))  # odd, without a pattern in their bits
+_HEADS = ('mlm', 'nsp', 'pooler', 'rtd')
 _TOKENIZERS = ('*.model', 'tokenizer.json', 'vocab.*', 'encoder.json', 'char.json', 'byte.json')
 
 
@@ -51,19 +52,32 @@ def load(path: str | os.PathLike, best: bool = True) -> Model:
 
 
 def params_from(path: str | os.PathLike, abstract: params.Tree, partial: bool = False) -> params.Tree:
-  """Parameters to start training from; `partial`: what the model there has more, such as heads, is left out.
+  """Parameters to start training from; `partial`: heads that the model there has more are left out.
+
+  Of the workdir of an encoder's pretraining, the network that is kept: of a pair, the discriminator.
 
   Raises:
     ConfigError: a leaf is missing, is one too many or has another shape; the message names it.
   """
-  have, want = hf.load(path)[1] if kind_of(path) == 'hf' else load(path).params, params.flatten(abstract)
+  have, want = _given(path), params.flatten(abstract)
   got = params.flatten(have)
-  for name in sorted(want.keys() if partial else want.keys() | got.keys()):
+  spare = {name for name in got if partial and name.split('/')[0] in _HEADS}
+  for name in sorted(want.keys() | got.keys() - spare):
     a, b = want.get(name), got.get(name)
     if a is None or b is None or a.shape != b.shape:
       raise ConfigError(f'init_from={path}: {name} is {"absent" if b is None else b.shape} there and '
-                        f'{"absent" if a is None else a.shape} in this model; set model.* to the shape of that model')
+                        f'{"absent" if a is None else a.shape} in this model; set model.* to the shape of that model'
+                        f'{", or name a model that has it" if b is None else ""}')
   return params.map_with_path(lambda name, _: got[name], abstract) if partial else have
+
+
+def _given(path):
+  """All parameters of the model at `path`."""
+  from lm import pretrain_encoder  # which knows how its runs are read, and imports what imports this module
+  if kind_of(path) == 'hf':
+    return hf.load(path)[1]
+  read = pretrain_encoder.load if pretrain_encoder.trained_in(path) else load
+  return read(path).params
 
 
 def fingerprint(tree: params.Tree) -> str:
@@ -127,6 +141,8 @@ def restore(workdir: str | os.PathLike, specs: params.Tree, first: int | None = 
   if not frozen:
     return _intact(workdir / 'checkpoints', abstract, first)[0]
   learned, meta = _intact(workdir / 'checkpoints', abstract, first, f'^(?!.*(?:{frozen}))')
+  if few.mixout:
+    return learned  # where it began served training alone
   key = jax.random.fold_in(jax.random.key(saved['seed']), 0)
   if saved['init_from']:
     given = params_from(saved['init_from'], params.abstract(specs if base is None else base), partial=True)

@@ -13,6 +13,7 @@ kept in ~/.cache/lm (or $XDG_CACHE_HOME/lm).
 Exit status: 0 done, 2 a flag is wrong, 3 the tokenizer, 4 the weights.
 """
 
+import dataclasses
 import os
 import pathlib
 import sys
@@ -22,10 +23,10 @@ import jax
 import numpy as np
 
 from experiments import cli
-from lm import decode, weights
+from lm import decode, peft, weights
 from lm.data import conversations
 from lm.errors import ConfigError, DataError
-from lm.models import decoder
+from lm.models import blocks, decoder
 from lm.text import chat
 
 _MODEL = flags.DEFINE_string('model', '', 'A workdir, a Hugging Face folder, or a .gguf file.')
@@ -53,8 +54,10 @@ def main(_: list[str]) -> None:
     raise DataError(f'{_MODEL.value}: no tokenizer beside the weights; expected tokenizer.json, vocab files or a '
                     '.model; copy it there')
   texts = _PROMPT.value or [_read()]
-  prompts = [_encode(tokenizer, text) for text in texts]
+  prompts = [[*peft.virtual_tokens(found.params), *_encode(tokenizer, text)] for text in texts]
   model = decode.of(decoder, found.config)
+  if model.length is not None:  # a learned prefix takes the first positions
+    model = dataclasses.replace(model, length=model.length - blocks.virtual(found.params['blocks']))
   stop = [tokenizer.eos_id, tokenizer.control.get('<|im_end|>')]
   stop += chat.stop_ids(conversations.TEMPLATES[_CHAT.value], tokenizer) if _CHAT.value else []
   s = decode.Sampling(_room(model, prompts), _TEMPERATURE.value, _TOP_K.value, _TOP_P.value,

@@ -1,5 +1,6 @@
 """The host loop on its own: what it logs, when it evaluates, saves, stops; and that it never waits for the device."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -180,6 +181,21 @@ def test_the_last_step_is_evaluated_saved_and_no_early_stop(monkeypatch):
   assert [e[0] for e in evaluations] == [2, 4, 5]
   assert w.logs.said == []
   assert w.saves == [(2, False, [2]), (5, True, [2, 4, 5])]
+
+
+def test_what_watches_sees_each_evaluated_state_while_the_clock_stands(monkeypatch):
+  def run(watching_s):
+    w, seen = world(monkeypatch, steps=7), []
+
+    def watch(step, state):
+      assert w.logs.rows[-1]['step'] == step == state.n
+      seen.append(step)
+      w.clock.now += watching_s
+    w.program = dataclasses.replace(w.program, watch=watch)
+    w.fit(eval_every=3, log_every=1)
+    return seen, [row['tokens_per_s'] for row in w.logs.rows]
+  assert run(500.0) == run(0.0)
+  assert run(0.0)[0] == [3, 6, 7]
 
 
 def test_saves_on_schedule_and_when_better(monkeypatch):

@@ -1,0 +1,168 @@
+"""What a model answers while it is tuned: held-out prompts, its replies, the references, after each evaluation.
+
+`samples.jsonl` is the record, one row a step and prompt, cut back when a run resumes; TensorBoard's texts are made from
+it. Prompts are the ids that validation rows hold, written as in training. Shapes: B prompts, T their length.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import time
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from tensorboardX import event_file_writer, summary as texts
+from tensorboardX.proto import event_pb2
+
+from lm import decode, logs, params, peft, seal, sharding, train
+from lm.data import memory, packing
+from lm.errors import ConfigError
+from lm.text import chat, tokenizer as tokenizers
+
+_KEY = 3  # folded into the run's key, beside those of initial values, training and evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """What to show of a model after each evaluation.
+
+  Attributes:
+    count: prompts; 0 = none. They are the same in the whole run.
+    new_tokens: most tokens of a reply; fewer where a prompt leaves the model no more positions.
+    temperature: 0 takes the most likely token.
+  """
+
+  count: int = 4
+  new_tokens: int = 128
+  temperature: float = 0.0
+
+  def __post_init__(self):
+    for name, least in (('count', 0), ('new_tokens', 1), ('temperature', 0)):
+      if not least <= getattr(self, name) < math.inf:
+        raise ConfigError(f'samples.{name}={getattr(self, name)}; expected a finite number, at least {least}')
+
+
+class Pair(NamedTuple):
+  """int32 ids: all before a reply, and the reply."""
+
+  prompt: np.ndarray
+  reference: np.ndarray
+
+
+def held_out(rows: packing.Batch, count: int, most: float = math.inf) -> list[Pair]:
+  """The first reply that is a target in each of the first conversations; prompts differ and have at most `most` ids."""
+  found = {}
+  for ids_T, segments_T, mask_T in zip(rows.ids_BT, rows.segments_BT, rows.mask_BT, strict=True):
+    for segment in range(1, segments_T.max() + 1):
+      at = np.flatnonzero(segments_T == segment)
+      change = np.diff(mask_T[at[1:]].astype(np.int8), append=0)  # the first token is no target, whoever wrote it
+      if 1 not in change:
+        continue
+      begin = int(np.argmax(change == 1)) + 2
+      end = begin + int(np.argmax(change[begin - 1:] == -1)) + 1
+      if begin <= most:
+        found.setdefault(ids_T[at[:begin]].tobytes(), Pair(ids_T[at[:begin]], ids_T[at[begin:end]]))
+      if len(found) == count:
+        return list(found.values())
+  return list(found.values())
+
+
+@contextlib.contextmanager
+def watch(c: Config, model: decode.Model, template: chat.Template, specs: params.Tree, virtual: int, seed: int,
+          mesh: jax.sharding.Mesh, data: memory.Data, workdir: str | os.PathLike, start: int
+          ) -> Iterator[Callable[[int, train.State], None]]:
+  """A function of step and state that writes what the model answers then; the first call compiles, once for the run.
+
+  While it runs, a second copy of the parameters is in memory, laid out for decoding and divided over the mesh as XLA
+  sees fit. Every process calls it; process 0 writes.
+
+  Args:
+    specs: of the parameters, nodes of `lm.peft` included; a learned prompt stands before every other.
+    virtual: positions that a prefix or prompt takes.
+    start: rows after this step, which a killed run left, are cut off.
+  """
+  room = math.inf if model.length is None else model.length - virtual
+  rows = data.splits['validation']
+  pairs = held_out(rows, c.count, room - c.new_tokens) or held_out(rows, c.count, room - 1)
+  if not pairs:
+    logs.say("samples: no validation row tells a prompt from its reply (data.loss='all' does not); none are written")
+    yield lambda step, state: None
+    return
+  s = decode.Sampling(int(min(c.new_tokens, room - max(len(pair.prompt) for pair in pairs))), c.temperature,
+                      stop=chat.stop_ids(template, data.tokenizer))
+  ways = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
+  full = [[*peft.virtual_tokens(specs), *pair.prompt.tolist()] for pair in pairs]
+  full += full[:1] * (-len(full) % ways)  # devices share the rows
+  ids_BT, segments_BT = (jax.device_put(x, sharding.replicated(mesh)) for x in decode.pad(full))
+
+  def answer(state, ids_BT, segments_BT, key):
+    p = decode.prepare(peft.plain(train.averaged(state)))
+    return decode.run(model, s, p, ids_BT, segments_BT, key)
+  answer = jax.jit(answer, out_shardings=sharding.replicated(mesh))
+  base = jax.random.fold_in(jax.random.key(seed), _KEY)
+  with contextlib.closing(_Book(workdir, start)) as book:
+    def show(step, state):
+      key = jax.random.fold_in(base, step) if c.temperature else None
+      found = jax.device_get(answer(state, ids_BT, segments_BT, key))
+      book.write([_row(step, pair, ids[:n], template, data.tokenizer)
+                  for pair, ids, n in zip(pairs, found.tokens_BT, found.lengths_B, strict=False)])
+    yield show
+
+
+def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
+  """The rows of samples.jsonl: step, prompt, reply, reference, and whether the reply had ended."""
+  path = pathlib.Path(workdir) / 'samples.jsonl'
+  return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+
+
+def _row(step, pair, ids, template, tokenizer):
+  reply, ended = chat.parse(template, ids, tokenizer)
+  return {'step': step, 'prompt': tokenizer.decode(pair.prompt), 'reply': reply,
+          'reference': chat.parse(template, pair.reference, tokenizer)[0], 'ended': ended}
+
+
+class _Book:
+  """samples.jsonl, always whole, and TensorBoard's file, in a folder of its own: it reads on in one file a folder."""
+
+  def __init__(self, workdir, start):
+    self._dir = pathlib.Path(workdir)
+    if jax.process_index() != 0:
+      return
+    with self._failing():
+      self._rows = [row for row in read(self._dir) if row['step'] <= start]
+      folder = self._dir / 'tensorboard' / 'samples'
+      folder.mkdir(parents=True, exist_ok=True)
+      for old in folder.glob('events.out.tfevents.*'):
+        old.unlink()
+      self._events = event_file_writer.EventsWriter(str(folder / 'events'), f'.{os.getpid()}')
+    rows, self._rows = self._rows, []
+    self.write(rows)
+
+  def write(self, rows):
+    if jax.process_index() != 0:
+      return
+    self._rows += rows
+    with self._failing():
+      lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in self._rows]
+      tokenizers.write_atomically(str(self._dir / 'samples.jsonl'), ''.join(lines).encode())
+      seen = {}
+      for row in rows:
+        seen[row['step']] = i = seen.get(row['step'], -1) + 1
+        shown = '\n\n'.join(f'**{name}**\n\n{row[name]}' for name in ('prompt', 'reply', 'reference'))
+        self._events.write_event(event_pb2.Event(step=row['step'], wall_time=time.time(),
+                                                 summary=texts.text(f'sample_{i}', shown)))
+      self._events.flush()
+
+  def close(self):
+    if jax.process_index() == 0:
+      with contextlib.suppress(OSError):
+        self._events.close()
+
+  def _failing(self):
+    return seal.failing(f'--workdir: cannot write samples into {self._dir}', 'sealed checkpoints are intact; mend the '
+                        'disk and start again')
