@@ -15,24 +15,21 @@ one on 15%.
 """
 
 import dataclasses
-import functools
 import json
 import pathlib
 from typing import Any
 
 from absl import flags
 import jax
-import matplotlib
+from matplotlib import figure
 import numpy as np
 
 from experiments import cli
-from lm import checkpoint, config, finetune, loop, optim, params, pretrain_encoder, run
-from lm.data import corpora, labelled, loader
+from lm import checkpoint, classification, config, loop, optim, params, pretrain_encoder, run
+from lm.data import labelled, loader, memory
 from lm.errors import ConfigError
-from lm.kernels import attention
 from lm.losses import mlm, rtd
 from lm.models import deberta, electra, encoder
-from lm.text import tokenizer as tokenizers
 
 NAMES = ('masked words', 'replaced tokens', 'DeBERTa')
 
@@ -73,16 +70,16 @@ _REVIEWS = flags.DEFINE_string('reviews', '', 'JSONL with text, label and split.
 
 
 def main(_: list[str]) -> None:
-  for name, value in (('workdir', _WORKDIR.value), ('corpus', _CORPUS.value), ('tokenizer', _TOKENIZER.value),
-                      ('reviews', _REVIEWS.value)):
-    if not value:
-      raise ConfigError(f'--{name}: not given; expected a value; see --help for the whole command')
+  for flag in (_WORKDIR, _CORPUS, _TOKENIZER, _REVIEWS):
+    if not flag.value:
+      raise ConfigError(f'--{flag.name}: not given; expected a value; see --help for the whole command')
   c = config.override(CONFIGS[_CONFIG.value](), *_SET.value)
   workdir = pathlib.Path(_WORKDIR.value)
   workdir.mkdir(parents=True, exist_ok=True)
-  sets, classes = labelled.sets(corpora.find(_REVIEWS.value), tokenizers.load(_TOKENIZER.value), c.review)
-  untrained = jax.jit(functools.partial(params.init, encoder.specs(shape(c))))(jax.random.key(0))
-  results = [{'name': 'none', 'tokens': 0, 'flops': 0.0} | tune(c, sets, classes, shape(c), untrained)]
+  reviews = labelled.prepare(labelled.Config(_REVIEWS.value, tokenizer=_TOKENIZER.value, length=c.review), workdir)
+  labelled.check(reviews, c.vocab)
+  untrained = jax.jit(lambda key: params.init(encoder.specs(shape(c)), key))(jax.random.key(0))
+  results = [{'name': 'none', 'tokens': 0, 'flops': 0.0} | tune(c, reviews, shape(c), untrained)]
   flops = pretraining(c, NAMES[0], c.steps)[1].flops.total
   for equal in ('tokens', 'FLOPs'):
     for name in NAMES[equal == 'FLOPs':]:
@@ -93,7 +90,7 @@ def main(_: list[str]) -> None:
       summary = run.run(run_config, task, place)
       body, p, _ = pretrain_encoder.load(place, best=False)
       numbers = {k: summary[k] for k in ('tokens', 'flops', 'wall_s', 'val_loss')}
-      results.append({'name': name, 'equal': equal} | numbers | tune(c, sets, classes, body, p))
+      results.append({'name': name, 'equal': equal} | numbers | tune(c, reviews, body, p))
   report(workdir, results)
 
 
@@ -105,31 +102,31 @@ def shape(c: Config) -> encoder.Config:
 def pretraining(c: Config, name: str, steps: int) -> tuple[pretrain_encoder.Config, run.Task]:
   """One of `NAMES` at the common shape; optimizer, rows and their order are the same for all."""
   body = shape(c)
-  fields = {
-      'data': loader.Config(corpus=tuple(_CORPUS.value), tokenizer=_TOKENIZER.value, packing='full_sentences',
-                            length=128, batch=16),
-      'optim': optim.Config(lr=c.lr, schedule='linear', warmup=min(100, steps // 5), steps=steps, b2=0.98, eps=1e-6,
-                            weight_decay=0.01),
-      'loop': loop.Config(eval_every=max(1, steps // 2)), 'checkpoint': checkpoint.Config(every=max(1, steps // 2))}
+  half = max(1, steps // 2)
+  adam = optim.Config(lr=c.lr, schedule='linear', warmup=min(100, steps // 5), steps=steps, b2=0.98, eps=1e-6,
+                      weight_decay=0.01)
+  rows = loader.Config(tuple(_CORPUS.value), tokenizer=_TOKENIZER.value, packing='full_sentences', length=128, batch=16)
+  fields = dict(data=rows, optim=adam, loop=loop.Config(eval_every=half), checkpoint=checkpoint.Config(every=half))
   if name == 'replaced tokens':
     small = dataclasses.replace(body, embed=c.embed // 3, heads=c.heads // 3, mlp=4 * c.embed // 3, token_embed=c.embed)
     made = pretrain_encoder.Replaced(model=electra.Config(small, body), loss=rtd.Config(), **fields)
   elif name == 'DeBERTa':
-    model = deberta.Config(relative=128, **{f.name: getattr(body, f.name) for f in dataclasses.fields(body)
-                                            if f.name not in ('offset', 'types', 'norm_eps')})
+    same = {f.name: getattr(body, f.name) for f in dataclasses.fields(body)}
+    model = deberta.Config(relative=128, **{k: v for k, v in same.items() if k not in ('offset', 'types', 'norm_eps')})
     made = pretrain_encoder.Disentangled(model=model, loss=mlm.Config(), **fields)
   else:
     made = pretrain_encoder.Masked(model=body, loss=mlm.Config(), **fields)
   return made, pretrain_encoder.task(made)
 
 
-def tune(c: Config, sets: dict[str, labelled.Set], classes: list[str], model: Any, p: params.Tree) -> dict[str, Any]:
+def tune(c: Config, reviews: memory.Data, model: Any, p: params.Tree) -> dict[str, Any]:
   """Accuracy on the held-out reviews after `c.epochs`, for each of `c.seeds` orders and heads."""
-  steps = c.epochs * (len(sets['train']) // 32)
-  settings = optim.Config(lr=c.tuning_lr, schedule='linear', warmup=steps // 10, steps=steps, b2=0.98,
-                          weight_decay=0.01)
-  family, options = (deberta, {}) if isinstance(model, deberta.Config) else (encoder, {'attend': attention.attend})
-  found = finetune.classifier(family, model, p, sets, len(classes), settings, batch=32, seeds=c.seeds, **options)
+  steps = c.epochs * memory.steps_per_epoch(reviews)
+  kind = classification.Disentangled if isinstance(model, deberta.Config) else classification.Encoder
+  made = kind(model=model, data=reviews.config, classes=int(reviews.splits['train'].labels_B.max()) + 1,
+              optim=optim.Config(lr=c.tuning_lr, schedule='linear', warmup=steps // 10, steps=steps, b2=0.98,
+                                 weight_decay=0.01))
+  found = classification.accuracies(made, p, reviews, c.seeds)
   return {'accuracy': float(np.mean(found)), 'accuracies': found}
 
 
@@ -142,17 +139,15 @@ def report(workdir: pathlib.Path, results: list[dict[str, Any]]) -> None:
   lines = ['| ' + ' | '.join(row) + ' |' for row in rows]
   lines.insert(1, '|' + '---|' * len(rows[0]))
   (workdir / 'table.md').write_text('\n'.join(lines) + '\n')
-  matplotlib.use('agg')
-  from matplotlib import pyplot
-  figure, axes = pyplot.subplots(figsize=(6, 4), layout='constrained')
+  drawn = figure.Figure(figsize=(6, 4), layout='constrained')
+  axes = drawn.subplots()
   for name in NAMES:
     found = sorted((r['flops'], r['accuracy']) for r in results if r['name'] == name)
     axes.plot(*zip(*found, strict=True), 'o-', label=name)
   axes.axhline(results[0]['accuracy'], color='grey', ls='--', label='not pretrained')
   axes.set(xlabel='FLOPs of pretraining', ylabel='accuracy on held-out reviews')
   axes.legend()
-  figure.savefig(workdir / 'encoders.png', dpi=150)
-  pyplot.close(figure)
+  drawn.savefig(workdir / 'encoders.png', dpi=150)
   print('\n'.join(lines) + f'\n\n{workdir}/table.md, {workdir}/encoders.png')
 
 

@@ -1,8 +1,10 @@
 """Fine-tuning of any encoder or decoder to one label a text, all of it or few parameters, as a `Task`."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
+import itertools
 import os
 import pathlib
 import types
@@ -11,11 +13,13 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import tqdm
 
 from lm import (
   budget,
   checkpoint as checkpoint_lib,
   instruct,
+  mixout,
   nn,
   parallel,
   params,
@@ -26,7 +30,7 @@ from lm import (
   train,
   weights,
 )
-from lm.data import labelled
+from lm.data import labelled, memory
 from lm.errors import ConfigError
 from lm.kernels import attention
 from lm.losses import classify
@@ -110,9 +114,37 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
   source = types.SimpleNamespace(prepare=functools.partial(labelled.prepare, encoder=family is not decoder),
                                  check=labelled.check, train_batches=labelled.train_batches,
                                  eval_batches=labelled.eval_batches)
+  evaluated = _loss(c, quiet, family, specs, attend)
   return run.Task(specs, _loss(c, c.model, family, specs, attend, c.smoothing, c.consistency),
-                  _loss(c, quiet, family, specs, attend), c.model.vocab, flops, source=source, base=base,
+                  lambda p, batch, key: evaluated(p, batch, None), c.model.vocab, flops, source=source, base=base,
                   freeze=peft_lib.freeze(c.peft, c.model.layers))
+
+
+def accuracies(c: Config, p: params.Tree, data: memory.Data, seeds: int) -> list[float]:
+  """Accuracy on the validation split after `c.optim.steps` updates of the model `p`, for each of `seeds` runs.
+
+  Each is the run of `lm.run` that has its seed (0, 1, ...: of the head, the order, dropout), in memory and without a
+  workdir; all share one compilation. `p` stays as it is; what it has more than `c.model`, such as heads, is left out.
+  `data` is what `labelled.prepare` made and `labelled.check` let pass.
+  """
+  made = task(c)
+  parts = run.build(c, made)
+  given = {name: p[name] for name in made.base}
+  start = jax.jit(lambda p, key: train.state_of(peft_lib.graft(jax.tree.map(jnp.copy, p), made.specs, key), parts.tx,
+                                                parts.trainable), out_shardings=parts.state)
+  place, found = sharding.batch_sharding(parts.mesh), []
+  with sharding.use(parts.mesh, c.mesh.sequence):
+    for seed in range(seeds):
+      first, key = (jax.random.fold_in(jax.random.key(seed), i) for i in range(2))
+      state = start(given, first)
+      with contextlib.closing(labelled.train_batches(dataclasses.replace(data, seed=seed), place)) as batches:
+        for batch in tqdm.tqdm(itertools.islice(batches, c.optim.steps), total=c.optim.steps, disable=None,
+                               desc=f'fine-tuning, seed {seed}'):
+          state, _ = parts.step(state, batch, key)
+      sums = jax.device_get([parts.evaluate(state, batch, None)['accuracy'] for batch in labelled.eval_batches(
+          data, 'validation', c.data.batch, place)])
+      found.append(sum(float(s.total) for s in sums) / sum(float(s.weight) for s in sums))
+  return found
 
 
 def predictions(c: Config, workdir: str | os.PathLike, split: str = 'validation') -> tuple[np.ndarray, np.ndarray]:
@@ -144,9 +176,9 @@ def _specs(c):
 
 
 def logits(p: params.Tree, ids_BT: jax.Array, *, segments_BT: jax.Array, key: nn.Key | None, model: Any, pooling: str,
-           hidden: Callable[..., jax.Array]) -> jax.Array:
-  """[B, C] of the texts. hidden: (p, ids_BT, *, segments_BT, key) -> x_BTD."""
-  x_BTD = hidden(p, ids_BT, segments_BT=segments_BT, key=nn.fold(key, 0))
+           hidden: Callable[..., jax.Array], **arrays: jax.Array | None) -> jax.Array:
+  """[B, C] of the texts. hidden: (p, ids_BT, *, segments_BT, key, and types_BT if that is given) -> x_BTD."""
+  x_BTD = hidden(p, ids_BT, segments_BT=segments_BT, key=nn.fold(key, 0), **arrays)
   if pooling == 'pooler':
     x_BD = heads.pooler(p['pooler'], x_BTD)
   elif pooling == 'mean':
@@ -162,7 +194,7 @@ def logits(p: params.Tree, ids_BT: jax.Array, *, segments_BT: jax.Array, key: nn
 def _bound(c, model, family, specs, attend):
   """(p, batch, key) -> logits_BC."""
   options = {} if family is deberta else {'attend': attend}
-  stack = parallel.stack(c.mesh, peft_lib.block_specs(c.peft, specs), model.dtype)
+  stack = mixout.stack(parallel.stack(c.mesh, peft_lib.block_specs(c.peft, specs), model.dtype))
 
   def hidden(p, ids_BT, **arrays):
     return family.apply(p, model, ids_BT, stack=stack, **options, **arrays)
@@ -171,8 +203,9 @@ def _bound(c, model, family, specs, attend):
 
   def score(p, batch, key):
     batch = rows(batch)
+    arrays = {} if family is decoder else {'types_BT': batch.types_BT}
     return logits(peft_lib.materialise(p), batch.ids_BT, segments_BT=batch.segments_BT, key=key, model=model,
-                  pooling=c.pooling, hidden=hidden)
+                  pooling=c.pooling, hidden=hidden, **arrays)
   return score
 
 
@@ -192,4 +225,5 @@ def _prompted(batch, vocab, length, first):
   B = batch.ids_BT.shape[0]
   return batch.replace(
       ids_BT=put(batch.ids_BT, jnp.broadcast_to(vocab + jnp.arange(length)[None], (B, length))),
-      segments_BT=put(batch.segments_BT, jnp.broadcast_to(batch.segments_BT[:, :1], (B, length))))
+      segments_BT=put(batch.segments_BT, jnp.broadcast_to(batch.segments_BT[:, :1], (B, length))),
+      types_BT=None if batch.types_BT is None else put(batch.types_BT, jnp.zeros((B, length))))

@@ -11,14 +11,13 @@ applies several, one after the other. Numbers, URLs, e-mails, code, negations an
 
 Only examples of --split are copied, and --split must be a training split: held-out text is never augmented. Copies
 come after their original with its label, the id 'ID#N' and "origin": ID; those equal to a text that is there already
-are left out. The same input, flags and seed give the same file. To augment on the fly, call
-lm.text.augment.augmented with the number of the epoch: copy N is what epoch N would see.
+are left out. The same input, flags and seed give the same file. To augment while training, give the same names to
+experiments.classify by data.augment: each epoch then reads other wordings.
 
 Exit status: 0 done, 2 a flag is wrong or a package missing, 3 the data.
 """
 
 from collections import Counter
-from collections.abc import Callable
 import dataclasses
 import difflib
 import json
@@ -32,7 +31,7 @@ import numpy as np
 from experiments import cli
 from lm.data import corpora
 from lm.errors import ConfigError, DataError
-from lm.text import augment, noise, synonyms
+from lm.text import augment, methods, synonyms
 
 _LIST = flags.DEFINE_bool('list', False, 'Print the methods and stop.')
 _IN = flags.DEFINE_string('in', '', 'JSONL file of {"text", "label", "split"}.')
@@ -43,7 +42,7 @@ _SEED = flags.DEFINE_integer('seed', 0, 'Of all choices.', lower_bound=0)
 _SPLIT = flags.DEFINE_string('split', 'train', 'The split to augment.')
 _PROTECT = flags.DEFINE_list('protect', [], 'Words that stay as they are, comma-separated: names, terms.')
 _WORDNET = flags.DEFINE_string('wordnet', synonyms.DEBIAN, 'Folder of WordNet, for synonyms_en.')
-_TRANSLATE = flags.DEFINE_list('translate', ['eng-spa', 'spa-eng'], 'Apertium pairs there and back, for '
+_TRANSLATE = flags.DEFINE_list('translate', list(methods.SPANISH), 'Apertium pairs there and back, for '
                                'back_translation.')
 _SHOW = flags.DEFINE_integer('show', 3, 'Pairs of original and copy to print.', lower_bound=0)
 
@@ -67,33 +66,9 @@ class Row:
     return json.dumps(self.fields | more, ensure_ascii=False)
 
 
-def methods(texts: Callable[[], list[str]] = list) -> dict[str, tuple[str, float, Callable[..., augment.Augment]]]:
-  """(what it does, rate by default, function of rate and protected words) by name; `texts` are to be translated."""
-  def back_translation(rate, protect):
-    if len(_TRANSLATE.value) != 2:
-      raise ConfigError(f'--translate={",".join(_TRANSLATE.value)}: expected two pairs, there and back; give '
-                        'eng-spa,spa-eng')
-    to, back = map(augment.apertium, _TRANSLATE.value)
-    return augment.back_translate(to, back, rate, protect, texts())
-  return {
-      'synonyms_en': ('English words by WordNet', 0.1,
-                      lambda rate, protect: synonyms.wordnet(rate, _WORDNET.value, protect)),
-      'synonyms_zh': ('Chinese words by Cilin', 0.1, synonyms.cilin),
-      'clauses': ('clauses of a sentence change places, English and Chinese', 1.0, synonyms.reorder_clauses),
-      'sentences': ('sentences of a paragraph change places', 0.5, noise.shuffle_sentences),
-      'back_translation': ('sentences there and back by Apertium', 1.0, back_translation),
-      'typos': ('slips of the keyboard', 0.05, lambda rate, protect: noise.typos(rate, protect=protect)),
-      'misread': ('shapes taken for others, rn for m, 己 for 已', 0.05,
-                  lambda rate, protect: noise.typos(rate, noise.misread, protect)),
-      'homophones': ('Chinese characters of the same sound', 0.05, noise.homophones),
-      'punctuation': ('marks dropped, doubled, of another width', 0.2, noise.punctuation),
-      'case': ('lower, UPPER, Capital', 0.1, noise.case),
-  }
-
-
 def main(_: list[str]) -> None:
   if _LIST.value:
-    for name, (about, rate, _) in methods().items():
+    for name, (about, rate, _) in methods.known().items():
       print(f'{name}:{rate:<{20 - len(name)}} {about}')
     return
   out = pathlib.Path(_OUT.value)
@@ -102,9 +77,13 @@ def main(_: list[str]) -> None:
       raise ConfigError(f'--{flag}: not given; expected a value; see --help')
   if out.exists():
     raise ConfigError(f'--out={out}: exists already; it is not overwritten; choose another name or delete it')
+  if len(_TRANSLATE.value) != 2:
+    raise ConfigError(f'--translate={",".join(_TRANSLATE.value)}: expected two pairs, there and back; give '
+                      'eng-spa,spa-eng')
   rows = read(_IN.value)
-  known = methods(lambda: [row.text for row in rows if row.split == _SPLIT.value])
-  one_of = augment.choose(*(parse(part, known, frozenset(_PROTECT.value)) for part in _METHODS.value))
+  known = methods.known(_WORDNET.value, _TRANSLATE.value,
+                        lambda: [row.text for row in rows if row.split == _SPLIT.value])
+  one_of = methods.one_of(_METHODS.value, known, frozenset(_PROTECT.value))
   made = augment.apply(rows, one_of, _SEED.value, _COPIES.value, _SPLIT.value)
   out.parent.mkdir(parents=True, exist_ok=True)
   temporary = out.with_name(out.name + '.tmp')
@@ -113,23 +92,6 @@ def main(_: list[str]) -> None:
   os.replace(temporary, out)
   report(rows, made)
   print(f'next: {out} goes wherever {_IN.value} went; compare held-out scores with and without, same seed')
-
-
-def parse(part: str, known: dict, protect: frozenset[str]) -> augment.Augment:
-  """The augmentation that 'NAME:RATE+NAME' stands for."""
-  chained = []
-  for one in part.split('+'):
-    name, colon, rate = one.partition(':')
-    if name not in known:
-      near = difflib.get_close_matches(name, known, n=1)
-      raise ConfigError(f'--methods={name}: unknown; ' + (f'did you mean {near[0]}?' if near else 'see --list'))
-    try:
-      rate = float(rate) if colon else known[name][1]
-    except ValueError:
-      raise ConfigError(f'--methods={one}: {rate!r} is no number; expected NAME:RATE; give e.g. {name}:0.1') from None
-    augment.check_rate(rate, f'--methods={one}')
-    chained.append(known[name][2](rate, protect=protect))
-  return augment.chain(*chained)
 
 
 def read(path: str) -> list[Row]:

@@ -2,6 +2,10 @@
 
 import dataclasses
 import json
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -182,3 +186,31 @@ def test_a_vocabulary_without_a_mask_token_is_refused(prepared, tmp_path):
   c = shrink(bert.bert_cpu(), data__corpus=str(prepared / 'text.jsonl'), data__tokenizer='byte')
   with pytest.raises(ConfigError, match='vocabulary without a mask token'):
     run.run(c, pretrain_encoder.task(c), tmp_path / 'run')
+
+
+@pytest.mark.slow
+def test_encoders_are_compared_and_a_pretraining_is_not_done_again(prepared, tmp_path):
+  rng, rows = np.random.default_rng(0), []
+  for i in range(96):
+    label = 'yn'[i % 2]
+    rows.append({'text': f'{" ".join(rng.choice(["the", "fox", "棕色"], 3))} {"quick" if i % 2 else "lazy"}',
+                 'label': label, 'split': 'train' if i % 3 else 'validation'})
+  (tmp_path / 'reviews.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  argv = [sys.executable, '-m', 'experiments.encoders', f'--workdir={tmp_path}/w', f'--corpus={prepared}/text.jsonl',
+          f'--reviews={tmp_path}/reviews.jsonl', f'--tokenizer={prepared}/some.model', *(
+              f'--set={field}' for field in ('vocab=310', 'layers=1', 'embed=12', 'heads=3', 'steps=2', 'epochs=15',
+                                             'seeds=2', 'review=16', 'tuning_lr=1e-2'))]
+  found = []
+  for _ in range(2):
+    done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=pathlib.Path(__file__).parent.parent,
+                          env=os.environ | {'JAX_COMPILATION_CACHE_DIR': str(tmp_path / 'cache')})
+    found.append((done.stdout, json.loads((tmp_path / 'w/results.json').read_text())))
+  (_, results), (out, again) = found
+  assert [(r['name'], r.get('equal')) for r in results] == [
+      ('none', None), ('masked words', 'tokens'), ('replaced tokens', 'tokens'), ('DeBERTa', 'tokens'),
+      ('replaced tokens', 'FLOPs'), ('DeBERTa', 'FLOPs')]
+  assert all(len(r['accuracies']) == 2 and r['accuracy'] == np.mean(r['accuracies']) for r in results)
+  assert results[0]['accuracy'] > 0.9  # one word decides
+  assert [r['accuracies'] for r in results] == [r['accuracies'] for r in again]
+  assert out.count('already complete') == 5 and (tmp_path / 'w/encoders.png').stat().st_size > 1000
+  assert (tmp_path / 'w/table.md').read_text() in out

@@ -87,6 +87,8 @@ def test_origins_are_lines_and_rows(tmp_path):
 
 
 SPELLINGS = [
+    ('classification', {'text': '一只猫', 'text_pair': 'a cat', 'label': 'same', 'idx': 3},
+     Labelled('一只猫', 'same', {'idx': 3}, text_pair='a cat')),
     ('chat', {'conversation': [{'role': 'user', 'content': 'q'}, {'role': 'assistant', 'content': 'a'}]},
      chat('q', 'a')),
     ('chat', {'conversations': [{'from': 'system', 'value': 's'}, {'from': 'human', 'value': 'q'},
@@ -160,6 +162,9 @@ MALFORMED = [
     ('classification', {'text': SECRET, 'label': 'pos', 'metadata': {'a': [[[[[[1]]]]]]}}, 'depth',
      'field metadata.a[0][0][0][0]: nested deeper than 6 levels'),
     ('classification', {'text': SECRET * 30, 'label': 'pos'}, 'too long', 'line of more than 1000 bytes'),
+    ('classification', {'text': SECRET, 'text_pair': 7, 'label': 'pos'}, 'type', 'field text_pair: found the number 7'),
+    ('classification', {'text': SECRET, 'text_pair': '', 'label': 'pos'}, 'empty', 'field text_pair: nothing'),
+    ('classification', {'text': SECRET, 'text_pair': None, 'label': 'pos'}, 'missing', 'field text_pair: null'),
     ('instruction', {'instruction': SECRET, 'input': ''}, 'missing', 'no field output (fields: instruction, input)'),
     ('instruction', {'instruction': SECRET, 'output': ' '}, 'empty', 'field output: nothing but space'),
     ('instruction', {'instruction': SECRET, 'output': 'x', 'input': 3}, 'type', 'field input: found the number 3'),

@@ -1,13 +1,14 @@
 """Conversations as rows: what is a target, what a cut takes, and that packing changes no loss."""
 
 import dataclasses
+import itertools
 
 import jax
 import numpy as np
 import pytest
 
-from lm import params
-from lm.data import packing, sft
+from lm import params, sharding
+from lm.data import conversations, memory, packing, sft
 from lm.data.examples import Preference
 from lm.errors import ConfigError, DataError
 from lm.losses import ar
@@ -51,9 +52,9 @@ def rows_of(batch):
 @pytest.mark.parametrize('name', TEMPLATES)
 @pytest.mark.parametrize('loss', sft.LOSSES)
 def test_rows_are_what_the_template_writes(name, loss):
-  found = sft.conversations(GOLDEN, TEMPLATES[name], FROZEN, 120, loss=loss, pack=False)
-  assert len(found) == 2 and found.examples.ids_BT.shape == (2, 121)
-  for messages, (ids, mask, positions) in zip(GOLDEN, rows_of(found.examples), strict=True):
+  batch, report = sft.conversations(GOLDEN, TEMPLATES[name], FROZEN, 120, loss=loss, pack=False)
+  assert batch.ids_BT.shape == (2, 121)
+  for messages, (ids, mask, positions) in zip(GOLDEN, rows_of(batch), strict=True):
     want, targets = chat.encode(TEMPLATES[name], messages, FROZEN)
     end = int(np.flatnonzero(targets)[-1]) + 1  # ChatML's last line break teaches nothing
     assert ids.tolist() == want[:end].tolist() and positions.tolist() == list(range(end))
@@ -62,14 +63,13 @@ def test_rows_are_what_the_template_writes(name, loss):
     if loss == 'all':
       targets[1:] = True
     assert mask.tolist() == targets[:end].tolist()
-  batch, report = found.examples, found.report
   assert not batch.ids_BT[batch.segments_BT == 0].any() and not batch.mask_BT[batch.segments_BT == 0].any()
   assert (batch.ids_BT.dtype, batch.segments_BT.dtype, batch.positions_BT.dtype) == (np.int32,) * 3
   assert report == sft.Report(2, 0, 0, (), int(batch.mask_BT.sum()), 0, int((batch.segments_BT > 0).sum()), 2)
 
 
 def test_the_loss_of_the_last_turn_is_the_default_loss_of_one_turn():
-  found = [sft.conversations([talk('q', 'a')], chat.chatml, BYTE, 60, loss=loss).examples
+  found = [sft.conversations([talk('q', 'a')], chat.chatml, BYTE, 60, loss=loss)[0]
            for loss in ('assistant', 'last')]
   jax.tree.map(np.testing.assert_array_equal, *found)
   assert show(found[0].ids_BT[0][found[0].mask_BT[0]]) == 'a$'
@@ -77,15 +77,16 @@ def test_the_loss_of_the_last_turn_is_the_default_loss_of_one_turn():
 
 def test_packing_holds_every_conversation_once_and_whole():
   talks = random_talks(60)
-  alone, packed = (sft.conversations(talks, chat.chatml, FROZEN, 300, pack=pack, seed=3) for pack in (False, True))
-  unordered = lambda found: sorted((ids.tolist(), mask.tolist()) for ids, mask, _ in rows_of(found.examples))
+  (alone, one), (packed, report) = (sft.conversations(talks, chat.chatml, FROZEN, 300, pack=pack, seed=3)
+                                    for pack in (False, True))
+  unordered = lambda batch: sorted((ids.tolist(), mask.tolist()) for ids, mask, _ in rows_of(batch))
   assert unordered(alone) == unordered(packed)
-  for _, mask, positions in rows_of(packed.examples):
+  for _, mask, positions in rows_of(packed):
     assert positions.tolist() == list(range(len(positions))) and not mask[0]
-  assert len(packed) < len(alone) == 60 and (packed.examples.segments_BT > 0).mean() > 0.85
-  assert dataclasses.replace(packed.report, rows=60) == alone.report
-  again, other = (sft.conversations(talks, chat.chatml, FROZEN, 300, seed=seed).examples for seed in (3, 4))
-  jax.tree.map(np.testing.assert_array_equal, again, packed.examples)
+  assert len(packed.ids_BT) < len(alone.ids_BT) == 60 and (packed.segments_BT > 0).mean() > 0.85
+  assert dataclasses.replace(report, rows=60) == one
+  again, other = (sft.conversations(talks, chat.chatml, FROZEN, 300, seed=seed)[0] for seed in (3, 4))
+  jax.tree.map(np.testing.assert_array_equal, again, packed)
   assert other.ids_BT.shape != again.ids_BT.shape or not np.array_equal(other.ids_BT, again.ids_BT)
 
 
@@ -99,7 +100,7 @@ def test_a_packed_row_has_the_loss_of_its_conversations(positions):
   run = jax.jit(jax.value_and_grad(lambda p, batch: ar.loss(
       p, batch, None, apply=apply, head=lambda p: p['embed']['tokens'], c=ar.Config())[0]['nll'].total))
   talks = [*GOLDEN, *random_talks(4, most=12)]
-  loss, grad = zip(*(run(p, sft.conversations(talks, chat.llama2, FROZEN, 127, pack=pack).examples)
+  loss, grad = zip(*(run(p, sft.conversations(talks, chat.llama2, FROZEN, 127, pack=pack)[0])
                      for pack in (True, False)), strict=True)
   assert loss[0] > 100
   np.testing.assert_allclose(loss[0], loss[1], rtol=1e-5)
@@ -115,12 +116,12 @@ ALL = 'st\nabcd\nefgh$ijkl\nmnop$'
     (13, 'st\nijkl\nmnop$'), (12, 'st\nijkl\nmnop'),  # then the end of the answer, while it has half of the room
     (11, 'st\njkl\nmnop'), (10, 'st\njkl\nmno'), (8, 'st\nkl\nmn'), (6, 'st\nl\nm'), (4, 's\n\nm'), (3, '\n\nm')])
 def test_what_a_cut_takes(width, text):
-  found = sft.conversations([TALK], chat.plain, BYTE, width - 1, pack=False)
-  (ids, mask, _), = rows_of(found.examples)
+  batch, report = sft.conversations([TALK], chat.plain, BYTE, width - 1, pack=False)
+  (ids, mask, _), = rows_of(batch)
   assert show(ids) == text
   answers = 'efgh$mnop$' if text == ALL else text.rpartition('\n')[2]
   assert show(ids[mask]) == answers
-  assert found.report == sft.Report(1, int(text != ALL), 0, (), len(answers), 10 - len(answers), len(ids), 1)
+  assert report == sft.Report(1, int(text != ALL), 0, (), len(answers), 10 - len(answers), len(ids), 1)
 
 
 @pytest.mark.parametrize(('messages', 'width', 'text'), [
@@ -134,7 +135,7 @@ def test_what_a_cut_takes(width, text):
     ([*talk('a', 'b'), M('user', 'unanswered')], 20, 'a\nb$')])
 def test_cuts_of_many_shapes(messages, width, text):
   for pack in (False, True):
-    (ids, _, _), = rows_of(sft.conversations([messages], chat.plain, BYTE, width - 1, pack=pack).examples)
+    (ids, _, _), = rows_of(sft.conversations([messages], chat.plain, BYTE, width - 1, pack=pack)[0])
     assert show(ids) == text
 
 
@@ -143,11 +144,11 @@ def test_cuts_of_many_shapes(messages, width, text):
 def test_a_cut_leaves_the_beginning_of_the_answer_and_splits_no_character(name, tokenizer):
   talks = random_talks(12, seed=1, most=90)
   for width in (70, 140, 221):
-    found = sft.conversations(talks, TEMPLATES[name], tokenizer, width - 1, pack=False, loss='last')
-    kept = [i for i in range(len(talks)) if i not in found.report.dropped_at]
-    assert found.report.kept == len(kept) and found.report.dropped == len(talks) - len(kept)
+    batch, report = sft.conversations(talks, TEMPLATES[name], tokenizer, width - 1, pack=False, loss='last')
+    kept = [i for i in range(len(talks)) if i not in report.dropped_at]
+    assert report.kept == len(kept) and report.dropped == len(talks) - len(kept)
     cut = 0
-    for i, (ids, mask, _) in zip(kept, rows_of(found.examples), strict=True):
+    for i, (ids, mask, _) in zip(kept, rows_of(batch), strict=True):
       whole, targets = chat.encode(TEMPLATES[name], talks[i], tokenizer)
       start = len(chat.prompt(TEMPLATES[name], talks[i][:-1], tokenizer))
       answer = ids[mask].tolist()
@@ -155,33 +156,41 @@ def test_a_cut_leaves_the_beginning_of_the_answer_and_splits_no_character(name, 
       assert len(ids) <= width and '\ufffd' not in tokenizer.decode(ids)
       assert mask.tolist() == [t >= len(ids) - len(answer) for t in range(len(ids))]
       cut += len(ids) < int(np.flatnonzero(targets)[-1]) + 1
-    assert cut == found.report.truncated
+    assert cut == report.truncated
 
 
 def test_what_cannot_be_learned_is_dropped_and_counted():
   talks = [talk('q', 'a'), [M('user', 'q')], talk('q', 'b'), talk('q', 'a' * 9, system='s')]
-  found = sft.conversations(talks, chat.chatml, BYTE, 61)
-  assert found.report.dropped_at == (1, 3) and found.report.dropped == 2 and found.report.kept == 2
-  assert str(found.report) == ('2 kept in 2 rows, 0 of them truncated by 0 targets, 2 dropped (the first at 1); '
-                               f'4 targets of {found.report.tokens} tokens')
+  _, report = sft.conversations(talks, chat.chatml, BYTE, 61)
+  assert report.dropped_at == (1, 3) and report.dropped == 2 and report.kept == 2
+  assert str(report) == ('2 kept in 2 rows, 0 of them truncated by 0 targets, 2 dropped (the first at 1); '
+                         f'4 targets of {report.tokens} tokens')
   with pytest.raises(DataError, match='data.length=20: no example has a target left') as error:
     sft.conversations(talks, chat.chatml, BYTE, 20)
   assert '\n' not in str(error.value)
 
 
-def test_epochs_are_pure_and_evaluation_is_complete():
-  found = sft.conversations(random_talks(23), chat.plain, BYTE, 400, pack=False)
-  order = lambda seed, number: np.concatenate([b.ids_BT for b in found.epoch(4, seed, number)])
-  assert order(0, 0).shape == (20, 401)
-  np.testing.assert_array_equal(order(1, 3), order(1, 3))
-  assert not np.array_equal(order(1, 3), order(1, 4)) and not np.array_equal(order(1, 3), order(2, 3))
-  batches = list(found.once(10))
-  assert [b.ids_BT.shape for b in batches] == [(10, 401)] * 3 and isinstance(batches[0], packing.Batch)
-  assert sum(int(b.mask_BT.sum()) for b in batches) == found.report.targets
-  np.testing.assert_array_equal(np.concatenate([b.ids_BT for b in batches])[:23], found.examples.ids_BT)
-  assert not batches[-1].segments_BT[3:].any()
-  with pytest.raises(ConfigError, match='batch=24: more than the 23 rows'):
-    next(found.epoch(24, 0, 0))
+def batches_of(rows, batch, blank):
+  """(training batches of one epoch, those of an evaluation), of a set in memory whose splits are both `rows`."""
+  c = conversations.Config(batch=batch, threads=0)
+  data = memory.Data(c, 0, BYTE, {'train': rows, 'validation': rows}, blank)
+  place = sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
+  trained = itertools.islice(memory.train_batches(data, place), memory.steps_per_epoch(data))
+  evaluated = memory.eval_batches(data, 'validation', batch, place)
+  return [[jax.device_get(b) for b in found] for found in (trained, evaluated)]
+
+
+BLANK = packing.Batch(np.int32(0), np.int32(0), np.int32(0), np.bool_(False))
+
+
+def test_an_epoch_has_whole_batches_and_an_evaluation_all_rows():
+  rows, report = sft.conversations(random_talks(23), chat.plain, BYTE, 400, pack=False)
+  trained, evaluated = batches_of(rows, 10, BLANK)
+  assert [b.ids_BT.shape for b in trained] == [(10, 401)] * 2 and isinstance(trained[0], packing.Batch)
+  assert len({row.tobytes() for b in trained for row in b.ids_BT}) == 20
+  assert sum(int(b.mask_BT.sum()) for b in evaluated) == report.targets
+  np.testing.assert_array_equal(np.concatenate([b.ids_BT for b in evaluated])[:23], rows.ids_BT)
+  assert len(evaluated) == 3 and not evaluated[-1].segments_BT[3:].any()
 
 
 def pair(chosen, rejected, *prompt, system=None):
@@ -191,42 +200,40 @@ def pair(chosen, rejected, *prompt, system=None):
 @pytest.mark.parametrize('name', TEMPLATES)
 def test_pairs_share_their_prompt_and_count_the_answer_only(name):
   asked = [pair('是水星。', 'Mars.', *(m.content for m in GOLDEN[1][1:4]), system='请'), pair('yes', 'no, never', 'q')]
-  found = sft.pairs(asked, TEMPLATES[name], FROZEN, 90)
-  assert len(found) == 2 and found.report.kept == 2 and found.report.truncated == 0
+  rows, report = sft.pairs(asked, TEMPLATES[name], FROZEN, 90)
+  assert (report.kept, report.rows, report.truncated) == (2, 4, 0)
   for i, preference in enumerate(asked):
     prompt = chat.prompt(TEMPLATES[name], preference.prompt, FROZEN).tolist()
     for side, answer in (('chosen', preference.chosen), ('rejected', preference.rejected)):
-      batch, last = getattr(found.examples, side), getattr(found.examples, f'{side}_last_B')[i]
+      batch, last = getattr(rows, side), getattr(rows, f'{side}_last_B')[i]
       ids, mask = batch.ids_BT[i], batch.mask_BT[i]
       assert batch.ids_BT.shape == (2, 91) and batch.segments_BT[i].tolist() == [1] * (last + 1) + [0] * (90 - last)
       assert ids[:len(prompt)].tolist() == prompt and mask.tolist() == [len(prompt) <= t <= last for t in range(91)]
       assert chat.parse(TEMPLATES[name], ids[mask], FROZEN) == (answer, True) and not ids[last + 1:].any()
-  assert found.report.targets == found.examples.chosen.mask_BT.sum() + found.examples.rejected.mask_BT.sum()
+  assert report.targets == rows.chosen.mask_BT.sum() + rows.rejected.mask_BT.sum()
 
 
 def test_a_long_prompt_is_cut_alike_for_both_answers():
-  found = sft.pairs([pair('yes', 'n' * 12, 'a', 'b', 'q' * 30 + 'end')], chat.plain, BYTE, 19)
+  rows, report = sft.pairs([pair('yes', 'n' * 12, 'a', 'b', 'q' * 30 + 'end')], chat.plain, BYTE, 19)
   text = [show(side.ids_BT[0])[:last[0] + 1] for side, last in (
-      (found.examples.chosen, found.examples.chosen_last_B), (found.examples.rejected, found.examples.rejected_last_B))]
+      (rows.chosen, rows.chosen_last_B), (rows.rejected, rows.rejected_last_B))]
   assert text == ['q' * 6 + 'end\nyes$', 'q' * 6 + 'end\n' + 'n' * 10]
-  assert (found.report.truncated, found.report.cut_targets) == (1, 3)
+  assert (report.truncated, report.cut_targets) == (1, 3)
 
 
 def test_pairs_that_a_cut_makes_equal_are_dropped():
   asked = [pair('n' * 40 + 'x', 'n' * 40 + 'y', 'q'), pair('good', 'bad', 'q')]
-  found = sft.pairs(asked, chat.plain, BYTE, 19)
-  assert found.report.dropped_at == (0,) and found.report.kept == len(found) == 1
-  assert sft.pairs(asked, chat.plain, BYTE, 60).report.dropped == 0
+  rows, report = sft.pairs(asked, chat.plain, BYTE, 19)
+  assert report.dropped_at == (0,) and report.kept == len(rows.chosen.ids_BT) == 1
+  assert sft.pairs(asked, chat.plain, BYTE, 60)[1].dropped == 0
 
 
 def test_pairs_come_in_batches():
-  found = sft.pairs([pair(f'a{i}', f'b{i}', 'q') for i in range(5)], chat.plain, BYTE, 9)
-  first, second = found.once(3)
-  assert isinstance(second, sft.Pair) and second.chosen.ids_BT.shape == (3, 10)
-  assert second.chosen_last_B.tolist() == [4, 4, 0] and not second.rejected.mask_BT[2].any()
-  epoch = list(found.epoch(2, 0, 1))
-  assert len(epoch) == 2
-  for batch in epoch:
+  rows, _ = sft.pairs([pair(f'a{i}', f'b{i}', 'q') for i in range(8)], chat.plain, BYTE, 9)
+  trained, (first, second, third) = batches_of(rows, 3, sft.Pair(BLANK, BLANK, np.int32(0), np.int32(0)))
+  assert isinstance(third, sft.Pair) and third.chosen.ids_BT.shape == (3, 10) and len(trained) == 2
+  assert third.chosen_last_B.tolist() == [4, 4, 0] and not third.rejected.mask_BT[2].any()
+  for batch in (*trained, first, second):
     for a, b in zip(batch.chosen.ids_BT, batch.rejected.ids_BT, strict=True):
       assert show(a)[:2] == show(b)[:2] == 'q\n' and a[3] == b[3]  # rows of a pair stay together
 

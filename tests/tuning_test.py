@@ -158,6 +158,29 @@ def test_a_stopped_run_resumes_as_if_it_had_not(root, base, tmp_path):
   assert again['val_loss'] == whole['val_loss']
 
 
+def test_a_stopped_run_goes_on_with_the_same_wordings(root, tmp_path, monkeypatch):
+  c = films(root, data__augment=('typos:0.5', 'case'), data__augment_share=0.9, optim__steps=12, loop__log_every=1)
+  losses = lambda place: [json.loads(line)['loss'] for line in (tmp_path / place / 'metrics.jsonl').open()]
+  run.run(c, classification.task(c), tmp_path / 'straight')
+  original = labelled.train_batches
+
+  def interrupted(data, sharding, start=0):
+    for n, batch in enumerate(original(data, sharding, start), start + 1):
+      if n == 10:  # in the second epoch
+        os.kill(os.getpid(), signal.SIGTERM)
+      yield batch
+  with monkeypatch.context() as m, pytest.raises(Preempted, match='step 10 is saved'):
+    m.setattr(labelled, 'train_batches', interrupted)
+    run.run(c, classification.task(c), tmp_path / 'stopped')
+  with pytest.raises(ConfigError, match='data.augment'):
+    run.run(config.replace(c, data__augment=()), classification.task(c), tmp_path / 'stopped')
+  run.run(c, classification.task(c), tmp_path / 'stopped')
+  assert losses('stopped') == losses('straight')
+  c = config.replace(c, data__augment=())
+  run.run(c, classification.task(c), tmp_path / 'plain')
+  assert losses('plain') != losses('straight')
+
+
 def test_on_a_mesh_it_is_the_same_run(root, base, tmp_path):
   losses = []
   for mesh in ({}, dict(data=2, fsdp=2, tensor=2)):

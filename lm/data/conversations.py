@@ -50,15 +50,11 @@ class Config:
   threads: int = 2
 
   def __post_init__(self):
-    for name, low in (('length', 1), ('batch', 1), ('threads', 0)):
-      if getattr(self, name) < low:
-        raise ConfigError(f'data.{name}={getattr(self, name)}; expected at least {low}')
+    memory.check_config(self, shortest=1)
     if self.template not in TEMPLATES:
       raise ConfigError(f'data.template={self.template!r}; expected one of {", ".join(TEMPLATES)}')
     if self.system and self.template not in ('chatml', 'alpaca'):
       raise ConfigError(f'data.system: {self.template!r} has none of its own; put a system turn into the conversations')
-    if not 0 < self.validation_fraction < 1:
-      raise ConfigError(f'data.validation_fraction={self.validation_fraction}; expected a share between 0 and 1')
 
   @property
   def written(self) -> chat.Template:
@@ -74,9 +70,7 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> memory.Data:
     ConfigError, DataError: no corpus or tokenizer, a wrong record, nothing left.
   """
   del folder
-  for name in ('corpus', 'tokenizer'):
-    if not getattr(c, name):
-      raise ConfigError(f'data.{name} is empty; expected a path; e.g. --set data.{name}=...')
+  memory.check_paths(c)
   tokenizer, parts = memory.read_tokenizer(c.tokenizer), {'train': [], 'validation': [], 'test': []}
   for path in (c.corpus,) if isinstance(c.corpus, str) else c.corpus:
     found, report = examples.read(path, 'chat', c.on_error, unanswered='cut')
@@ -87,9 +81,9 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> memory.Data:
   sets = {}
   for part, talks in parts.items():
     if talks or part != 'test':
-      made = sft.conversations(talks, c.written, tokenizer, c.length, loss=c.loss, pack=c.pack, seed=seed)
-      print(f'{part}: {made.report}', flush=True)
-      sets[part] = made.examples
+      sets[part], report = sft.conversations(talks, c.written, tokenizer, c.length, loss=c.loss, pack=c.pack,
+                                             seed=seed)
+      print(f'{part}: {report}', flush=True)
   return memory.Data(c, seed, tokenizer, sets, packing.Batch(np.int32(0), np.int32(0), np.int32(0), np.bool_(False)))
 
 

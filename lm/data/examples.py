@@ -2,7 +2,7 @@
 
 The keys are the textbook's, and what others write: 'messages' and 'conversations', ShareGPT's from and value, Alpaca's
 instruction, input and output, preferences as TRL and LLaMA-Factory have them. Other keys are not looked at, but for a
-classification they go to the metadata.
+classification, whose keys are text, label and perhaps text_pair, they go to the metadata.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,12 +21,13 @@ SHOWN = 3  # messages that a report keeps of each kind of fault
 
 @dataclasses.dataclass(frozen=True)
 class Labelled:
-  """A text of one class.
+  """A text of one class, or two texts of which one class is said: a premise and a hypothesis, two questions.
 
   Attributes (split and origin are those of all examples):
     metadata: whatever else the record had, by name: a domain, a group, a time.
     split: 'train', 'validation', 'test', another name that a saved dataset has, or None: not said.
     origin: 'file:line' or 'file, row N'; no part of the value.
+    text_pair: the second text, None where there is one text only.
   """
 
   text: str
@@ -34,6 +35,12 @@ class Labelled:
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
   split: str | None = None
   origin: str = dataclasses.field(default='', compare=False)
+  text_pair: str | None = None
+
+  @property
+  def texts(self) -> tuple[str, ...]:
+    """The text, or both in order."""
+    return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,8 +197,9 @@ def _labelled(row, options):
                 f'{", ".join(options.classes)[:200]}')
   if not isinstance(metadata, Mapping):
     raise Fault('type', row.origin, f'field metadata: found {turns.describe(metadata)}; expected an object')
-  others = {k: v for k, v in row.fields.items() if k not in ('text', 'label', 'metadata')}
-  return Labelled(turns.text(row, 'text'), label, others | dict(metadata), row.split, row.origin)
+  others = {k: v for k, v in row.fields.items() if k not in ('text', 'text_pair', 'label', 'metadata')}
+  pair = turns.text(row, 'text_pair') if 'text_pair' in row.fields else None
+  return Labelled(turns.text(row, 'text'), label, others | dict(metadata), row.split, row.origin, pair)
 
 
 def _instruction(row, options):

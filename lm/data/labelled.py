@@ -1,11 +1,17 @@
-"""Texts with a class each, as rows of an encoder: [CLS] text [SEP], or of a decoder: the text and the end of text.
+"""Texts, or pairs of texts, with a class each, as rows of an encoder or a decoder.
+
+BERT, ELECTRA, DeBERTa: [CLS] a [SEP], or [CLS] a [SEP] b [SEP]; RoBERTa: <s> a </s>, or <s> a </s></s> b </s>; a
+decoder: a, or a newline between a and b, and the end of text. A text too long loses its end; of a pair the longer text
+loses a token until both fit, the second of equals (google-research/bert, `_truncate_seq_pair`).
 
 The whole set fits in memory; `prepare`, `check`, `train_batches` and `eval_batches` are those of a source of
 `lm.run.Task`. Shapes: N examples, B rows of a batch, T tokens a row.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 import dataclasses
+import hashlib
+import json
 import os
 from typing import Literal
 
@@ -14,10 +20,9 @@ import jax
 import numpy as np
 
 from lm.data import examples, memory, splits
-from lm.data.corpora import Document
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError, DataError
-from lm.text import vocabulary
+from lm.text import methods, vocabulary
 from lm.text.tokenizer import Tokenizer
 
 
@@ -26,15 +31,19 @@ class Config:
   """Which texts, and how they become rows.
 
   Attributes:
-    corpus: a file or folder of records {text, label, split}, see `lm.data.examples.read`.
+    corpus: a file or folder of records {text, label, split} or {text, text_pair, label, split}, see
+      `lm.data.examples.read`.
     classes: names of the labels in order; () = those of the training split, sorted.
     tokenizer: a path, see `lm.text.tokenizer.load`.
-    length: T, most tokens of a row; longer texts are cut at their end.
+    length: T, most tokens of a row; longer texts are cut at their end, and it is said how many.
     batch: rows of the global batch.
-    split: how records that do not say are split: by a hash of the text, or in equal shares of each class.
+    split: how records that do not say are split: by a hash of their texts, or in equal shares of each class.
     validation_fraction: of those.
     folds, fold: with folds > 1, cross-validation: all records but those of the test split are split anew into so many
       folds in equal shares of each class, and fold number `fold` validates.
+    augment: other wordings of training texts, each as `scripts.augment --methods` names it: ('typos:0.05',
+      'clauses+homophones'). One of them, by chance, changes a row; every epoch draws anew.
+    augment_share: of the rows of an epoch, how many are changed, in expectation.
     on_error: a record that is wrong ends the run ('stop') or is left out and counted ('skip').
     threads: batches built ahead, 0 = none.
   """
@@ -48,65 +57,96 @@ class Config:
   validation_fraction: float = 0.1
   folds: int = 0
   fold: int = 0
+  augment: tuple[str, ...] = ()
+  augment_share: float = 0.5
   on_error: Literal['stop', 'skip'] = 'stop'
   threads: int = 2
 
   def __post_init__(self):
-    for name, low in (('length', 3), ('batch', 1), ('threads', 0)):
-      if getattr(self, name) < low:
-        raise ConfigError(f'data.{name}={getattr(self, name)}; expected at least {low}')
-    if not 0 < self.validation_fraction < 1:
-      raise ConfigError(f'data.validation_fraction={self.validation_fraction}; expected a share between 0 and 1')
+    memory.check_config(self, shortest=3)
     if self.folds == 1 or not 0 <= self.fold < max(self.folds, 1):
       raise ConfigError(f'data.folds={self.folds}, data.fold={self.fold}; expected 0 folds, or at least 2 and one of '
                         'them')
+    if not 0 < self.augment_share <= 1:
+      raise ConfigError(f'data.augment_share={self.augment_share}; expected a share above 0, at most 1')
+    for name in self.augment:
+      methods.parse(name, methods.known(), 'data.augment')
+
+
+@struct.dataclass
+class Labelled:
+  """Rows and their classes.
+
+  Attributes:
+    ids_BT: int32 token ids.
+    segments_BT: int32, 1 = tokens, 0 = padding.
+    labels_B: int32, -1 = a row that fills up the last batch.
+    types_BT: int32, of pairs for encoders: 1 from the second text to its [SEP], else 0; None = all 0.
+  """
+
+  ids_BT: jax.Array
+  segments_BT: jax.Array
+  labels_B: jax.Array
+  types_BT: jax.Array | None = None
 
 
 def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool = True) -> memory.Data:
-  """The rows of `c.corpus`; writes nothing.
+  """The rows of `c.corpus`; writes nothing, and prints what was cut or left out.
 
   Args:
     encoder: rows as encoders take them; else of a decoder.
 
   Raises:
-    ConfigError, DataError: no corpus or tokenizer; a wrong record; fewer than two classes.
+    ConfigError, DataError: no corpus or tokenizer; a wrong record; fewer than two classes; pairs and single texts.
   """
   del folder
-  for name in ('corpus', 'tokenizer'):
-    if not getattr(c, name):
-      raise ConfigError(f'data.{name} is empty; expected a path; e.g. --set data.{name}=...')
+  memory.check_paths(c)
   found, report = examples.read(c.corpus, 'classification', c.on_error, classes=c.classes or None)
   if report.kept < report.seen:
     print(f'{c.corpus}:\n{report.table()}', flush=True)
+  pairs = any(e.text_pair is not None for e in found)
+  if alone := [e for e in found if pairs and e.text_pair is None]:
+    raise DataError(f'{alone[0].origin}: no field text_pair, which other records have; expected it in all or in none; '
+                    'add it, or take that record out')
   names = list(c.classes) or sorted({e.label for e in found if e.label is not None and e.split in (None, 'train')})
   if len(names) < 2:
     raise DataError(f'{c.corpus}: labels {names}; expected at least two in the training split')
   tokenizer = memory.read_tokenizer(c.tokenizer)
+  frame = _frame(tokenizer, encoder, pairs, c.length)
   parts = {'train': [], 'validation': [], 'test': []}
   for example, part in zip(found, assigned(found, c, seed), strict=True):
     if example.label not in names:
       raise DataError(f'{example.origin}: label {example.label!r} is not among those of the training split, {names}')
-    parts[part].append((tokenizer.encode(example.text), example.label))
-  wrap = _encoder_wrap(tokenizer) if encoder else _decoder_wrap(tokenizer)
-  sets = {part: _set(rows, names, wrap, c.length).examples for part, rows in parts.items() if rows or part != 'test'}
-  return memory.Data(c, seed, tokenizer, sets, Labelled(np.int32(wrap.pad), np.int32(0), np.int32(-1)))
+    parts[part].append(example)
+  sets, again, by = {}, None, ''
+  for part, chosen in parts.items():
+    if chosen or part != 'test':
+      ids_N = [[tokenizer.encode(text) for text in e.texts] for e in chosen]
+      labels_N = np.array([names.index(e.label) for e in chosen], np.int32)
+      sets[part], cut = _rows(ids_N, labels_N, frame, c.length)
+      if cut:
+        print(f'{part}: {cut} of {len(chosen)} rows cut to data.length={c.length} tokens', flush=True)
+      if part == 'train' and c.augment:
+        again, by = _reworded(c, [e.texts for e in chosen], ids_N, labels_N, frame, tokenizer)
+  blank = Labelled(np.int32(frame.pad), np.int32(0), np.int32(-1), np.int32(0) if frame.types else None)
+  return memory.Data(c, seed, tokenizer, sets, blank, again, by)
 
 
 def assigned(found: Sequence[examples.Labelled], c: Config, seed: int) -> list[str]:
-  """The split of each example: its own, or that of `c.split`; never one text in two."""
+  """The split of each example: its own, or that of `c.split`; never one text, or one pair, in two."""
   parts = [e.split for e in found]
   if unknown := [e for e in found if e.split not in (None, 'train', 'validation', 'test')]:
     raise DataError(f'{unknown[0].origin}: split {unknown[0].split!r}; expected train, validation or test')
   if c.folds:
     pool = [i for i, part in enumerate(parts) if part != 'test']
-    split = splits.folds([found[i].text for i in pool], c.folds, 'stratified', labels=[found[i].label for i in pool],
-                         seed=0)[c.fold]
+    split = splits.folds([_whole(found[i]) for i in pool], c.folds, 'stratified',
+                         labels=[found[i].label for i in pool], seed=0)[c.fold]
     for name in ('train', 'validation'):
       for i in getattr(split, name):
         parts[pool[i]] = name
   open_ = [i for i, part in enumerate(parts) if part is None]
   if open_:
-    texts, shares = [found[i].text for i in open_], (1 - c.validation_fraction, c.validation_fraction)
+    texts, shares = [_whole(found[i]) for i in open_], (1 - c.validation_fraction, c.validation_fraction)
     split = (splits.by_hash(texts, shares, seed) if c.split == 'hash' else
              splits.stratified(texts, [found[i].label for i in open_], shares, seed))
     for name in ('train', 'validation'):
@@ -115,92 +155,79 @@ def assigned(found: Sequence[examples.Labelled], c: Config, seed: int) -> list[s
   return [part or 'train' for part in parts]
 
 
-@struct.dataclass
-class Labelled:
-  """ids_BT int32, segments_BT int32 (1, or 0 = padding), labels_B int32 (-1 = a row that fills up the last batch)."""
-
-  ids_BT: jax.Array
-  segments_BT: jax.Array
-  labels_B: jax.Array
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Set:
-  """The examples of one split, and how many of them were cut to fit."""
-
-  examples: Labelled
-  truncated: int
-
-  def __len__(self) -> int:
-    return len(self.examples.labels_B)
-
-  def epoch(self, batch: int, seed: int, number: int) -> Iterator[Labelled]:
-    """Batches of one training epoch, in an order drawn from (seed, number); a last, partial batch is left out."""
-    if len(self) < batch:
-      raise ConfigError(f'batch={batch}: more than the {len(self)} examples; lower it')
-    order = np.random.default_rng((seed, number)).permutation(len(self))
-    for i in range(0, len(self) - batch + 1, batch):
-      yield jax.tree.map(lambda x, rows=order[i:i + batch]: x[rows], self.examples)
-
-  def once(self, batch: int) -> Iterator[Labelled]:
-    """All examples in order; the last batch is filled up with rows of label -1."""
-    for i in range(0, len(self), batch):
-      part = jax.tree.map(lambda x, i=i: x[i:i + batch], self.examples)
-      fill = batch - len(part.labels_B)
-      pad = lambda x, value=0, fill=fill: np.pad(x, [(0, fill)] + [(0, 0)] * (x.ndim - 1), constant_values=value)
-      yield Labelled(pad(part.ids_BT), pad(part.segments_BT), pad(part.labels_B, -1))
-
-
-def sets(documents: Iterable[Document], tokenizer: Tokenizer, length: int) -> tuple[dict[str, Set], list[str]]:
-  """({'train': ..., 'validation': ...}, names of the classes in order), of documents that have a label and a split.
-
-  Raises:
-    DataError: a document without one, an empty text, fewer than two classes, or a class that only validation has.
-  """
-  wrap = _encoder_wrap(tokenizer)
-  rows: dict[str, list[tuple[np.ndarray, str]]] = {'train': [], 'validation': []}
-  for d in documents:
-    if d.label is None or d.split is None:
-      raise DataError(f'document {d.id}: no {"label" if d.label is None else "split"}; expected both; prepare the set '
-                      'with scripts.prepare_corpus, or add the field')
-    ids = tokenizer.encode(d.text)
-    if not len(ids):
-      raise DataError(f'document {d.id}: empty; expected text; remove it')
-    rows[d.split].append((ids, d.label))
-  names = sorted({label for _, label in rows['train']})
-  for split, found in rows.items():
-    if unknown := {label for _, label in found} - set(names):
-      raise DataError(f'{split}: label {sorted(unknown)[0]!r} is not among those of the training split, {names}')
-  if len(names) < 2:
-    raise DataError(f'labels: {names}; expected at least two in the training split')
-  return {split: _set(found, names, wrap, length) for split, found in rows.items()}, names
+def _whole(example):
+  """A text that two examples have in common if they are duplicates; of a pair, both texts decide."""
+  return example.text if example.text_pair is None else '\0'.join(map(splits.duplicate_key, example.texts))
 
 
 @dataclasses.dataclass(frozen=True)
-class _Wrap:
-  """Ids before and after a text, and of padding."""
+class _Frame:
+  """Ids before, between and after the texts of a row, and of padding; types: rows have token types."""
 
   before: tuple[int, ...]
+  between: tuple[int, ...]
   after: tuple[int, ...]
   pad: int
+  types: bool = False
 
 
-def _encoder_wrap(tokenizer):
-  special = vocabulary.special_ids(tokenizer)
-  return _Wrap((special.cls,), (special.sep,), special.pad)
+def _frame(tokenizer: Tokenizer, encoder: bool, pairs: bool, length: int) -> _Frame:
+  if encoder:
+    special = vocabulary.special_ids(tokenizer)
+    roberta = '[SEP]' not in tokenizer.control  # it closes the first text and opens the second, and has one type
+    frame = _Frame((special.cls,), (special.sep,) * (1 + roberta) * pairs, (special.sep,), special.pad,
+                   pairs and not roberta)
+  else:
+    first, both = tokenizer.encode('a'), tokenizer.encode('a\n')  # by itself some put a space before the newline
+    newline = tuple(both[len(first):].tolist()) if pairs else ()
+    if pairs and not newline:
+      raise ConfigError('data.tokenizer: it has no newline, which stands between the texts of a pair; expected one; '
+                        'name another tokenizer')
+    frame = _Frame((), newline, () if tokenizer.eos_id is None else (tokenizer.eos_id,), 0)
+  least = len(frame.before) + len(frame.between) + len(frame.after) + 1 + pairs
+  if length < least:
+    raise ConfigError(f'data.length={length}; expected at least {least}, so that a token of each text fits')
+  return frame
 
 
-def _decoder_wrap(tokenizer):
-  return _Wrap((), () if tokenizer.eos_id is None else (tokenizer.eos_id,), 0)
-
-
-def _set(rows, names, wrap, length):
-  room = length - len(wrap.before) - len(wrap.after)
-  ids_NT = np.full((len(rows), length), wrap.pad, np.int32)
-  segments_NT = np.zeros((len(rows), length), np.int32)
-  for row, (ids, _) in enumerate(rows):
-    tokens = [*wrap.before, *ids[:room], *wrap.after]
+def _rows(ids_N: Sequence[Sequence[np.ndarray]], labels_N: np.ndarray, frame: _Frame, length: int
+          ) -> tuple[Labelled, int]:
+  """(rows of the ids of one text each, or two; how many were cut)."""
+  room = length - len(frame.before) - len(frame.between) - len(frame.after)
+  ids_NT = np.full((len(ids_N), length), frame.pad, np.int32)
+  segments_NT, types_NT, cut = np.zeros_like(ids_NT), np.zeros_like(ids_NT), 0
+  for row, texts in enumerate(ids_N):
+    kept = _fit([len(ids) for ids in texts], room)
+    first, *second = (ids[:n] for ids, n in zip(texts, kept, strict=True))
+    head = [*frame.before, *first, *frame.between]
+    tokens = [*head, *np.concatenate([*second, frame.after]).astype(int)]
     ids_NT[row, :len(tokens)] = tokens
     segments_NT[row, :len(tokens)] = 1
-  labels_N = np.array([names.index(label) for _, label in rows], np.int32)
-  return Set(Labelled(ids_NT, segments_NT, labels_N), sum(len(ids) > room for ids, _ in rows))
+    types_NT[row, len(head):len(tokens)] = 1
+    cut += sum(kept) < sum(map(len, texts))
+  return Labelled(ids_NT, segments_NT, labels_N, types_NT if frame.types else None), cut
+
+
+def _fit(lengths: Sequence[int], room: int) -> list[int]:
+  """How many tokens to keep of one text, or of two of which the longer gives way, the second of equals."""
+  if len(lengths) == 1 or sum(lengths) <= room:
+    return [min(n, room) for n in lengths]
+  a, b = lengths
+  first = min(a, max(room - b, room - room // 2))
+  return [first, room - first]
+
+
+def _reworded(c, texts_N, ids_N, labels_N, frame, tokenizer):
+  """(`memory.Data.again`, its `again_by`): other wordings of a share of the rows, drawn from (seed, epoch, row)."""
+  texts = lambda: [text for some in texts_N for text in some]
+  change = methods.one_of(c.augment, methods.known(texts=texts), where='data.augment')
+
+  def row_of(row, epoch, seed):
+    rng = np.random.default_rng((seed, epoch, row))
+    return ids_N[row] if rng.random() >= c.augment_share else [
+        tokenizer.encode(change(text, rng)) for text in texts_N[row]]
+
+  def again(rows_B: np.ndarray, epoch: int, seed: int) -> Labelled:
+    return _rows([row_of(row, epoch, seed) for row in rows_B.tolist()], labels_N[rows_B], frame, c.length)[0]
+  digest = hashlib.sha256(json.dumps(texts_N).encode()).hexdigest()
+  return again, {'methods': list(c.augment), 'share': c.augment_share, 'texts': digest}

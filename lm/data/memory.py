@@ -1,7 +1,7 @@
 """Sets that fit in memory, as batches that are a pure function of (seed, step): what fine-tuning reads.
 
-A module that fine-tuning reads from (`lm.data.labelled`, `lm.data.sft`) has the names of `lm.data.loader`: `prepare`,
-`check`, `train_batches`, `eval_batches`. It makes a `Data` and takes the last two from here.
+A module that fine-tuning reads from (`lm.data.labelled`, `lm.data.conversations`) has the names of `lm.data.loader`:
+`prepare`, `check`, `train_batches`, `eval_batches`. It makes a `Data` and takes all but the first from here.
 Shapes: N rows of a split, B rows of a batch.
 """
 
@@ -32,7 +32,8 @@ class Data:
     config: has `batch` and `threads`.
     splits: 'train' and 'validation', perhaps 'test': rows.
     blank: one row that counts nowhere, which fills up an evaluation's last batch.
-    again: (numbers of training rows, epoch) -> those rows, where an epoch's differ from `splits` (augmentation).
+    again: (numbers of training rows, epoch, seed) -> those rows, where an epoch's differ from `splits` (augmentation).
+    again_by: json-able, what `again` does and with what; '' = there is none.
   """
 
   config: Any
@@ -40,7 +41,8 @@ class Data:
   tokenizer: Tokenizer
   splits: dict[str, Rows]
   blank: Rows
-  again: Callable[[np.ndarray, int], Rows] | None = None
+  again: Callable[[np.ndarray, int, int], Rows] | None = None
+  again_by: Any = ''
 
   def rows(self, split: str) -> int:
     return len(jax.tree.leaves(self.splits[split])[0])
@@ -54,7 +56,24 @@ class Data:
   def fingerprint(self) -> dict[str, Any]:
     """All that decides the batches, json-able."""
     found = {name: sha256(rows) for name, rows in self.splits.items()}
-    return {'rows': found, 'tokenizer': self.tokenizer.sha256, 'seed': self.seed, 'batch': self.config.batch}
+    known = {'rows': found, 'tokenizer': self.tokenizer.sha256, 'seed': self.seed, 'batch': self.config.batch}
+    return known | ({'again': self.again_by} if self.again_by else {})
+
+
+def check_config(c: Any, shortest: int) -> None:
+  """ConfigError unless the fields that all sets in memory have are in range; `shortest`: the least `length`."""
+  for name, low in (('length', shortest), ('batch', 1), ('threads', 0)):
+    if getattr(c, name) < low:
+      raise ConfigError(f'data.{name}={getattr(c, name)}; expected at least {low}')
+  if not 0 < c.validation_fraction < 1:
+    raise ConfigError(f'data.validation_fraction={c.validation_fraction}; expected a share between 0 and 1')
+
+
+def check_paths(c: Any) -> None:
+  """ConfigError unless the fields `corpus` and `tokenizer` are set."""
+  for name in ('corpus', 'tokenizer'):
+    if not getattr(c, name):
+      raise ConfigError(f'data.{name} is empty; expected a path; e.g. --set data.{name}=...')
 
 
 def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
@@ -112,7 +131,7 @@ def train_batches(data: Data, sharding: jax.sharding.Sharding, start_step: int =
     epoch, at = divmod(int(step), per_epoch)
     chosen = epoch_order(epoch)[at * B + rows]
     if data.again is not None:
-      return data.again(chosen, epoch)
+      return data.again(chosen, epoch, data.seed)
     return jax.tree.map(lambda x: x[chosen], data.splits['train'])
   return placing.batches(arrays, placing.ENDLESS, B, data.config.threads, sharding, start_step)
 

@@ -4,7 +4,7 @@ A report names examples by where they were read and never shows their text. Noth
 examples and rules give the same report.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import importlib
 import os
@@ -25,7 +25,7 @@ CHECKS = {
 KINDS = tuple(kind for kinds in CHECKS.values() for kind in kinds)
 BOILERPLATE = ('as an ai language model', 'i am an ai language model', 'lorem ipsum', 'all rights reserved',
                '作为一个ai', '作为一个人工智能', '作为ai语言模型', '作为人工智能语言模型', '版权所有', '不得转载')
-_PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
+PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 _HASHES, _BANDS = 120, 20  # a pair of similarity 0.8 is a candidate with probability 0.998
 _CHINESE = ('zh', 'yue', 'wuu')
 
@@ -113,7 +113,7 @@ class Report:
       ratio = max(self.classes.values()) / min(self.classes.values())
       out.append(f'classes      {line(self.classes)}  largest/smallest {ratio:.2f}')
     for name, values in self.lengths.items():
-      spots = '  '.join(f'{p}%: {v}' for p, v in zip(_PERCENTILES, values, strict=True))
+      spots = '  '.join(f'{p}%: {v}' for p, v in zip(PERCENTILES, values, strict=True))
       out.append(f'characters   {name}  {spots}')
     if self.longer[1]:
       out.append(f'preferences  chosen answer longer in {part(*self.longer)}')
@@ -128,12 +128,14 @@ class Report:
     return '\n'.join([*out, *(f'note: {note}' for note in self.notes)])
 
 
-def check(examples: Iterable[Example], rules: Rules | None = None) -> Report:
+def check(examples: Iterable[Example], rules: Rules | None = None,
+          watch: Callable[[Sequence], Iterable] = iter) -> Report:
   """Looks at every example; nothing is changed or left out (`keep` does that).
 
   Of a conversation the system turn is not looked at. Duplicates are the same but for case, space and compatibility
   forms; the first of several is none, nor the first of several that are nearly the same. Contradictory are all of one
-  text with several labels, and preferences that others have the other way round.
+  text with several labels, and preferences that others have the other way round. The three passes that take long go
+  through `watch`, such as a progress bar.
 
   Raises:
     ConfigError: near duplicates are asked for and the library `rensa` is not installed.
@@ -141,9 +143,11 @@ def check(examples: Iterable[Example], rules: Rules | None = None) -> Report:
   examples, rules = list(examples), rules or Rules()
   name, identify = scan.identifier()
   parts = [texts(example) for example in examples]
-  spoken = ['zh' if code in _CHINESE else code for code in (scan.language('\n'.join(p), identify) for p in parts)]
+  spoken = ['zh' if code in _CHINESE else code for code in (
+      scan.language('\n'.join(p), identify) for p in watch(parts))]
   found = [*_languages(spoken, rules), *_labels(examples, rules), *_lengths(parts, spoken, rules),
-           *_contents(parts, rules), *((i, kind, _of(examples, i, j)) for i, kind, j in _duplicates(parts, rules.near))]
+           *_contents(parts, rules, watch),
+           *((i, kind, _of(examples, i, j)) for i, kind, j in _duplicates(parts, rules.near, watch))]
   findings = sorted((Finding(i, examples[i].origin, kind, detail) for i, kind, detail in found),
                     key=lambda f: (f.number, KINDS.index(f.kind)))
   sizes = {code: [_size(p) for p, is_code in zip(parts, spoken, strict=True) if (is_code == 'zh') == (code == 'zh')]
@@ -155,7 +159,7 @@ def check(examples: Iterable[Example], rules: Rules | None = None) -> Report:
   return Report(
       len(examples), tuple(findings), _counted(spoken),
       _counted(e.label for e in examples if isinstance(e, Labelled) and e.label),
-      {code: tuple(np.percentile(values, _PERCENTILES, method='inverted_cdf').astype(int).tolist())
+      {code: tuple(np.percentile(values, PERCENTILES, method='inverted_cdf').astype(int).tolist())
        for code, values in sizes.items() if values},
       (sum(len(e.chosen) > len(e.rejected) for e in pairs), len(pairs)), tuple(notes))
 
@@ -178,7 +182,7 @@ def keep(examples: Sequence[Example], report: Report, drop: Sequence[str] = KIND
 def texts(example: Example) -> tuple[str, ...]:
   """The texts of an example, what is asked before what is answered; no system turns, no labels."""
   if isinstance(example, Labelled):
-    return (example.text,)
+    return example.texts
   if isinstance(example, Instruction):
     return tuple(filter(None, (example.instruction, example.input, example.output)))
   if isinstance(example, Chat):
@@ -208,14 +212,14 @@ def _labels(examples: Sequence[Example], rules: Rules) -> _Found:
   labels: dict[str, set[str]] = {}
   for i, e in enumerate(examples):
     if isinstance(e, Labelled):
-      labels.setdefault(scan.fold(e.text), set()).add(e.label or '')
+      labels.setdefault(scan.fold('\n'.join(e.texts)), set()).add(e.label or '')
       if not e.label or not e.label.strip():
         yield i, 'label missing', ''
       elif rules.classes and e.label not in rules.classes:
         yield i, 'label unknown', ''
   preferred = {(e.prompt, e.chosen, e.rejected) for e in examples if isinstance(e, Preference)}
   for i, e in enumerate(examples):
-    if isinstance(e, Labelled) and len(labels[scan.fold(e.text)] - {''}) > 1:
+    if isinstance(e, Labelled) and len(labels[scan.fold('\n'.join(e.texts))] - {''}) > 1:
       yield i, 'label contradictory', ''
     if isinstance(e, Preference) and (e.prompt, e.rejected, e.chosen) in preferred:
       yield i, 'label contradictory', ''
@@ -229,10 +233,10 @@ def _lengths(parts: Sequence[tuple[str, ...]], spoken: Sequence[str], rules: Rul
       yield i, 'too short' if size < low else 'too long', f'{size} characters'
 
 
-def _contents(parts: Sequence[tuple[str, ...]], rules: Rules) -> _Found:
+def _contents(parts: Sequence[tuple[str, ...]], rules: Rules, watch: Callable) -> _Found:
   boilerplate, profane = scan.finder(rules.boilerplate), scan.finder(rules.words)
   shared = _shared_lines(parts, rules.shared)
-  for i, some in enumerate(parts):
+  for i, some in enumerate(watch(parts)):
     if any(map(scan.control, some)):
       yield i, 'control characters', ''
     if any(map(scan.damaged, some)):
@@ -267,7 +271,8 @@ def _of(examples, number, other):
       f' in split {elsewhere}' if elsewhere != examples[number].split else '')
 
 
-def _duplicates(parts: Sequence[tuple[str, ...]], near: float | None) -> Iterator[tuple[int, str, int]]:
+def _duplicates(parts: Sequence[tuple[str, ...]], near: float | None, watch: Callable
+                ) -> Iterator[tuple[int, str, int]]:
   """(number, kind, number of the earlier one that it repeats)."""
   first: dict[str, int] = {}
   for i, some in enumerate(parts):
@@ -281,7 +286,7 @@ def _duplicates(parts: Sequence[tuple[str, ...]], near: float | None) -> Iterato
   except ImportError as error:
     raise ConfigError("near: rensa is not installed; expected it, or near=None; pip install 'lm[finetune]'") from error
   index, folded = rensa.RMinHashLSH(near, _HASHES, _BANDS), list(first)
-  for k, text in enumerate(folded):
+  for k, text in enumerate(watch(folded)):
     grams = scan.shingles(text)
     if not any(grams):
       continue

@@ -11,11 +11,11 @@ Shapes: N rows of a set, B rows of a batch, T + 1 tokens a row. Conversations sh
 """
 
 import bisect
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 import contextlib
 import dataclasses
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from flax import struct
 import jax
@@ -76,35 +76,10 @@ class Report:
             f'{self.dropped} dropped{dropped}; {self.targets} targets of {self.tokens} tokens')
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Set:
-  """Rows to train on: `examples` is a `packing.Batch` or a `Pair` of [N, T + 1] and [N] arrays."""
-
-  examples: Any
-  report: Report
-
-  def __len__(self) -> int:
-    return len(jax.tree.leaves(self.examples)[0])
-
-  def epoch(self, batch: int, seed: int, number: int) -> Iterator[Any]:
-    """Batches of one training epoch, in an order drawn from (seed, number); a last, partial batch is left out."""
-    if len(self) < batch:
-      raise ConfigError(f'batch={batch}: more than the {len(self)} rows; lower it')
-    order = np.random.default_rng((seed, number)).permutation(len(self))
-    for i in range(0, len(self) - batch + 1, batch):
-      yield jax.tree.map(lambda x, rows=order[i:i + batch]: x[rows], self.examples)
-
-  def once(self, batch: int) -> Iterator[Any]:
-    """All rows in order; the last batch is filled up with rows of padding, which hold no target."""
-    for i in range(0, len(self), batch):
-      fill = max(0, i + batch - len(self))
-      yield jax.tree.map(lambda x, i=i, fill=fill: np.pad(x[i:i + batch], [(0, fill)] + [(0, 0)] * (x.ndim - 1)),
-                         self.examples)
-
-
 def conversations(found: Iterable[Sequence[chat.Message]], template: chat.Template, tokenizer: Tokenizer, length: int,
-                  *, loss: Literal['assistant', 'last', 'all'] = 'assistant', pack: bool = True, seed: int = 0) -> Set:
-  """The conversations as a `packing.Batch` of all rows.
+                  *, loss: Literal['assistant', 'last', 'all'] = 'assistant', pack: bool = True, seed: int = 0
+                  ) -> tuple[packing.Batch, Report]:
+  """The conversations as a `packing.Batch` of all rows: [N, T + 1].
 
   Args:
     found: messages of each, see `chat.check`; what follows the end of the last answer is left out.
@@ -133,11 +108,12 @@ def conversations(found: Iterable[Sequence[chat.Message]], template: chat.Templa
     batch = _batch(rows, [fit.row(i) for i in range(fit.rows)], length + 1)
   else:
     batch = _batch(rows, None, length + 1)
-  return Set(batch, tally.report([batch]))
+  return batch, tally.report([batch])
 
 
-def pairs(found: Iterable[Preference], template: chat.Template, tokenizer: Tokenizer, length: int) -> Set:
-  """The preferences as a `Pair` of all rows; a prompt that is too long is cut alike for both answers.
+def pairs(found: Iterable[Preference], template: chat.Template, tokenizer: Tokenizer, length: int
+          ) -> tuple[Pair, Report]:
+  """The preferences as a `Pair` of all rows: [N, T + 1], and [N]. A prompt too long is cut alike for both answers.
 
   A pair whose answers are the same, or become so when they are cut, is dropped. Raises what `conversations` does.
   """
@@ -152,7 +128,7 @@ def pairs(found: Iterable[Preference], template: chat.Template, tokenizer: Token
   sides = [[rows[side] for rows in tally.kept] for side in (0, 1)]
   batches = [_batch(rows, None, length + 1) for rows in sides]
   last = [np.array([len(row.ids) - 1 for row in rows], np.int32) for rows in sides]
-  return Set(Pair(*batches, *last), tally.report(batches))
+  return Pair(*batches, *last), tally.report(batches)
 
 
 class _Row(NamedTuple):

@@ -1,0 +1,316 @@
+"""Labelled texts and pairs as rows, other wordings of them, the classification loss, and learning from them."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lm import classification, config, nn, optim, params, run, sharding
+from lm.data import labelled, memory, quality, splits
+from lm.data.examples import Labelled
+from lm.errors import ConfigError, DataError
+from lm.losses import classify
+from lm.models import deberta, decoder, encoder, hf
+from lm.text import augment, noise, tokenizer as tokenizers, vocabulary
+
+SHAPE = dict(vocab=300, length=32, layers=1, embed=16, heads=2, head_dim=8, mlp=32, scan_layers=False)
+MODEL = encoder.Config(**SHAPE, dropout=nn.Dropout())
+KINDS = {classification.Encoder: MODEL,
+         classification.Disentangled: deberta.Config(relative=16, **SHAPE, dropout=nn.Dropout()),
+         classification.Decoder: decoder.Config(kv_heads=2, **SHAPE)}
+WORDS = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *'abcdefgh天地玄黄']
+ROBERTA = {'<s>': 0, '<pad>': 1, '</s>': 2, '<unk>': 3, '<mask>': 4}
+ENGLISH = 'The camera works very well, and the battery lasts for 3 days. Shipping was slow.'
+CHINESE = '这部电影真的很好看，演员的表演也很自然。我不会退货，已经看了 3 遍。'
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  root = tmp_path_factory.mktemp('t')
+  texts = ['good film 好电影 bad film 坏电影 the a of'] * 20
+  tokenizers.train_sentencepiece(texts, root / 'x.model', vocab=282, control_symbols=('[CLS]', '[SEP]', '[MASK]'))
+  (root / 'vocab.txt').write_text('\n'.join(WORDS) + '\n')
+  return root
+
+
+def prepared(root, rows, encoder=True, seed=0, tokenizer='x.model', **fields):
+  """`labelled.prepare` of records, each (text, label, split) or (text, second text, label, split)."""
+  names = ('text', 'text_pair', 'label', 'split')
+  records = [dict(zip(names if len(row) == 4 else (names[0], *names[2:]), row, strict=True)) for row in rows]
+  records = [{k: v for k, v in record.items() if v is not None} for record in records]
+  (root / 'rows.jsonl').write_text('\n'.join(json.dumps(r, ensure_ascii=False) for r in records), encoding='utf-8')
+  fields = {'length': 12, 'batch': 4, 'threads': 0} | fields
+  where = tokenizer if tokenizer == 'byte' else str(root / tokenizer)
+  return labelled.prepare(labelled.Config(str(root / 'rows.jsonl'), tokenizer=where, **fields), '', seed, encoder)
+
+
+def films(n=64, split='train'):
+  for i in range(n):
+    good = i % 2 == 0
+    yield ('good film ' if good else 'bad film ') + '好坏'[not good] * (i % 3), 'py'[good], split
+
+
+def place():
+  return sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
+
+
+def some(batches, n):
+  return [jax.device_get(batch) for _, batch in zip(range(n), batches, strict=False)]
+
+
+def test_rows_have_their_special_tokens_and_are_cut_at_the_end(root, capsys):
+  data = prepared(root, [('good film', 'yes', 'train'), ('bad ' * 40, 'no', 'train'), ('好电影', 'yes', 'validation')],
+                  length=15)
+  special, rows = vocabulary.special_ids(data.tokenizer), data.splits['train']
+  assert capsys.readouterr().out == 'train: 1 of 2 rows cut to data.length=15 tokens\n'
+  assert rows.labels_B.tolist() == [1, 0] and rows.types_BT is None
+  ids = data.tokenizer.encode('good film').tolist()
+  n = len(ids) + 2
+  assert rows.ids_BT[0].tolist() == [special.cls, *ids, special.sep] + [special.pad] * (15 - n)
+  assert rows.segments_BT[0].tolist() == [1] * n + [0] * (15 - n)
+  assert rows.ids_BT[1, -1] == special.sep and rows.segments_BT[1].all()
+
+
+def test_epochs_are_permutations_and_evaluation_is_complete(root):
+  data = prepared(root, [*films(22), *films(5, 'validation')])
+  assert memory.steps_per_epoch(data) == 5
+  batches = some(labelled.train_batches(data, place()), 5)
+  for at, batch in enumerate(batches):
+    chosen = memory.order(data, 0)[4 * at:4 * at + 4]
+    np.testing.assert_array_equal(batch.ids_BT, data.splits['train'].ids_BT[chosen])
+  batches = some(labelled.eval_batches(data, 'validation', 4, place()), 9)
+  assert [b.labels_B.tolist() for b in batches] == [[1, 0, 1, 0], [1, -1, -1, -1]]
+
+
+@pytest.mark.parametrize(('bad', 'message'), [
+    (('good', None, 'train'), 'no field label'), (('', 'y', 'train'), 'field text: nothing but space'),
+    (('good', 'maybe', 'validation'), "label 'maybe' is not among those of the training split")])
+def test_what_cannot_be_learned_from_is_named(root, bad, message):
+  with pytest.raises(DataError, match=f'rows.jsonl:5: .*{message}'):
+    prepared(root, [*films(4), bad])
+
+
+def test_one_class_is_refused(root):
+  with pytest.raises(DataError, match='expected at least two'):
+    prepared(root, [('good', 'yes', 'train')])
+
+
+def test_the_loss_is_the_mean_over_real_rows():
+  logits_BC = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
+  batch = labelled.Labelled(jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2), jnp.int32), jnp.array([2, 0, -1, 1]))
+  terms, metrics = classify.loss({}, batch, None, logits=lambda p, ids_BT, **_: logits_BC)
+  p_BC = np.exp(logits_BC) / np.exp(logits_BC).sum(1, keepdims=True)
+  want = -np.log([p_BC[0, 2], p_BC[1, 0], p_BC[3, 1]])
+  assert float(terms['nll'].total) == pytest.approx(want.sum(), rel=1e-5)
+  assert float(terms['nll'].weight) == 3
+  right = [int(np.argmax(logits_BC[i])) == label for i, label in ((0, 2), (1, 0), (3, 1))]
+  assert float(metrics['accuracy'].total) == sum(right)
+
+
+def task_config(kind, data, steps=60):
+  return kind(model=KINDS[kind], data=data.config, optim=optim.Config(lr=3e-3, schedule='linear', steps=steps, warmup=6,
+                                                                      b2=0.98, weight_decay=0.01))
+
+
+def parameters(c):
+  return jax.jit(lambda key: params.init(classification.task(c).base, key))(jax.random.key(1))
+
+
+@pytest.mark.parametrize('kind', [classification.Encoder, classification.Disentangled])
+def test_a_word_that_decides_is_learned_in_memory(root, kind, monkeypatch):
+  data = prepared(root, [*films(64), *films(20, 'validation')], length=16, batch=16)
+  c = task_config(kind, data)
+  p = parameters(c)
+  kept, traced, loss = jax.tree.map(np.asarray, p), [], classify.loss
+  monkeypatch.setattr(classify, 'loss', lambda *args, **named: traced.append(1) or loss(*args, **named))
+  assert classification.accuracies(c, p | {'mlm': jnp.zeros(3)}, data, 1) == [1.0]
+  jax.tree.map(np.testing.assert_array_equal, kept, jax.tree.map(np.asarray, p))  # the given parameters are not used up
+  once = len(traced)
+  assert len(classification.accuracies(config.replace(c, optim__steps=2, optim__warmup=1), p, data, 3)) == 3
+  assert len(traced) == 2 * once  # three seeds, compiled once
+
+
+def test_in_memory_it_is_the_run_of_a_seed(root, tmp_path):
+  rng = np.random.default_rng(0)  # some labels are wrong, so that seeds differ
+  rows = [(text, 'py'[(label == 'y') ^ (rng.random() < 0.3)], split)
+          for text, label, split in (*films(64), *films(40, 'validation'))]
+  data = prepared(root, rows, length=16, batch=16)
+  c = config.replace(task_config(classification.Encoder, data, 12), optim__lr=1e-2, checkpoint__metric='val_accuracy',
+                     checkpoint__mode='max', model__dropout=nn.Dropout(0.1, 0.1, 0.1, 0.1), model__scan_layers=True)
+  p = parameters(c)
+  hf.save(tmp_path / 'base', c.model, jax.device_get(p))
+  found = classification.accuracies(c, p, data, 2)
+  c = config.replace(c, init_from=str(tmp_path / 'base'), seed=1)
+  assert found[1] == pytest.approx(run.run(c, classification.task(c), tmp_path / 'run')['val_accuracy'])
+  assert 0.2 < found[1] < 0.9
+
+
+def bert(tokens_a, tokens_b, room):
+  """google-research/bert, run_classifier.py: _truncate_seq_pair."""
+  while len(tokens_a) + len(tokens_b) > room:
+    (tokens_a if len(tokens_a) > len(tokens_b) else tokens_b).pop()
+
+
+def test_the_longer_text_of_a_pair_gives_way(root, capsys):
+  rng, rows = np.random.default_rng(0), []
+  for _ in range(300):
+    rows.append((*(' '.join(rng.choice(list('abcdefgh天地玄黄'), rng.integers(1, 14))) for _ in range(2)),
+                 'xy'[len(rows) % 2], 'train'))
+  data = prepared(root, rows, tokenizer='vocab.txt', length=13)
+  found, cut = data.splits['train'], 0
+  for i, (a, b, *_) in enumerate(rows):
+    a, b = ([WORDS.index(word) for word in text.split()] for text in (a, b))
+    cut += len(a) + len(b) > 10
+    bert(a, b, 10)
+    pad = [0] * (10 - len(a) - len(b))
+    assert found.ids_BT[i].tolist() == [2, *a, 3, *b, 3, *pad]
+    assert found.types_BT[i].tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1) + pad
+    assert found.segments_BT[i].tolist() == [1] * (len(a) + len(b) + 3) + pad
+  assert f'train: {cut} of 300 rows cut' in capsys.readouterr().out and 50 < cut < 250
+
+
+def test_pairs_of_roberta_and_of_decoders(root, monkeypatch):
+  rows = [('good film', '坏电影', 'xy'[i % 2], 'train') for i in range(4)]
+  monkeypatch.setattr(labelled.memory, 'read_tokenizer', lambda path: dataclasses.replace(
+      tokenizers.load(root / 'x.model'), control=ROBERTA))
+  data = prepared(root, rows, length=40)
+  a, b = (data.tokenizer.encode(text).tolist() for text in rows[0][:2])
+  want = [0, *a, 2, 2, *b, 2]
+  assert data.splits['train'].ids_BT[0].tolist() == want + [1] * (40 - len(want))
+  assert data.splits['train'].types_BT is None
+  monkeypatch.undo()
+  found = prepared(root, rows, encoder=False, tokenizer='byte', length=40)
+  ids = found.splits['train'].ids_BT[0][found.splits['train'].segments_BT[0] > 0]
+  assert found.tokenizer.decode(ids[:-1]) == 'good film\n坏电影' and ids[-1] == found.tokenizer.eos_id
+  found = prepared(root, rows, encoder=False, length=40).splits['train']
+  assert found.ids_BT[0][found.segments_BT[0] > 0].tolist() == [*a, *data.tokenizer.encode('a\n')[-1:], *b, 1]
+
+
+@pytest.mark.parametrize('rows, fields, message', [
+    ([('a', 'b', 'x', 'train'), ('a', None, 'y', 'train')], {}, 'rows.jsonl:2: no field text_pair, which other'),
+    ([('a', ' ', 'x', 'train')], {}, 'rows.jsonl:1: field text_pair: nothing but space'),
+    ([('a', 3, 'x', 'train')], {}, 'rows.jsonl:1: field text_pair: found the number 3; expected a string'),
+    ([('a', 'b', 'x', 'train'), ('a', 'b', 'y', 'train')], {'length': 4}, 'data.length=4; expected at least 5')])
+def test_pairs_that_are_wrong(root, rows, fields, message):
+  with pytest.raises((ConfigError, DataError), match=message):
+    prepared(root, rows, **fields)
+
+
+@pytest.mark.parametrize('c', [labelled.Config(), labelled.Config(split='stratified'), labelled.Config(folds=3)])
+def test_a_pair_is_one_text_of_the_splits(c):
+  """The same two texts, in whatever case and space, share a part; those that share the first alone need not."""
+  found = [Labelled('The  Film', 'xy'[i % 2], text_pair=f'Number {i}') for i in range(60)]
+  found += [Labelled('the film ', e.label, text_pair=e.text_pair.upper()) for e in found]
+  parts = labelled.assigned(found, c, 0)
+  assert parts[:60] == parts[60:] and set(parts) == {'train', 'validation'}
+  turned = [dataclasses.replace(e, text=e.text_pair, text_pair=e.text) for e in found]
+  assert c.split != 'hash' or c.folds or labelled.assigned(turned, c, 0) != parts
+  key = splits.duplicate_key('\0'.join(('a b', 'c')))
+  assert key != splits.duplicate_key('\0'.join(('a', 'b c')))
+
+
+def test_a_pair_is_one_text_of_the_quality_check():
+  texts = [('The weather is nice.', 'It rains a lot here.', 'yes'), ('The weather is nice.', 'The sun shines.', 'no'),
+           ('the weather is  nice.', 'It rains a lot here.', 'no'), ('The sun shines.', 'The weather is nice.', 'yes')]
+  found = quality.check([Labelled(a, label, text_pair=b) for a, b, label in texts], quality.Rules(near=None)).findings
+  kinds = {i: {f.kind for f in found if f.number == i} for i in range(4)}
+  assert kinds == {0: {'label contradictory'}, 1: set(), 2: {'label contradictory', 'duplicate'}, 3: set()}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_second_text_decides(root, kind):
+  rows = [(f'{"good" if i & 2 else "bad"} film', f'{"good" if i & 1 else "bad"} film', 'xy'[i & 1], split)
+          for split, n in (('train', 64), ('validation', 16)) for i in range(n)]
+  data = prepared(root, rows, length=32, batch=16, encoder=kind is not classification.Decoder)
+  c = config.replace(task_config(kind, data), optim__lr=1e-2)
+  assert classification.accuracies(c, parameters(c), data, 1) == [1.0]
+
+
+def test_token_types_reach_the_model(root):
+  data = prepared(root, [('good', 'bad', 'xy'[i == 3], 'train') for i in range(4)])
+  c = config.replace(task_config(classification.Encoder, data), model__std=0.5)
+  task = classification.task(c)
+  p, batch = (jax.jit(lambda key: params.init(task.specs, key))(jax.random.key(0)), data.splits['train'])
+  loss = lambda batch: float(task.eval_loss(p, batch, None)[1]['loss'].total)
+  untyped = loss(batch.replace(types_BT=None))
+  assert abs(loss(batch) - untyped) > 1e-3
+  assert loss(batch.replace(types_BT=np.zeros_like(batch.types_BT))) == pytest.approx(untyped)
+
+
+REWORDED = [(f'{text} {i}', 'xy'[i % 2], 'train') for text in (ENGLISH, CHINESE) for i in range(20)]
+METHODS = ('typos:0.2+homophones:0.3', 'punctuation:0.9+case:0.5')
+
+
+def reworded(root, rows=REWORDED, seed=0, **fields):
+  held_out = [(*row[:-2], row[-2], 'validation') for row in rows[:7]]
+  return prepared(root, [*rows, *held_out], seed=seed, tokenizer='byte', encoder=False,
+                  **{'length': 200, 'augment': METHODS, 'augment_share': 0.5} | fields)
+
+
+def texts_of(data, batch):
+  return [data.tokenizer.decode(ids[:n - 1]) for ids, n in zip(batch.ids_BT, batch.segments_BT.sum(1), strict=True)]
+
+
+def test_an_epoch_has_other_wordings_of_its_share_of_training_rows(root):
+  data, plain = reworded(root), reworded(root, augment=())
+  every = np.arange(40)
+  epochs = [texts_of(data, data.again(every, epoch, 0)) for epoch in range(8)]
+  changed = np.array([[new != old for new, old, *_ in zip(texts, (r[0] for r in REWORDED), strict=True)]
+                      for texts in epochs])
+  assert 0.3 < changed[:, :20].mean() <= 0.6 and 0.3 < changed[:, 20:].mean() <= 0.6  # English, Chinese
+  assert changed.any(0).all() and not changed.all(1).any() and len({tuple(texts) for texts in epochs}) == 8
+  assert all(augment.keeps(new, old) for texts in epochs for new, (old, *_) in zip(texts, REWORDED, strict=True))
+  np.testing.assert_array_equal(data.again(every, 3, 0).labels_B, plain.splits['train'].labels_B)
+  for part in ('train', 'validation'):  # what is evaluated has its own words
+    jax.tree.map(np.testing.assert_array_equal, data.splits[part], plain.splits[part])
+
+
+def test_a_wording_is_a_function_of_seed_epoch_and_row(root):
+  data = reworded(root)
+  rows = data.again(np.arange(40), 1, 0)
+  few = data.again(np.array([7, 31]), 1, 0)
+  np.testing.assert_array_equal(few.ids_BT, rows.ids_BT[[7, 31]])
+  assert not np.array_equal(rows.ids_BT, data.again(np.arange(40), 1, 5).ids_BT)
+  one = reworded(root, augment=('typos:0.5',), augment_share=1.0)
+  rng = np.random.default_rng((0, 2, 3))
+  rng.random()
+  assert texts_of(one, one.again(np.array([3]), 2, 0)) == [noise.typos(0.5)(REWORDED[3][0], rng)]
+  straight = some(labelled.train_batches(data, place()), 25)
+  resumed = some(labelled.train_batches(reworded(root), place(), 13), 12)
+  jax.tree.map(np.testing.assert_array_equal, straight[13:], resumed)
+  assert not np.array_equal(straight[0].ids_BT, some(labelled.train_batches(dataclasses.replace(data, seed=1), place()),
+                                                     1)[0].ids_BT)
+
+
+def test_both_texts_of_a_pair_are_reworded(root):
+  data = reworded(root, [(a, b, 'xy'[i % 2], 'train') for i, (a, b) in enumerate([(ENGLISH, CHINESE)] * 8)],
+                  length=300, augment_share=1.0, augment=('typos:0.5+homophones:0.5',))
+  for text in texts_of(data, data.again(np.arange(8), 0, 0)):
+    a, b = text.split('\n')
+    assert a != ENGLISH and b != CHINESE and augment.keeps(ENGLISH, a) and augment.keeps(CHINESE, b)
+
+
+def test_the_fingerprint_knows_the_wordings(root):
+  found = [reworded(root), reworded(root, augment=METHODS[:1]), reworded(root, augment_share=0.6),
+           reworded(root, augment=()), reworded(root, [(t + '!', *rest) for t, *rest in REWORDED], length=20),
+           reworded(root, length=20)]
+  prints = [json.dumps(data.fingerprint, sort_keys=True) for data in found]
+  assert len(set(prints)) == len(prints) and json.dumps(reworded(root).fingerprint, sort_keys=True) == prints[0]
+  assert 'again' not in found[3].fingerprint
+  assert json.loads(prints[0]) == found[0].fingerprint  # as a checkpoint gives it back
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(augment=('typo',)), 'data.augment=typo: unknown; did you mean typos'),
+    (dict(augment=('typos+xyz',)), 'data.augment=xyz: unknown; see python -m scripts.augment --list'),
+    (dict(augment=('typos:2',)), 'data.augment=typos:2: rate 2.0; expected 0 to 1'),
+    (dict(augment=('typos:x',)), "data.augment=typos:x: 'x' is no number"),
+    (dict(augment_share=0.0), 'data.augment_share=0.0; expected a share above 0'),
+    (dict(validation_fraction=1.0), 'data.validation_fraction=1.0; expected a share'),
+    (dict(threads=-1), 'data.threads=-1; expected at least 0')], ids=str)
+def test_mistakes_in_a_config(change, message):
+  with pytest.raises(ConfigError, match=message):
+    labelled.Config(**change)
