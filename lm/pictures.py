@@ -1,4 +1,4 @@
-"""Pictures of results: a confusion matrix, curves over runs, bars of methods; PNG files, written in one move.
+"""Pictures: a confusion matrix, curves over runs, bars of methods, lengths by label; PNG files, written in one move.
 
 A name is drawn as it is where an installed font has its characters; what no font has is written as \\uXXXX, so that no
 name becomes boxes.
@@ -22,6 +22,7 @@ from lm.text import tokenizer
 _LONGEST = 32  # characters of a name
 _NUMBERED = 20  # classes up to which the cells of a confusion matrix say their number
 _NAMED = 60  # names that fit on an axis
+_DRAWN = 8  # histograms that can be told apart
 _PREFERRED = ('Noto Sans CJK', 'Noto Sans SC', 'Source Han Sans', 'WenQuanYi', 'Microsoft YaHei', 'PingFang', 'SimHei')
 # Fonts that draw boxes, or other glyphs than the characters say, or in colours, which fails.
 _UNFIT = re.compile('.*(Last ?Resort|Emoji)|cm[a-z]+10$|STIX(Non|Size)')
@@ -112,6 +113,51 @@ def bars(path: str | os.PathLike, intervals: Mapping[str, metrics.Interval], xla
   return _save(figure, path)
 
 
+def lengths(path: str | os.PathLike, sizes: Mapping[str, Sequence[int]], unit: str = 'characters', limit: int = 0,
+            title: str = '') -> pathlib.Path:
+  """Draws how long the items of each label are, as shares of the label, and how many items each has, most first.
+
+  Args:
+    sizes: {label: length of each item}; labels beyond the 8 with the most items share a histogram, beyond 60 a bar.
+    limit: a length to mark; 0 = none.
+  """
+  if not sizes or not all(map(len, sizes.values())):
+    raise ConfigError('sizes: expected at least one label, and at least one length for each')
+  by_count = sorted(sizes.items(), key=lambda item: -len(item[1]))
+  family, names, (unit, title) = _legible([name for name, _ in by_count], [unit, title])
+  found = [(name, list(some)) for name, (_, some) in zip(names, by_count, strict=True)]
+  drawn, named = _first(found, _DRAWN), _first(found, _NAMED)
+  figure, (left, right) = _figure(12, max(4, 1.5 + 0.25 * len(named)), columns=2)
+  most = max(max(some) for _, some in found)
+  edges = np.unique(np.geomspace(1, max(most, limit, 1) + 1, 41).round())
+  for name, some in drawn:
+    left.hist(np.maximum(some, 1), edges, weights=np.full(len(some), 1 / len(some)), histtype='step', label=name)
+  if limit:
+    left.axvline(limit, color='black', ls='--', label=f'limit {limit:,}')
+  left.set_xscale('log')
+  left.set_xlabel(unit, fontfamily=family)
+  left.set_ylabel('share of the label')
+  left.legend(prop={'family': family})
+  at = np.arange(len(named))
+  for y, (_, some) in enumerate(named):
+    right.annotate(f'{len(some):,}', (len(some), y), (4, 0), textcoords='offset points', va='center', fontsize='small')
+  right.barh(at, [len(some) for _, some in named], color=[f'C{min(i, _DRAWN)}' for i in at], alpha=0.6)
+  right.set_yticks(at, [name for name, _ in named], fontfamily=family)
+  right.invert_yaxis()
+  right.margins(x=0.12)
+  right.set_xlabel('items')
+  figure.suptitle(title, fontfamily=family)
+  return _save(figure, path)
+
+
+def _first(found, most):
+  """The first of (name, lengths), and all others as one where there are more than `most`."""
+  if len(found) <= most:
+    return found
+  rest = found[most - 1:]
+  return [*found[:most - 1], (f'{len(rest)} others', [n for _, some in rest for n in some])]
+
+
 def _over_runs(runs, level):
   """(every x that a run has, in order; the interval of the finite values there)."""
   at: dict[float, list[float]] = {}
@@ -121,12 +167,12 @@ def _over_runs(runs, level):
   return sorted(at), [metrics.interval(at[x], level) for x in sorted(at)]
 
 
-def _figure(width, height):
-  """(a figure outside pyplot's global state, its axes)."""
+def _figure(width, height, columns=1):
+  """(a figure outside pyplot's global state, its axes: an array where there are several)."""
   import matplotlib.figure  # a second of import
 
   figure = matplotlib.figure.Figure(figsize=(width, height), layout='constrained')
-  return figure, figure.subplots()
+  return figure, figure.subplots(1, columns)
 
 
 def _save(figure, path):

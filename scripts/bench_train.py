@@ -4,6 +4,8 @@ r"""Training speed of the same GPT-2 shapes in this package and in PyTorch, in t
   python -m scripts.bench_train --peer=torch          # needs the oracle extras; interleaved, prints the ratio
   python -m scripts.bench_train --peer=torch --shapes=6x384 --rounds=10
   python -m scripts.bench_train --peer=torch --model=deberta      # or bert, electra: base width, B 4, T 256
+  python -m scripts.bench_train --peer=torch --model=minilm       # fine-tuning to a label, B 32, T 64
+  python -m scripts.bench_train --peer=peft --peft=lora           # SmolLM2-135M, B 4, T 256; --full: and in full
 
 Both sides run whole steps in f32: forward, backward, clip to norm 1, AdamW with decoupled decay, no dropout, random
 ids. Each side lives in a process of its own with all cores; they take turns, a round at a time, so drift of the
@@ -13,6 +15,12 @@ machine's own f32 matmul rate (measured between the rounds) that the model's FLO
 Encoders (--model) take the pretraining step of experiments/{bert,electra,deberta}.py (masking, dropout .1, heads) at
 12 x 768, against the same models of transformers with 15% of the labels set; ELECTRA's is generator, draw and
 discriminator on both sides. BERT is without next sentences, DeBERTa is v1 without its mask decoder, as transformers'.
+MiniLM is `minilm` of experiments/classify.py, trained in full on rows without padding, against
+BertForSequenceClassification.
+
+--peft=lora takes the LoRA step of experiments/lora.py's `smollm2` on random weights (scripts/bench_peft.py) against
+PEFT on the same shape, rank and targets, which --set changes for both. With --full both sides also train in full, and
+the share of that step's time that LoRA's takes is printed for each.
 """
 
 import json
@@ -33,69 +41,100 @@ SHAPES = {  # layers, embed, heads, T, B, V
     '6x384': (6, 384, 6, 256, 16, 65),
     '12x768': (12, 768, 12, 512, 4, 50257),
 }
-ENCODER = 4, 256  # B, T of scripts.bench_encoder
-_PEER = flags.DEFINE_enum('peer', 'none', ['none', 'torch'], 'Whom to compare with.')
+_PEER = flags.DEFINE_enum('peer', 'none', ['none', 'torch', 'peft'], 'Whom to compare with; peft is for --peft.')
 _SHAPES = flags.DEFINE_list('shapes', ['6x384', '12x768'], f'Which of {", ".join(SHAPES)}.')
-_MODEL = flags.DEFINE_enum('model', 'gpt', ['gpt', 'bert', 'electra', 'deberta'], 'What is trained.')
+_MODEL = flags.DEFINE_enum('model', 'gpt', ['gpt', 'bert', 'electra', 'deberta', 'minilm'], 'What is trained.')
+_PEFT = flags.DEFINE_enum('peft', 'none', ['none', 'lora'], 'Fine-tune a decoder with few parameters.')
+_FULL = flags.DEFINE_bool('full', False, 'With --peft: also in full, on both sides.')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
 _STEPS = flags.DEFINE_integer('steps', 0, 'Steps a turn; 0 = about ten seconds.', lower_bound=0)
-_SET = flags.DEFINE_multi_string('set', [], 'Changes to this package\'s config, e.g. --set model.scan_layers=True.')
+_SET = flags.DEFINE_multi_string('set', [], 'Changes to this package\'s config, e.g. --set model.scan_layers=True; '
+                                 'with --peft, to what both sides train.')
 _WORKER = flags.DEFINE_string('worker', '', 'Internal: which side this process is.')
 
 
 def main(argv: list[str]) -> None:
   del argv
-  for shape in _SHAPES.value:
-    if shape not in SHAPES:
-      raise ConfigError(f'--shapes={shape}: unknown; expected some of {", ".join(SHAPES)}')
+  check_flags()
   if _WORKER.value:
     _serve({'lm': _lm, 'torch': _torch, 'matmul': _matmul}[_WORKER.value](*SHAPES[_SHAPES.value[0]]))
     return
-  print(f'{"shape":8} {"side":6} {"tokens/s":>9} {"min":>7} {"max":>7} {"peak MiB":>9} {"of matmul":>9}')
-  if _MODEL.value != 'gpt':
-    _compare(_MODEL.value, *ENCODER)
+  print(f'{"shape":8} {"side":9} {"tokens/s":>9} {"min":>7} {"max":>7} {"peak MiB":>9} {"of matmul":>9}')
+  if _PEFT.value != 'none' or _MODEL.value != 'gpt':
+    _compare(_PEFT.value if _PEFT.value != 'none' else _MODEL.value)
     return
   for shape in _SHAPES.value:
     layers, embed, _, T, B, V = SHAPES[shape]
-    _compare(shape, B, T, 6 * (12 * layers * embed**2 + V * embed) + 12 * layers * embed * T)  # PaLM App. B
+    _compare(shape, B * T, 6 * (12 * layers * embed**2 + V * embed) + 12 * layers * embed * T)  # PaLM App. B
 
 
-def _compare(shape, B, T, flops=None):
-  """flops: of a training token; None = as this package's worker counts them."""
+def check_flags() -> None:
+  for shape in _SHAPES.value:
+    if shape not in SHAPES:
+      raise ConfigError(f'--shapes={shape}: unknown; expected some of {", ".join(SHAPES)}')
+  few = _PEFT.value != 'none'
+  if few and (_MODEL.value != 'gpt' or _PEER.value == 'torch'):
+    raise ConfigError(f'--peft={_PEFT.value}: trains SmolLM2 and compares with PEFT; expected no --model, and '
+                      '--peer=peft or none; drop the other flag')
+  for flag, given in (('peer=peft', _PEER.value == 'peft'), ('full', _FULL.value)):
+    if given and not few:
+      raise ConfigError(f'--{flag}: expected with --peft only; add --peft=lora')
+
+
+def _compare(shape, tokens=None, flops=None):
+  """tokens: of a step. flops: of a training token. None = as the workers count them."""
   sides = ['lm'] + ([_PEER.value] if _PEER.value != 'none' else [])
+  sides += [f'{side} full' for side in sides] if _FULL.value else []
   workers = {side: _Worker(side, shape) for side in [*sides, 'matmul']}
   steps = _STEPS.value or max(1, round(10 / max(w.ask(1)['seconds'] for s, w in workers.items() if s in sides)))
+  said = {side: {'tokens': tokens, 'flops': flops} | workers[side].ask(0) for side in sides}
   rates = {side: [] for side in workers}
   for _ in range(_ROUNDS.value):
-    for side, worker in workers.items():
-      n = 3 if side == 'matmul' else steps
-      rates[side].append(n * (1 if side == 'matmul' else B * T) / worker.ask(n)['seconds'])
-  flops = flops or workers['lm'].ask(0)['flops']
+    for side in sides:
+      rates[side].append(steps * said[side]['tokens'] / workers[side].ask(steps)['seconds'])
+    rates['matmul'].append(3 / workers['matmul'].ask(3)['seconds'])
   peak = 2 * 2048**3 * statistics.median(rates['matmul'])
   for side in sides:
     median = statistics.median(rates[side])
     memory = workers[side].ask(0)['peak'] / 2**20
-    print(f'{shape:8} {side:6} {median:9.0f} {min(rates[side]):7.0f} {max(rates[side]):7.0f} {memory:9.0f} '
-          f'{median * flops / peak:9.2f}', flush=True)
-  if len(sides) == 2:
-    ratios = [a / b for a, b in zip(rates['lm'], rates[sides[1]], strict=True)]
-    print(f'{shape:8} lm / {sides[1]}: {statistics.median(ratios):.3f} (rounds {min(ratios):.3f} to {max(ratios):.3f}; '
-          f'{steps} steps a turn; matmul 2048^3 f32 {peak / 1e9:.0f} GF/s)', flush=True)
+    print(f'{shape:8} {side:9} {median:9.0f} {min(rates[side]):7.0f} {max(rates[side]):7.0f} {memory:9.0f} '
+          f'{median * said[side]["flops"] / peak:9.2f}', flush=True)
+  if _PEER.value != 'none':
+    for a, b in zip(sides[::2], sides[1::2], strict=True):
+      print(f'{shape:8} {a} / {b}: {_ratio(rates[a], rates[b])}; {steps} steps a turn; matmul 2048^3 f32 '
+            f'{peak / 1e9:.0f} GF/s', flush=True)
+  for side in sides if _FULL.value else ():
+    if f'{side} full' in rates:
+      print(f'{shape:8} {side}: step time / in full {_ratio(rates[f"{side} full"], rates[side])}', flush=True)
   for worker in workers.values():
     worker.close()
 
 
+def _ratio(rates, others):
+  """The median over the rounds, and their range."""
+  ratios = [a / b for a, b in zip(rates, others, strict=True)]
+  return f'{statistics.median(ratios):.3f} (rounds {min(ratios):.3f} to {max(ratios):.3f})'
+
+
+def command(side: str, shape: str) -> list[str]:
+  """What the process of a side runs; a side is 'matmul', 'lm', a peer, or with ' full' behind it."""
+  who, *full = side.split()
+  changes = [f'--set={item}' for item in _SET.value]
+  module = [sys.executable, '-m']
+  if who != 'matmul' and _PEFT.value != 'none':
+    return [*module, 'scripts.bench_peft', f'--side={who}', *(f'--{word}' for word in full), *changes]
+  changes = changes if who == 'lm' else []
+  if who != 'matmul' and _MODEL.value != 'gpt':
+    return [*module, 'scripts.bench_encoder', f'--side={who}', f'--model={_MODEL.value}', *changes]
+  shapes = [f'--shapes={shape}'] if shape in SHAPES else []
+  return [*module, 'scripts.bench_train', f'--worker={who}', *shapes, *changes]
+
+
 class _Worker:
-  """A process that runs steps when asked: {'seconds', 'peak'} in JSON, a line each way."""
+  """A process that runs steps when asked: {'seconds', 'peak', ...} in JSON, a line each way."""
 
   def __init__(self, side, shape):
-    command = [sys.executable, '-m', 'scripts.bench_train', f'--worker={side}']
-    if _MODEL.value == 'gpt':
-      command.append(f'--shapes={shape}')
-    elif side != 'matmul':
-      command = [sys.executable, '-m', 'scripts.bench_encoder', f'--side={side}', f'--model={_MODEL.value}']
-    command += [f'--set={item}' for item in _SET.value if side == 'lm']
-    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    self._process = subprocess.Popen(command(side, shape), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                      env=os.environ | {'JAX_PLATFORMS': 'cpu'})
     self.ask(2)  # compile and warm up
 

@@ -1,0 +1,125 @@
+"""Steps of LoRA fine-tuning, here or by Hugging Face's PEFT on PyTorch: the worker of
+`python -m scripts.bench_train --peft=lora`, which is what to run.
+
+The config is `smollm2` of experiments/lora.py: SmolLM2-135M's shape, rank 8 on every matrix of the blocks; with 4 rows
+of 256 tokens, all of them targets. Weights are random; f32, no dropout, clip 1, AdamW. Changes by --set (peft.targets,
+peft.rank, model.layers, data.batch, ...) hold for both sides. Reads how many steps to take from stdin, a line each
+time, and answers with a line of JSON: {'seconds', 'peak' (bytes), 'tokens' (of a step), 'flops' (of a token)}.
+"""
+
+import dataclasses
+import json
+import re
+import resource
+import sys
+import time
+
+from absl import flags
+
+from experiments import cli
+from lm.errors import ConfigError
+
+_SIDE = flags.DEFINE_enum('side', 'lm', ['lm', 'peft'], 'Whose steps.')
+_FULL = flags.DEFINE_bool('full', False, 'Train all parameters.')
+_SET = flags.DEFINE_multi_string('set', [], 'Changes to the config.')
+MODULES = {'attn/q': 'q_proj', 'attn/k': 'k_proj', 'attn/v': 'v_proj', 'attn/o': 'o_proj', 'mlp/up': 'up_proj',
+           'mlp/gate': 'gate_proj', 'mlp/down': 'down_proj'}  # our names of the blocks' matrices, and theirs
+
+
+def main(_: list[str]) -> None:
+  from lm import instruct
+
+  c = make_config(_SET.value, _FULL.value)
+  flops = instruct.task(c).flops
+  if not _FULL.value:  # of a frozen weight no gradient is formed: 4 N instead of 6 N
+    flops = dataclasses.replace(flops, matmul=flops.matmul * 2 / 3)
+  run = {'lm': _ours, 'peft': _theirs}[_SIDE.value](c)
+  tokens = c.data.batch * c.data.length
+  for line in sys.stdin:
+    start = time.perf_counter()
+    run(int(line))
+    print(json.dumps({'seconds': time.perf_counter() - start, 'tokens': tokens, 'flops': flops.total,
+                      'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+
+
+def make_config(changes, full: bool):
+  """What both sides train."""
+  from experiments import lora
+  from lm import config, peft
+
+  c = config.replace(lora.smollm2(), data__batch=4, optim__lr=1e-4, optim__schedule='constant', optim__warmup=0)
+  c = config.override(c, *changes)
+  if c.peft.method != 'lora':
+    raise ConfigError(f'--set peft.method={c.peft.method}: expected lora; --full compares training in full')
+  return dataclasses.replace(c, peft=peft.Config('full', train='')) if full else c
+
+
+def modules(targets: str) -> list[str]:
+  """PEFT's target_modules for our pattern of weights."""
+  found = [theirs for ours, theirs in MODULES.items() if re.search(targets, f'blocks/{ours}')]
+  if not found:
+    raise ConfigError(f'--set peft.targets={targets}: matches none of blocks/{", blocks/".join(MODULES)}; name some')
+  return found
+
+
+def _ours(c):
+  """run(n): n steps of this package."""
+  import jax
+  import jax.numpy as jnp
+
+  from lm import instruct, run as run_lib, sharding, train
+  from lm.data import packing
+
+  task = instruct.task(c)
+  parts = run_lib.build(c, task)
+  ids_BT = jax.random.randint(jax.random.key(0), (c.data.batch, c.data.length + 1), 0, c.model.vocab)
+  positions_BT = jnp.broadcast_to(jnp.arange(c.data.length + 1)[None], ids_BT.shape)
+  batch = packing.Batch(ids_BT, jnp.ones_like(ids_BT), positions_BT, jnp.ones(ids_BT.shape, bool))
+  with sharding.use(parts.mesh):
+    state = jax.jit(lambda k: train.init(task.specs, parts.tx, parts.trainable, k), out_shardings=parts.state)(
+        jax.random.key(0))
+  key = jax.random.key(1)
+
+  def run(n):
+    nonlocal state
+    with sharding.use(parts.mesh):
+      for _ in range(n):
+        state, _ = parts.step(state, batch, key)
+      jax.block_until_ready(state)
+  return run
+
+
+def _theirs(c):
+  """run(n): n steps of PEFT, or in full, of transformers' Llama."""
+  import peft
+  import torch
+  import transformers as hf
+
+  torch.manual_seed(0)
+  m = c.model
+  model = hf.LlamaForCausalLM(hf.LlamaConfig(
+      vocab_size=m.vocab, hidden_size=m.embed, intermediate_size=m.mlp, num_hidden_layers=m.layers,
+      num_attention_heads=m.heads, num_key_value_heads=m.kv_heads, head_dim=m.head_dim, rope_theta=m.rope_theta,
+      max_position_embeddings=m.length, rms_norm_eps=m.norm_eps, tie_word_embeddings=m.tied, use_cache=False))
+  if c.peft.method == 'lora':
+    model = peft.get_peft_model(model, peft.LoraConfig(
+        r=c.peft.rank, lora_alpha=c.peft.alpha, lora_dropout=c.peft.rate, use_rslora=c.peft.rank_stabilised,
+        target_modules=modules(c.peft.targets), task_type='CAUSAL_LM'))
+  model.train()
+  trained = [p for p in model.parameters() if p.requires_grad]
+  tx = torch.optim.AdamW(trained, lr=1e-4, betas=(c.optim.b1, c.optim.b2), eps=c.optim.eps,
+                         weight_decay=c.optim.weight_decay)
+  ids = torch.randint(m.vocab, (c.data.batch, c.data.length + 1))
+
+  def run(n):
+    for _ in range(n):
+      logits = model(input_ids=ids[:, :-1]).logits
+      torch.nn.functional.cross_entropy(logits.view(-1, m.vocab), ids[:, 1:].reshape(-1)).backward()
+      torch.nn.utils.clip_grad_norm_(trained, 1.0)
+      tx.step()
+      tx.zero_grad(set_to_none=True)
+  return run
+
+
+if __name__ == '__main__':
+  cli.guard(main, __doc__)
