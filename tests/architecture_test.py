@@ -11,9 +11,9 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     'errors hosts config params sharding nn kernels',
     'models text data',
-    'losses metrics peft peft_hf peft_nodes optim budget scaling hlo hlo_module targets',
-    'host train parallel pipeline checkpoint seal weights decode rollout loop logs evaluate run summary pictures '
-    'pretrain pretrain_encoder finetune instruct classification plan plan_search',
+    'losses metrics peft peft_hf peft_nodes mixout optim ema budget scaling hlo hlo_module targets',
+    'host train parallel pipeline checkpoint seal weights decode rollout loop logs evaluate samples run summary '
+    'pictures pretrain pretrain_encoder instruct classification plan plan_search',
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 FILES = sorted(p.relative_to(ROOT).as_posix() for top in ('lm', 'experiments', 'scripts')
