@@ -74,6 +74,8 @@ class _Config(run.Config):
       raise ConfigError("pooling='pooler'; expected of BERT's family only; set pooling=first")
     if self.peft.method == 'prefix' and isinstance(self.model, deberta.Config):
       raise ConfigError('peft.method=prefix: DeBERTa scores distances, which a prefix has not; choose another')
+    if self.data.pack and self.peft.method == 'prompt':
+      raise ConfigError('data.pack=True: a prompt stands in each example, not in each row; set data.pack=False')
     pretrain.check_mesh(self, self.model)
     instruct.check(self)
 
@@ -162,7 +164,7 @@ def predictions(c: Config, workdir: str | os.PathLike, split: str = 'validation'
   score = jax.jit(lambda p, batch: _bound(c, model, family, specs, attention.attend)(p, batch, None))
   data = labelled.prepare(c.data, workdir, c.seed, encoder=family is not decoder)
   place = sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
-  found = [(batch.labels_B, score(p, batch).argmax(1))
+  found = [(batch.labels_B.reshape(-1), score(p, batch).argmax(-1).reshape(-1))
            for batch in labelled.eval_batches(data, split, c.data.batch, place)]
   labels_N, classes_N = (np.concatenate(jax.device_get(x)) for x in zip(*found, strict=True))
   return labels_N[labels_N >= 0], classes_N[labels_N >= 0]
@@ -175,37 +177,46 @@ def _specs(c):
   return base, base | {'classify': heads.classify_specs(c.model.embed, c.classes, dense=c.pooling == 'first')}
 
 
-def logits(p: params.Tree, ids_BT: jax.Array, *, segments_BT: jax.Array, key: nn.Key | None, model: Any, pooling: str,
-           hidden: Callable[..., jax.Array], **arrays: jax.Array | None) -> jax.Array:
-  """[B, C] of the texts. hidden: (p, ids_BT, *, segments_BT, key, and types_BT if that is given) -> x_BTD."""
-  x_BTD = hidden(p, ids_BT, segments_BT=segments_BT, key=nn.fold(key, 0), **arrays)
-  if pooling == 'pooler':
-    x_BD = heads.pooler(p['pooler'], x_BTD)
-  elif pooling == 'mean':
-    x_BD = heads.mean_pool(x_BTD, segments_BT)
-  elif pooling == 'last':
-    last_B11 = jnp.maximum((segments_BT > 0).sum(1) - 1, 0)[:, None, None]
-    x_BD = jnp.take_along_axis(x_BTD, last_B11, axis=1)[:, 0]
+def pooled(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, examples: int) -> jax.Array:
+  """One vector an example, before any layer of a head: [B, D], or [B, M, D] of rows that hold M `examples`, 0 = one.
+
+  pooling: as in the config; 'pooler' takes the first token.
+  """
+  own_BMT = segments_BT[:, None] == jnp.arange(1, (examples or 1) + 1, dtype=segments_BT.dtype)[None, :, None]
+  if pooling == 'mean':
+    share_BMT = own_BMT / jnp.maximum(own_BMT.sum(-1, keepdims=True), 1).astype(jnp.float32)
+    x_BMD = jnp.einsum('BMT,BTD->BMD', share_BMT, x_BTD.astype(jnp.float32))
   else:
-    x_BD = x_BTD[:, 0]
-  return heads.classify(p['classify'], x_BD, 'tanh', model.dropout.classifier, nn.fold(key, 1))
+    last = own_BMT.shape[-1] - 1
+    at_BM = last - own_BMT[..., ::-1].argmax(-1) if pooling == 'last' else own_BMT.argmax(-1)
+    x_BMD = jnp.take_along_axis(x_BTD, at_BM[..., None], axis=1)
+  return x_BMD if examples else x_BMD[:, 0]
+
+
+def head(p: params.Tree, x_BTD: jax.Array, segments_BT: jax.Array, key: nn.Key | None, *, model: Any, pooling: str,
+         examples: int) -> jax.Array:
+  """Logits [B, C], or [B, M, C] of packed examples, of hidden states; arguments as for `pooled`."""
+  x_BD = pooled(x_BTD, segments_BT, pooling, examples)
+  if pooling == 'pooler':
+    x_BD = heads.pooler(p['pooler'], x_BD)
+  return heads.classify(p['classify'], x_BD, 'tanh', model.dropout.classifier, key)
 
 
 def _bound(c, model, family, specs, attend):
-  """(p, batch, key) -> logits_BC."""
+  """(p, batch, key) -> logits_BC, or logits_BMC of packed examples."""
   options = {} if family is deberta else {'attend': attend}
   stack = mixout.stack(parallel.stack(c.mesh, peft_lib.block_specs(c.peft, specs), model.dtype))
 
-  def hidden(p, ids_BT, **arrays):
-    return family.apply(p, model, ids_BT, stack=stack, **options, **arrays)
   before = functools.partial(_prompted, vocab=model.vocab, length=c.peft.length, first=int(family is not decoder))
   rows = before if c.peft.method == 'prompt' else lambda batch: batch
 
   def score(p, batch, key):
-    batch = rows(batch)
+    p, batch = peft_lib.materialise(p), rows(batch)
     arrays = {} if family is decoder else {'types_BT': batch.types_BT}
-    return logits(peft_lib.materialise(p), batch.ids_BT, segments_BT=batch.segments_BT, key=key, model=model,
-                  pooling=c.pooling, hidden=hidden, **arrays)
+    x_BTD = family.apply(p, model, batch.ids_BT, positions_BT=batch.positions_BT, segments_BT=batch.segments_BT,
+                         key=nn.fold(key, 0), stack=stack, **options, **arrays)
+    return head(p, x_BTD, batch.segments_BT, nn.fold(key, 1), model=model, pooling=c.pooling,
+                examples=batch.labels_B.shape[1] if batch.labels_B.ndim > 1 else 0)
   return score
 
 
@@ -213,8 +224,8 @@ def _loss(c, model, family, specs, attend, smoothing=0.0, consistency=0.0) -> tr
   score = _bound(c, model, family, specs, attend)
 
   def loss(p, batch, key):
-    one = lambda p, ids_BT, *, segments_BT, key: score(p, batch, key)
-    return classify.loss(p, batch, key, logits=one, smoothing=smoothing, consistency=consistency)
+    return classify.loss(lambda key: score(p, batch, key), batch.labels_B, key, smoothing=smoothing,
+                         consistency=consistency)
   return loss
 
 

@@ -177,7 +177,7 @@ def _masked(c, attend):
       forward = lambda p, ids_BT, **arrays: apply(p, model, ids_BT, stack=stack, **arrays)
     else:
       forward = lambda p, ids_BT, **arrays: encoder.apply(p, model, ids_BT, attend=attend, stack=stack, **arrays)
-      nsp = (lambda p, x_BTD: heads.nsp(p['nsp'], heads.pooler(p['pooler'], x_BTD))) if c.nsp else None
+      nsp = (lambda p, x_BTD: heads.nsp(p['nsp'], heads.pooler(p['pooler'], x_BTD[:, 0]))) if c.nsp else None
     return functools.partial(mlm.loss, apply=forward, head=_words(model), c=c.loss, tokens=tokens, nsp=nsp)
   # The enhanced mask decoder goes through the last block twice.
   deep = dataclasses.replace(model, layers=model.layers + (disentangled and c.decoder))

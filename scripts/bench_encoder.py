@@ -39,11 +39,13 @@ def main(_: list[str]) -> None:
 def _config(model, changes):
   from experiments import bert, classify, deberta, electra
   from lm import config
+  from lm.data import labelled
   from lm.models import deberta as deberta_lib
 
   steady = dict(optim__lr=1e-4, optim__schedule='constant', optim__warmup=0)
   if model == 'minilm':
-    return config.override(config.replace(classify.minilm(), **steady), *changes)
+    rows = labelled.Config(length=64, batch=32)
+    return config.override(config.replace(classify.minilm(), data=rows, **steady), *changes)
   c = {'bert': bert.bert_base, 'electra': electra.electra_base, 'deberta': deberta.deberta_base}[model]()
   if model == 'bert':
     c = config.replace(c, nsp=False, data__packing='full_sentences', loss__max_predictions=0)

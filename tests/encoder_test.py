@@ -84,7 +84,7 @@ def test_outputs_of_transformers(name):
   if 'rtd' in p:
     close(heads.rtd(p['rtd'], x_BTD, c.activation, c.norm_eps)[real_BT], io['rtd'][real_BT])
   if 'nsp' in p:  # row 1 is padded on the left: its first token is padding, whose vector means nothing
-    close(heads.nsp(p['nsp'], heads.pooler(p['pooler'], x_BTD))[::2], io['nsp'][::2])
+    close(heads.nsp(p['nsp'], heads.pooler(p['pooler'], x_BTD[:, 0]))[::2], io['nsp'][::2])
   assert {'mlm', 'rtd', 'nsp'} & set(io) == {'mlm', 'rtd', 'nsp'} & set(p)
 
 
@@ -249,7 +249,7 @@ def test_any_mesh_equals_one_device(axes):
   def loss(p, ids_BT, segments_BT):
     x_BTD = encoder.apply(p, c, ids_BT, segments_BT=segments_BT, key=jax.random.key(3), attend=attention.attend)
     logp_BTV = jax.nn.log_softmax(words(p, c, x_BTD))
-    nsp_B2 = heads.nsp(p['nsp'], heads.pooler(p['pooler'], x_BTD))
+    nsp_B2 = heads.nsp(p['nsp'], heads.pooler(p['pooler'], x_BTD[:, 0]))
     rtd_BT = heads.rtd(p['rtd'], x_BTD, c.activation, c.norm_eps)
     return (logp_BTV[..., 3] * segments_BT).sum() + nsp_B2[:, 0].sum() + (jnp.tanh(rtd_BT) * segments_BT).sum()
 
@@ -316,7 +316,7 @@ def test_heads_by_numpy():
   close = functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5)
   gelu = lambda x: np.asarray(jax.nn.gelu(x, approximate=False))
   p = draw(heads.pooler_specs(8))
-  close(heads.pooler(p, x_BTD), np.tanh(x_BTD[:, 0] @ p['kernel'] + p['bias']))
+  close(heads.pooler(p, x_BTD[:, 0]), np.tanh(x_BTD[:, 0] @ p['kernel'] + p['bias']))
   p = draw(heads.rtd_specs(8, norm=True))
   y = x_BTD + x_BTD[:, :1]
   y = (y - y.mean(-1, keepdims=True)) / np.sqrt(y.var(-1, keepdims=True) + 1e-7)

@@ -59,7 +59,8 @@ def test_equals_reference(mask, T, S, N, K):
 @pytest.mark.parametrize('mask, T, S', [
     (nn.Mask(), 50, 50), (nn.Mask(causal=False), 33, 70), (nn.Mask(window=7), 64, 64), (nn.Mask(start=20), 31, 40),
     (nn.Mask(start=20, window=25), 31, 51), (nn.Mask(causal=False, window=9), 40, 40),
-    (nn.Mask(start=9, window=3), 5, 6), (nn.Mask(start=5, prefix=5, window=9), 50, 55), (nn.Mask(start=2, prefix=90, window=2), 20, 22)])
+    (nn.Mask(start=9, window=3), 5, 6), (nn.Mask(start=5, prefix=5, window=9), 50, 55),
+    (nn.Mask(start=2, prefix=90, window=2), 20, 22)])
 def test_visible_pairs_are_counted(mask, T, S):
   seen = mask.all(T, S)
   assert flash.pairs(mask, T, S) == (T * S if seen is None else int(seen.sum()))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import classification, config, nn, optim, params, run, sharding
+from lm import classification, config, nn, optim, params, peft, run, sharding
 from lm.data import labelled, memory, quality, splits
 from lm.data.examples import Labelled
 from lm.errors import ConfigError, DataError
@@ -65,7 +65,7 @@ def test_rows_have_their_special_tokens_and_are_cut_at_the_end(root, capsys):
   data = prepared(root, [('good film', 'yes', 'train'), ('bad ' * 40, 'no', 'train'), ('好电影', 'yes', 'validation')],
                   length=15)
   special, rows = vocabulary.special_ids(data.tokenizer), data.splits['train']
-  assert capsys.readouterr().out == 'train: 1 of 2 rows cut to data.length=15 tokens\n'
+  assert capsys.readouterr().out == 'train: 1 of 2 examples cut to data.length=15 tokens\n'
   assert rows.labels_B.tolist() == [1, 0] and rows.types_BT is None
   ids = data.tokenizer.encode('good film').tolist()
   n = len(ids) + 2
@@ -100,8 +100,7 @@ def test_one_class_is_refused(root):
 
 def test_the_loss_is_the_mean_over_real_rows():
   logits_BC = jnp.asarray(np.random.default_rng(0).normal(size=(4, 3)), jnp.float32)
-  batch = labelled.Labelled(jnp.zeros((4, 2), jnp.int32), jnp.ones((4, 2), jnp.int32), jnp.array([2, 0, -1, 1]))
-  terms, metrics = classify.loss({}, batch, None, logits=lambda p, ids_BT, **_: logits_BC)
+  terms, metrics = classify.loss(lambda key: logits_BC, jnp.array([2, 0, -1, 1]), None)
   p_BC = np.exp(logits_BC) / np.exp(logits_BC).sum(1, keepdims=True)
   want = -np.log([p_BC[0, 2], p_BC[1, 0], p_BC[3, 1]])
   assert float(terms['nll'].total) == pytest.approx(want.sum(), rel=1e-5)
@@ -148,6 +147,55 @@ def test_in_memory_it_is_the_run_of_a_seed(root, tmp_path):
   assert 0.2 < found[1] < 0.9
 
 
+@pytest.mark.parametrize('kind, pooling, method', [
+    (classification.Encoder, 'pooler', 'full'), (classification.Encoder, 'mean', 'prefix'),
+    (classification.Disentangled, 'first', 'full'), (classification.Decoder, 'last', 'lora')])
+def test_packed_examples_do_not_see_each_other(root, kind, pooling, method):
+  """The logits of each, and the loss and accuracy of all, are those of a row an example."""
+  rows = [*films(30), *films(9, 'validation')]
+  texts = kind is not classification.Decoder
+  alone, packed = (prepared(root, rows, texts, **fields) for fields in (
+      dict(length=8), dict(length=20, pack=True, longest=8)))
+  found = packed.splits['train']
+  assert len(found.ids_BT) < 20 and packed.splits['validation'].labels_B.shape[1] > 1
+  assert (found.segments_BT.max(1) == (found.labels_B >= 0).sum(1)).all() and (found.labels_B >= 0).sum() == 30
+  c = config.replace(task_config(kind, packed), pooling=pooling, peft=peft.Config(method, train='^(classify|pooler)/'))
+  specs = classification.task(c).specs
+  other = lambda w: w + 0.1 * jnp.sin(jnp.arange(w.size, dtype=w.dtype)).reshape(w.shape)  # no position is like another
+  p = jax.tree.map(other, jax.jit(lambda key: params.init(specs, key))(jax.random.key(1)))
+  def found_by(c, data):
+    loss = classification.task(c).eval_loss
+
+    def total(p):
+      terms, metrics = loss(p, data.splits['train'], None)
+      return terms['nll'].total, metrics
+    return jax.jit(jax.value_and_grad(total, has_aux=True))(p)
+  (_, want), want_grads = found_by(config.replace(c, data=alone.config), alone)
+  (_, got), got_grads = found_by(c, packed)
+  for name in want:
+    assert float(got[name].total) == pytest.approx(float(want[name].total), rel=1e-5), name
+    assert float(got[name].weight) == 30
+  for a, b in zip(jax.tree.leaves(got_grads), jax.tree.leaves(want_grads), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_packed_pairs_keep_their_types(root):
+  rows = [('a b', 'c', 'x', 'train'), ('d', '天 地 e', 'y', 'train'), ('f', 'g', 'x', 'validation')]
+  data = prepared(root, rows, tokenizer='vocab.txt', length=16, pack=True, batch=1)
+  found, validation = data.splits['train'], data.splits['validation']
+  order = [[2, 5, 6, 3, 7, 3], [2, 8, 3, 13, 14, 9, 3]]
+  order = order if found.ids_BT[0, 1] == 5 else order[::-1]
+  assert found.ids_BT[0].tolist() == [*order[0], *order[1], 0, 0, 0]
+  assert found.segments_BT[0].tolist() == [1] * len(order[0]) + [2] * len(order[1]) + [0] * 3
+  assert found.positions_BT[0].tolist() == [*range(len(order[0])), *range(len(order[1])), 0, 0, 0]
+  types = {6: [0] * 4 + [1] * 2, 7: [0] * 3 + [1] * 4}
+  assert found.types_BT[0].tolist() == [*types[len(order[0])], *types[len(order[1])], 0, 0, 0]
+  assert found.labels_B[0].tolist() == ([0, 1] if order[0][1] == 5 else [1, 0])
+  assert validation.labels_B.tolist() == [[0]]
+  batches = some(labelled.eval_batches(data, 'validation', 2, place()), 3)
+  assert len(batches) == 1 and batches[0].labels_B.tolist() == [[0], [-1]]
+
+
 def bert(tokens_a, tokens_b, room):
   """google-research/bert, run_classifier.py: _truncate_seq_pair."""
   while len(tokens_a) + len(tokens_b) > room:
@@ -169,7 +217,7 @@ def test_the_longer_text_of_a_pair_gives_way(root, capsys):
     assert found.ids_BT[i].tolist() == [2, *a, 3, *b, 3, *pad]
     assert found.types_BT[i].tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1) + pad
     assert found.segments_BT[i].tolist() == [1] * (len(a) + len(b) + 3) + pad
-  assert f'train: {cut} of 300 rows cut' in capsys.readouterr().out and 50 < cut < 250
+  assert f'train: {cut} of 300 examples cut' in capsys.readouterr().out and 50 < cut < 250
 
 
 def test_pairs_of_roberta_and_of_decoders(root, monkeypatch):

@@ -91,7 +91,7 @@ def _run_ours(p, c, ids_BT, mask_BT, types_BT, positions_BT):
     y_BTE = heads.mlm(p['mlm'], x_BTD, c.activation, c.norm_eps)
     outputs['mlm'] = blocks.bias(jnp.einsum('BTE,VE->BTV', y_BTE, p['embed']['tokens']), p['mlm']['bias'])
   if 'pooler' in p:
-    outputs['pooled'] = heads.pooler(p['pooler'], x_BTD)
+    outputs['pooled'] = heads.pooler(p['pooler'], x_BTD[:, 0])
   if 'nsp' in p:
     outputs['nsp'] = heads.nsp(p['nsp'], outputs['pooled'])
   if 'rtd' in p:

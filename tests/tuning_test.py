@@ -213,8 +213,7 @@ def test_a_tuned_decoder_decodes_as_it_was_trained(method, root, base, tmp_path)
 
 def test_label_smoothing_is_a_mixture_with_the_uniform_distribution():
   logits_BC = jnp.array([[1.0, -2.0, 0.5], [0.0, 0.3, 2.0]])
-  batch = labelled.Labelled(jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 4), jnp.int32), jnp.array([2, 0]))
-  found, _ = classify.loss({}, batch, None, logits=lambda *a, **k: logits_BC, smoothing=0.1)
+  found, _ = classify.loss(lambda key: logits_BC, jnp.array([2, 0]), None, smoothing=0.1)
   target = 0.9 * np.eye(3)[[2, 0]] + 0.1 / 3
   want = -(target * np.asarray(jax.nn.log_softmax(logits_BC))).sum()
   assert float(found['nll'].total) == pytest.approx(want, rel=1e-6)
@@ -245,6 +244,9 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(change, error,
 
 @pytest.mark.parametrize('change, message', [
     (dict(pooling='last'), "pooling='last'"), (dict(classes=1), 'classes=1'), (dict(smoothing=1.0), 'smoothing=1.0'),
+    (dict(data__longest=9), 'data.longest=9'), (dict(data__pack=True, data__longest=49), 'data.longest=49'),
+    (dict(data__pack=True, data__augment=('typos',)), 'data.augment=()'),
+    (dict(data__pack=True, peft=peft.Config('prompt')), 'data.pack=False'),
     (dict(data__length=65), 'data.length=65 is more than'), (dict(data__length=2), 'data.length=2'),
     (dict(data__length=60, peft=peft.Config('prefix', length=10)), 'less peft.length=10')], ids=str)
 def test_mistakes_in_a_config(change, message, root):
@@ -259,14 +261,14 @@ def test_a_prompt_needs_a_row_of_its_own(root):
 
 
 def test_r_drop_is_two_passes_and_their_divergence():
-  batch = labelled.Labelled(jnp.zeros((2, 4), jnp.int32), jnp.ones((2, 4), jnp.int32), jnp.array([2, 0]))
+  labels_B = jnp.array([2, 0])
   tables = jnp.array([[[1.0, -2.0, 0.5], [0.0, 0.3, 2.0]], [[0.2, 0.1, 0.9], [1.0, 0.0, -1.0]]])
   passes = []
 
-  def logits(p, ids_BT, *, segments_BT, key):
+  def logits(key):
     passes.append(key)
     return tables[len(passes) - 1]
-  terms, _ = classify.loss({}, batch, jax.random.key(0), logits=logits, consistency=4.0)
+  terms, _ = classify.loss(logits, labels_B, jax.random.key(0), consistency=4.0)
   assert len(passes) == 2 and not np.array_equal(*map(jax.random.key_data, passes))
   p, q = np.asarray(jax.nn.softmax(tables))
   want = 0.5 * ((p * np.log(p / q)).sum() + (q * np.log(q / p)).sum())
@@ -274,7 +276,7 @@ def test_r_drop_is_two_passes_and_their_divergence():
   nll = -np.log([p[0, 2] * q[0, 2], p[1, 0] * q[1, 0]]).sum() / 2
   assert float(terms['nll'].total) == pytest.approx(nll, rel=1e-5)
   passes.clear()
-  assert 'consistency' not in classify.loss({}, batch, None, logits=logits, consistency=4.0)[0] and len(passes) == 1
+  assert 'consistency' not in classify.loss(logits, labels_B, None, consistency=4.0)[0] and len(passes) == 1
 
 
 def test_folds_are_runs_of_their_own(root):

@@ -5,7 +5,7 @@ decoder: a, or a newline between a and b, and the end of text. A text too long l
 loses a token until both fit, the second of equals (google-research/bert, `_truncate_seq_pair`).
 
 The whole set fits in memory; `prepare`, `check`, `train_batches` and `eval_batches` are those of a source of
-`lm.run.Task`. Shapes: N examples, B rows of a batch, T tokens a row.
+`lm.run.Task`. Shapes: N examples, B rows of a batch, T tokens a row, M most examples of a row where they are packed.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from flax import struct
 import jax
 import numpy as np
 
-from lm.data import examples, memory, splits
+from lm.data import examples, memory, packing, splits
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError, DataError
 from lm.text import methods, vocabulary
@@ -35,8 +35,11 @@ class Config:
       `lm.data.examples.read`.
     classes: names of the labels in order; () = those of the training split, sorted.
     tokenizer: a path, see `lm.text.tokenizer.load`.
-    length: T, most tokens of a row; longer texts are cut at their end, and it is said how many.
+    length: T, tokens of a row; longer texts are cut at their end, and it is said how many.
     batch: rows of the global batch.
+    pack: several examples in a row, isolated from each other, so that little of a row is padding; `batch` still counts
+      rows. They are packed once; an epoch shuffles the rows.
+    longest: of packed examples, most tokens of one; 0 = length.
     split: how records that do not say are split: by a hash of their texts, or in equal shares of each class.
     validation_fraction: of those.
     folds, fold: with folds > 1, cross-validation: all records but those of the test split are split anew into so many
@@ -53,6 +56,8 @@ class Config:
   tokenizer: str = ''
   length: int = 128
   batch: int = 32
+  pack: bool = False
+  longest: int = 0
   split: Literal['hash', 'stratified'] = 'hash'
   validation_fraction: float = 0.1
   folds: int = 0
@@ -69,6 +74,12 @@ class Config:
                         'them')
     if not 0 < self.augment_share <= 1:
       raise ConfigError(f'data.augment_share={self.augment_share}; expected a share above 0, at most 1')
+    if not 0 <= self.longest <= self.length or 0 < self.longest < 3 or (self.longest and not self.pack):
+      raise ConfigError(f'data.longest={self.longest}; expected 0, or with data.pack=True 3 to data.length='
+                        f'{self.length}')
+    if self.pack and self.augment:
+      raise ConfigError('data.pack=True: texts that change each epoch are not packed; set data.pack=False or '
+                        'data.augment=()')
     for name in self.augment:
       methods.parse(name, methods.known(), 'data.augment')
 
@@ -79,15 +90,18 @@ class Labelled:
 
   Attributes:
     ids_BT: int32 token ids.
-    segments_BT: int32, 1 = tokens, 0 = padding.
-    labels_B: int32, -1 = a row that fills up the last batch.
+    segments_BT: int32, 1 = tokens, of packed examples 1, 2, ...; 0 = padding.
+    labels_B: int32, -1 = a row that fills up the last batch. Of packed examples [B, M], of segments 1, 2, ...; -1 where
+      there is none.
     types_BT: int32, of pairs for encoders: 1 from the second text to its [SEP], else 0; None = all 0.
+    positions_BT: int32, from 0 in each packed example; None = from 0 in each row.
   """
 
   ids_BT: jax.Array
   segments_BT: jax.Array
   labels_B: jax.Array
   types_BT: jax.Array | None = None
+  positions_BT: jax.Array | None = None
 
 
 def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool = True) -> memory.Data:
@@ -112,7 +126,8 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   if len(names) < 2:
     raise DataError(f'{c.corpus}: labels {names}; expected at least two in the training split')
   tokenizer = memory.read_tokenizer(c.tokenizer)
-  frame = _frame(tokenizer, encoder, pairs, c.length)
+  longest = c.longest or c.length
+  frame = _frame(tokenizer, encoder, pairs, longest)
   parts = {'train': [], 'validation': [], 'test': []}
   for example, part in zip(found, assigned(found, c, seed), strict=True):
     if example.label not in names:
@@ -123,12 +138,16 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
     if chosen or part != 'test':
       ids_N = [[tokenizer.encode(text) for text in e.texts] for e in chosen]
       labels_N = np.array([names.index(e.label) for e in chosen], np.int32)
-      sets[part], cut = _rows(ids_N, labels_N, frame, c.length)
+      found_N, cut = _framed(ids_N, frame, longest)
+      sets[part] = (_packed(found_N, labels_N, frame, c.length, seed) if c.pack and found_N else
+                    _rows(found_N, labels_N, frame, c.length))
       if cut:
-        print(f'{part}: {cut} of {len(chosen)} rows cut to data.length={c.length} tokens', flush=True)
+        print(f'{part}: {cut} of {len(chosen)} examples cut to data.{"longest" if c.longest else "length"}={longest} '
+              'tokens', flush=True)
       if part == 'train' and c.augment:
         again, by = _reworded(c, [e.texts for e in chosen], ids_N, labels_N, frame, tokenizer)
-  blank = Labelled(np.int32(frame.pad), np.int32(0), np.int32(-1), np.int32(0) if frame.types else None)
+  blank = Labelled(np.int32(frame.pad), np.int32(0), np.int32(-1), np.int32(0) if frame.types else None,
+                   np.int32(0) if c.pack else None)
   return memory.Data(c, seed, tokenizer, sets, blank, again, by)
 
 
@@ -190,22 +209,46 @@ def _frame(tokenizer: Tokenizer, encoder: bool, pairs: bool, length: int) -> _Fr
   return frame
 
 
-def _rows(ids_N: Sequence[Sequence[np.ndarray]], labels_N: np.ndarray, frame: _Frame, length: int
-          ) -> tuple[Labelled, int]:
-  """(rows of the ids of one text each, or two; how many were cut)."""
-  room = length - len(frame.before) - len(frame.between) - len(frame.after)
-  ids_NT = np.full((len(ids_N), length), frame.pad, np.int32)
-  segments_NT, types_NT, cut = np.zeros_like(ids_NT), np.zeros_like(ids_NT), 0
-  for row, texts in enumerate(ids_N):
+def _framed(ids_N: Sequence[Sequence[np.ndarray]], frame: _Frame, longest: int
+            ) -> tuple[list[tuple[np.ndarray, int]], int]:
+  """([(tokens of an example, where its second text begins)], how many were cut), of one text's ids each, or two's."""
+  room = longest - len(frame.before) - len(frame.between) - len(frame.after)
+  found, cut = [], 0
+  for texts in ids_N:
     kept = _fit([len(ids) for ids in texts], room)
     first, *second = (ids[:n] for ids, n in zip(texts, kept, strict=True))
     head = [*frame.before, *first, *frame.between]
-    tokens = [*head, *np.concatenate([*second, frame.after]).astype(int)]
+    found.append((np.concatenate([head, *second, frame.after]).astype(np.int32), len(head)))
+    cut += sum(kept) < sum(map(len, texts))
+  return found, cut
+
+
+def _rows(found_N: Sequence[tuple[np.ndarray, int]], labels_N: np.ndarray, frame: _Frame, length: int) -> Labelled:
+  """A row an example."""
+  ids_NT = np.full((len(found_N), length), frame.pad, np.int32)
+  segments_NT, types_NT = np.zeros_like(ids_NT), np.zeros_like(ids_NT)
+  for row, (tokens, second) in enumerate(found_N):
     ids_NT[row, :len(tokens)] = tokens
     segments_NT[row, :len(tokens)] = 1
-    types_NT[row, len(head):len(tokens)] = 1
-    cut += sum(kept) < sum(map(len, texts))
-  return Labelled(ids_NT, segments_NT, labels_N, types_NT if frame.types else None), cut
+    types_NT[row, second:len(tokens)] = 1
+  return Labelled(ids_NT, segments_NT, labels_N, types_NT if frame.types else None)
+
+
+def _packed(found_N: Sequence[tuple[np.ndarray, int]], labels_N: np.ndarray, frame: _Frame, length: int, seed: int
+            ) -> Labelled:
+  """Rows of several examples."""
+  fit = packing.Fit(np.array([len(tokens) for tokens, _ in found_N]), length - 1, seed)
+  plan = [fit.row(i)[:, 0] for i in range(fit.rows)]
+  spans = [np.array([(i, 0, len(found_N[i][0])) for i in row]) for row in plan]
+  segments_BT, positions_BT, _ = packing.layout(spans, length, isolate=True)
+  order, used_BT = np.concatenate(plan), segments_BT > 0
+  ids_BT, types_BT = np.full_like(segments_BT, frame.pad), np.zeros_like(segments_BT)
+  ids_BT[used_BT] = np.concatenate([found_N[i][0] for i in order])
+  types_BT[used_BT] = np.concatenate([np.arange(len(found_N[i][0])) >= found_N[i][1] for i in order])
+  labels_BM = np.full((fit.rows, max(map(len, plan))), -1, np.int32)
+  for row, some in enumerate(plan):
+    labels_BM[row, :len(some)] = labels_N[some]
+  return Labelled(ids_BT, segments_BT, labels_BM, types_BT if frame.types else None, positions_BT)
 
 
 def _fit(lengths: Sequence[int], room: int) -> list[int]:
@@ -228,6 +271,7 @@ def _reworded(c, texts_N, ids_N, labels_N, frame, tokenizer):
         tokenizer.encode(change(text, rng)) for text in texts_N[row]]
 
   def again(rows_B: np.ndarray, epoch: int, seed: int) -> Labelled:
-    return _rows([row_of(row, epoch, seed) for row in rows_B.tolist()], labels_N[rows_B], frame, c.length)[0]
+    found_N, _ = _framed([row_of(row, epoch, seed) for row in rows_B.tolist()], frame, c.length)
+    return _rows(found_N, labels_N[rows_B], frame, c.length)
   digest = hashlib.sha256(json.dumps(texts_N).encode()).hexdigest()
   return again, {'methods': list(c.augment), 'share': c.augment_share, 'texts': digest}

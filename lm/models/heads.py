@@ -36,9 +36,10 @@ def pooler_specs(embed: int, std: float = 0.02) -> params.Tree:
           'bias': Spec((embed,), (None,), params.zeros)}
 
 
-def pooler(p: params.Tree, x_BTD: jax.Array) -> jax.Array:
-  """y_BD: tanh of a dense layer on the first token (BERT §3)."""
-  return jnp.tanh(blocks.bias(nn.dot(p['kernel'], x_BTD[:, 0], 'BD,DE->BE'), p['bias']))
+def pooler(p: params.Tree, x_BD: jax.Array) -> jax.Array:
+  """tanh of a dense layer on first tokens, [B, D] or [B, M, D] (BERT §3)."""
+  rows = 'BM'[:x_BD.ndim - 1]
+  return jnp.tanh(blocks.bias(nn.dot(p['kernel'], x_BD, f'{rows}D,DE->{rows}E'), p['bias']))
 
 
 def nsp_specs(embed: int, std: float = 0.02) -> params.Tree:
@@ -82,13 +83,15 @@ def classify_specs(embed: int, classes: int, std: float = 0.02, dense: bool = Fa
 
 def classify(p: params.Tree, x_BD: jax.Array, activation: str = 'tanh', rate: float = 0.0,
              key: nn.Key | None = None) -> jax.Array:
-  """Logits [B, C] of one vector a row: BERT's pooled vector, the first token of ELECTRA (google-research), or with
-  'dense' the first token of RoBERTa (tanh), HF's ELECTRA and DeBERTa (gelu). Dropout at `rate` before each layer."""
+  """Logits [B, C] of one vector a row, or [B, M, C] of M: BERT's pooled vector, the first token of ELECTRA
+  (google-research), or with 'dense' that of RoBERTa (tanh), HF's ELECTRA and DeBERTa (gelu). Dropout at `rate` before
+  each layer."""
+  rows = 'BM'[:x_BD.ndim - 1]
   if 'dense' in p:
     x_BD = nn.dropout(x_BD, rate, nn.fold(key, 1))
-    x_BD = blocks.activate(_dense(p, x_BD, 'BD,DE->BE'), activation)
+    x_BD = blocks.activate(_dense(p, x_BD, f'{rows}D,DE->{rows}E'), activation)
   x_BD = nn.dropout(x_BD.astype(jnp.float32), rate, nn.fold(key, 0))
-  return blocks.bias(nn.dot(p['out'], x_BD, 'BD,DC->BC'), p['out_bias'])
+  return blocks.bias(nn.dot(p['out'], x_BD, f'{rows}D,DC->{rows}C'), p['out_bias'])
 
 
 def tokens_specs(embed: int, classes: int, std: float = 0.02) -> params.Tree:
