@@ -11,7 +11,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     'errors hosts config params sharding nn kernels',
     'models text data',
-    'losses metrics peft peft_hf peft_nodes mixout optim ema budget scaling hlo hlo_module targets',
+    'losses logprobs metrics peft peft_hf peft_nodes mixout optim ema budget scaling hlo hlo_module targets',
     'host train parallel pipeline checkpoint seal weights decode rollout loop logs evaluate samples run summary '
     'pictures pretrain pretrain_encoder instruct classification plan plan_search',
 )

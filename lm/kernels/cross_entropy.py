@@ -45,6 +45,25 @@ def sample(keys_B: jax.Array, x_BTD: jax.Array, w_VD: jax.Array, bias_V: jax.Arr
   return sum_chunks(draw, _columns(x_BTD, chunk), x_BTD, index_BT, index_BT, stacked=True)[1]
 
 
+def token_logprobs(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, chunk: int = 1024,
+                   bias_V: jax.Array | None = None, temperature: float = 1.0, entropy: bool = False
+                   ) -> tuple[jax.Array, jax.Array | None]:
+  """log softmax((x w^T + bias) / temperature)[target] of every position, in nats, and the entropy of that softmax.
+
+  Both have gradients. Each position's needs a cotangent of its own, so the backward pass forms the logits of a chunk
+  once more: four matmuls where `weighted_nll` needs three.
+
+  Args:
+    chunk: tokens whose logits exist at once, at most; at least one column of the batch.
+    temperature: > 0, of the distribution that is scored.
+    entropy: also return entropies.
+
+  Returns:
+    (logprobs_BT, entropies_BT or None), f32.
+  """
+  return _token_logprobs(x_BTD, w_VD, bias_V, targets_BT, _columns(x_BTD, chunk), temperature, entropy)
+
+
 def _columns(x_BTD, chunk):
   return max(1, min(chunk // x_BTD.shape[0], x_BTD.shape[1]))
 
@@ -133,3 +152,69 @@ def sum_chunks(f, columns, x_BTD, targets_BT, weights_BT, stacked=False):
   if not stacked:
     return summed
   return summed, jnp.moveaxis(rows, 0, 1).reshape(B, n * columns, *rows.shape[3:])[:, :T]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
+def _token_logprobs(x_BTD, w_VD, bias_V, targets_BT, columns, temperature, entropy):
+  def chunk(x_BCD, targets_BC):
+    logits_BCV = _logits(x_BCD, w_VD, bias_V) / temperature
+    _, shifted_BCV, sum_BC, entropy_BC = _softmax(logits_BCV, entropy)
+    hit_BCV = targets_BC[..., None] == jnp.arange(w_VD.shape[0])[None, None]
+    # Not an index: where the vocabulary is divided, reading one logit would gather them all.
+    target_BC = jnp.where(hit_BCV, shifted_BCV, 0.0).sum(-1)
+    return (), (target_BC - jnp.log(sum_BC), entropy_BC)
+  return _over_chunks(chunk, columns, (), x_BTD, targets_BT)[1]
+
+
+def _token_forward(x_BTD, w_VD, bias_V, targets_BT, columns, temperature, entropy):
+  out = _token_logprobs(x_BTD, w_VD, bias_V, targets_BT, columns, temperature, entropy)
+  return out, (x_BTD, w_VD, bias_V, targets_BT)
+
+
+def _token_backward(columns, temperature, entropy, residuals, cotangents):
+  x_BTD, w_VD, bias_V, targets_BT = residuals
+
+  def chunk(x_BCD, targets_BC, a_BC, b_BC=None):
+    p_BCV, shifted_BCV, sum_BC, entropy_BC = _softmax(_logits(x_BCD, w_VD, bias_V) / temperature, entropy)
+    hit_BCV = targets_BC[..., None] == jnp.arange(w_VD.shape[0])[None, None]
+    g_BCV = a_BC[..., None] * (hit_BCV - p_BCV)
+    if entropy:  # d entropy / d logit = -p (log p + entropy)
+      g_BCV = g_BCV - b_BC[..., None] * p_BCV * (shifted_BCV + (entropy_BC - jnp.log(sum_BC))[..., None])
+    g_BCV = g_BCV / temperature
+    db_V = None if bias_V is None else g_BCV.sum((0, 1))
+    g_BCV = constrain(g_BCV.astype(x_BCD.dtype), 'batch', 'length', 'vocab')
+    dx_BCD = jnp.einsum('BCV,VD->BCD', g_BCV, w_VD).astype(x_BCD.dtype)
+    dw_VD = jnp.einsum('BCV,BCD->VD', g_BCV, x_BCD, preferred_element_type=jnp.float32)
+    return (dw_VD, db_V), dx_BCD
+  zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (w_VD, bias_V))
+  (dw_VD, db_V), dx_BTD = _over_chunks(chunk, columns, zero, x_BTD, targets_BT, *cotangents[:1 + entropy])
+  return dx_BTD, dw_VD.astype(w_VD.dtype), None if bias_V is None else db_V.astype(bias_V.dtype), None
+
+
+_token_logprobs.defvjp(_token_forward, _token_backward)
+
+
+def _softmax(logits_BCV, entropy):
+  """(softmax, logits less their largest, the sum of those exponentials, the entropy or None)."""
+  shifted_BCV = logits_BCV - logits_BCV.max(-1, keepdims=True)
+  exp_BCV = jnp.exp(shifted_BCV)
+  sum_BC = exp_BCV.sum(-1)
+  p_BCV = exp_BCV / sum_BC[..., None]
+  return p_BCV, shifted_BCV, sum_BC, jnp.log(sum_BC) - (p_BCV * shifted_BCV).sum(-1) if entropy else None
+
+
+def _over_chunks(f, columns, zero, *arrays):
+  """(sums, rows) of f(chunks [B, C, ...]) -> (tree to sum, from `zero` on; tree of rows [B, C, ...], laid end to end).
+
+  A remainder is padded with zeros; what f makes of them must not count.
+  """
+  B, T = arrays[0].shape[:2]
+  def cut(a):
+    padded = jnp.pad(a, ((0, 0), (0, -T % columns), *((0, 0),) * (a.ndim - 2)))
+    return jnp.moveaxis(padded.reshape(B, -1, columns, *a.shape[2:]), 1, 0)
+
+  def body(sums, chunks):
+    more, rows = f(*chunks)
+    return jax.tree.map(jnp.add, sums, more), rows
+  sums, rows = jax.lax.scan(body, zero, tuple(map(cut, arrays)))
+  return sums, jax.tree.map(lambda r: jnp.moveaxis(r, 0, 1).reshape(B, -1, *r.shape[3:])[:, :T], rows)
