@@ -244,7 +244,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_compiled(change, error,
 
 @pytest.mark.parametrize('change, message', [
     (dict(pooling='last'), "pooling='last'"), (dict(classes=1), 'classes=1'), (dict(smoothing=1.0), 'smoothing=1.0'),
-    (dict(data__longest=9), 'data.longest=9'), (dict(data__pack=True, data__longest=49), 'data.longest=49'),
+    (dict(data__longest=2), 'data.longest=2'), (dict(data__longest=-9), 'data.longest=-9'),
     (dict(data__pack=True, data__augment=('typos',)), 'data.augment=()'),
     (dict(data__pack=True, peft=peft.Config('prompt')), 'data.pack=False'),
     (dict(data__length=65), 'data.length=65 is more than'), (dict(data__length=2), 'data.length=2'),

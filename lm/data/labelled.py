@@ -39,7 +39,7 @@ class Config:
     batch: rows of the global batch.
     pack: several examples in a row, isolated from each other, so that little of a row is padding; `batch` still counts
       rows. They are packed once; an epoch shuffles the rows.
-    longest: of packed examples, most tokens of one; 0 = length.
+    longest: most tokens of an example, where it is to be less than a row; 0 = length.
     split: how records that do not say are split: by a hash of their texts, or in equal shares of each class.
     validation_fraction: of those.
     folds, fold: with folds > 1, cross-validation: all records but those of the test split are split anew into so many
@@ -74,14 +74,18 @@ class Config:
                         'them')
     if not 0 < self.augment_share <= 1:
       raise ConfigError(f'data.augment_share={self.augment_share}; expected a share above 0, at most 1')
-    if not 0 <= self.longest <= self.length or 0 < self.longest < 3 or (self.longest and not self.pack):
-      raise ConfigError(f'data.longest={self.longest}; expected 0, or with data.pack=True 3 to data.length='
-                        f'{self.length}')
+    if self.longest < 0 or 0 < self.longest < 3:
+      raise ConfigError(f'data.longest={self.longest}; expected 0, or at least 3')
     if self.pack and self.augment:
       raise ConfigError('data.pack=True: texts that change each epoch are not packed; set data.pack=False or '
                         'data.augment=()')
     for name in self.augment:
       methods.parse(name, methods.known(), 'data.augment')
+
+  @property
+  def room(self) -> int:
+    """Most tokens of an example."""
+    return min(self.longest or self.length, self.length)
 
 
 @struct.dataclass
@@ -126,8 +130,7 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   if len(names) < 2:
     raise DataError(f'{c.corpus}: labels {names}; expected at least two in the training split')
   tokenizer = memory.read_tokenizer(c.tokenizer)
-  longest = c.longest or c.length
-  frame = _frame(tokenizer, encoder, pairs, longest)
+  frame = _frame(tokenizer, encoder, pairs, c.room)
   parts = {'train': [], 'validation': [], 'test': []}
   for example, part in zip(found, assigned(found, c, seed), strict=True):
     if example.label not in names:
@@ -138,12 +141,12 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
     if chosen or part != 'test':
       ids_N = [[tokenizer.encode(text) for text in e.texts] for e in chosen]
       labels_N = np.array([names.index(e.label) for e in chosen], np.int32)
-      found_N, cut = _framed(ids_N, frame, longest)
+      found_N, cut = _framed(ids_N, frame, c.room)
       sets[part] = (_packed(found_N, labels_N, frame, c.length, seed) if c.pack and found_N else
                     _rows(found_N, labels_N, frame, c.length))
       if cut:
-        print(f'{part}: {cut} of {len(chosen)} examples cut to data.{"longest" if c.longest else "length"}={longest} '
-              'tokens', flush=True)
+        name = 'length' if c.room == c.length else 'longest'
+        print(f'{part}: {cut} of {len(chosen)} examples cut to data.{name}={c.room} tokens', flush=True)
       if part == 'train' and c.augment:
         again, by = _reworded(c, [e.texts for e in chosen], ids_N, labels_N, frame, tokenizer)
   blank = Labelled(np.int32(frame.pad), np.int32(0), np.int32(-1), np.int32(0) if frame.types else None,
@@ -271,7 +274,7 @@ def _reworded(c, texts_N, ids_N, labels_N, frame, tokenizer):
         tokenizer.encode(change(text, rng)) for text in texts_N[row]]
 
   def again(rows_B: np.ndarray, epoch: int, seed: int) -> Labelled:
-    found_N, _ = _framed([row_of(row, epoch, seed) for row in rows_B.tolist()], frame, c.length)
+    found_N, _ = _framed([row_of(row, epoch, seed) for row in rows_B.tolist()], frame, c.room)
     return _rows(found_N, labels_N[rows_B], frame, c.length)
   digest = hashlib.sha256(json.dumps(texts_N).encode()).hexdigest()
   return again, {'methods': list(c.augment), 'share': c.augment_share, 'texts': digest}
