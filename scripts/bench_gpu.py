@@ -2,8 +2,8 @@ r"""Training speed of GPT-2 shapes in bf16 on one GPU: this package's whole step
 
   python -m scripts.bench_gpu                                         # 12 x 768, 16 rows of 1,024
   python -m scripts.bench_gpu --shape=24x1024 --batch=8 --peer=torch  # PyTorch with a GPU; turns of each side
-  python -m scripts.compile_for --experiment=gpt2 --config=nanogpt_124m --set data.batch=16 --target=h100:1x1 --json \
-      > plan.json && python -m scripts.bench_gpu --plan=plan.json     # measured beside planned, the same program
+  python -m scripts.compile_for --experiment=gpt2 --config=nanogpt_124m --set data.batch=16 --set model.vocab=50304 \
+      --target=h100:1x1 --json > plan.json && python -m scripts.bench_gpu --plan=plan.json     # measured beside planned
 
 Both sides run whole steps on random ids: forward and backward in bf16 with f32 parameters, clip to norm 1, AdamW with
 decoupled decay; nanoGPT's model without dropout, 50,304 ids. PyTorch runs autocast, torch.compile, its fused attention
