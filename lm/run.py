@@ -7,7 +7,6 @@ checkpoints, logs, resuming) is here. The order is deliberate: all that can be r
 from collections.abc import Callable
 import contextlib
 import dataclasses
-import math
 import os
 import pathlib
 import time
@@ -22,6 +21,7 @@ from lm import (
   budget,
   checkpoint as checkpoint_lib,
   config,
+  evaluate,
   logs,
   loop as loop_lib,
   optim as optim_lib,
@@ -72,26 +72,37 @@ class Task:
 
   Attributes:
     specs: the parameter tree.
-    loss: for training. eval_loss: the same without dropout.
+    loss: for training. eval_loss: the same without dropout; None where `around` evaluates.
     vocab: rows of the embedding: the tokenizer must fit it.
     flops: FLOPs of one training token.
     bind: the task once its tokenizer is known, where the losses need ids of special tokens; the same parameters.
     source: a module with the functions of `lm.data.loader` for `Config.data`.
     base: the specs that `Config.init_from` must fill, where training adds leaves to a model; None = all.
     freeze: pattern of leaves that do not train; '' = as `optim.freeze` says.
-    watch: (mesh, data, workdir, start) -> a context of `loop.Program.watch`; None = nothing to see.
+    graft: (parameters of `base`, specs, key) -> parameters of `specs`.
+    extend: (parts, first, data, workdir) -> the data with what a model must say of it before training; `first()` makes
+      the state of step 0. None = nothing.
+    around: (program, parts, data, workdir, start) -> a context of the `loop.Program` that runs in its place; None = it.
+    updates: optimizer steps in a step of that program.
+    metrics: of its evaluation, where that is not `eval_loss`'s.
+    carry: scalars that its steps hand on to each other, f32.
   """
 
   specs: params.Tree
   loss: train.Loss
-  eval_loss: train.Loss
+  eval_loss: train.Loss | None
   vocab: int
   flops: budget.Flops
   bind: Callable[[Tokenizer], 'Task'] | None = None
   source: Any = loader
   base: params.Tree | None = None
   freeze: str = ''
-  watch: Callable[..., Any] | None = None
+  graft: Callable[..., params.Tree] = peft.graft
+  extend: Callable[..., Any] | None = None
+  around: Callable[..., Any] | None = None
+  updates: int = 1
+  metrics: tuple[str, ...] = ()
+  carry: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +122,7 @@ def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Par
   mesh = sharding.make_mesh(c.mesh, devices)
   tx = optim_lib.make(c.optim, task.specs)
   trainable = optim_lib.trainable_mask(dataclasses.replace(c.optim, freeze=task.freeze or c.optim.freeze), task.specs)
-  places = train.shardings(task.specs, tx, trainable, mesh, c.mesh.zero)
+  places = train.shardings(task.specs, tx, trainable, mesh, c.mesh.zero, task.carry)
   layout = parallel.layout(mesh, c.mesh, task.specs, trainable)
   step = jax.jit(train.make_step(task.loss, tx, c.optim.microbatches, layout), donate_argnums=0,
                  out_shardings=(places, None))
@@ -142,24 +153,28 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
     if task.bind:
       task = task.bind(data.tokenizer)
       parts = build(c, task)
-    evaluate = _evaluation(c, task, parts, abstract, data)
+    evaluate.check(c, task, parts, abstract, data)
     start, state, meta = _start(c, task, parts, abstract, data, workdir, resume_with_changes)
-    if start >= c.optim.steps or (meta['finished'] and not resume_with_changes):
-      logs.say(f'already complete: step {start} of {c.optim.steps} in {workdir}; nothing was trained')
+    steps = c.optim.steps // task.updates
+    if start >= steps or (meta['finished'] and not resume_with_changes):
+      logs.say(f'already complete: step {start} of {steps} in {workdir}; nothing was trained')
       return summary.write(c, task, workdir, start, meta)
     if start:
       logs.say(f'resumed from step {start} in {workdir}')
     with signals.deferred(), contextlib.ExitStack() as stack:
       _record(c, data, workdir)
-      log = stack.enter_context(contextlib.closing(logs.Logs(workdir, c.optim.steps, start)))
+      fingerprint = data.fingerprint
+      if task.extend:
+        data = task.extend(parts, lambda: _first(c, task, parts), data, workdir)
+      evaluation = evaluate.make(c, task, parts, abstract, data) if task.eval_loss else None
+      log = stack.enter_context(contextlib.closing(logs.Logs(workdir, steps, start)))
       saver = stack.enter_context(checkpoint_lib.Saver(workdir / 'checkpoints', c.checkpoint, start or None, log.say))
       batches = stack.enter_context(contextlib.closing(
           task.source.train_batches(data, sharding.batch_sharding(parts.mesh), start)))
       wall = lambda: meta['wall_s'] + time.perf_counter() - began
-      program = _program(c, task, parts, data, saver, evaluate, wall, meta['base'])
-      if task.watch:
-        seen = stack.enter_context(task.watch(parts.mesh, data, workdir, start))
-        program = dataclasses.replace(program, watch=seen)
+      program = _program(c, task, parts, fingerprint, saver, evaluation, wall, meta['base'])
+      if task.around:
+        program = stack.enter_context(task.around(program, parts, data, workdir, start))
       _, evaluations = loop_lib.fit(program, c.loop, state, batches, start, meta['evaluations'], log, signals)
     done = {'evaluations': evaluations, 'wall_s': wall(), 'peak_bytes': summary.peak_bytes()}
     return summary.write(c, task, workdir, evaluations[-1][0], done)
@@ -179,7 +194,7 @@ def describe(c: Config, task: Task) -> str:
 
 def abstract_state(task: Task, parts: Parts) -> train.State:
   """The state as `jax.ShapeDtypeStruct`s on the mesh."""
-  shapes = jax.eval_shape(lambda: train.init(task.specs, parts.tx, parts.trainable, jax.random.key(0)))
+  shapes = jax.eval_shape(lambda: train.init(task.specs, parts.tx, parts.trainable, jax.random.key(0), task.carry))
   return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, parts.state)
 
 
@@ -235,49 +250,18 @@ def _first(c, task, parts):
   """The state at step 0."""
   key = jax.random.fold_in(jax.random.key(c.seed), 0)
   if not c.init_from:
-    make = lambda key: train.init(task.specs, parts.tx, parts.trainable, key)
+    make = lambda key: train.init(task.specs, parts.tx, parts.trainable, key, task.carry)
     return jax.jit(make, out_shardings=parts.state)(key)
   base = task.specs if task.base is None else task.base
   given = weights.params_from(c.init_from, params.abstract(base), partial=task.base is not None)
-  make = lambda p, key: train.state_of(p if task.base is None else peft.graft(p, task.specs, key), parts.tx,
-                                       parts.trainable)
+  make = lambda p, key: train.state_of(p if task.base is None else task.graft(p, task.specs, key), parts.tx,
+                                       parts.trainable, task.carry)
   if task.base is None:
     given = jax.device_put(given, params.join(parts.state.params, parts.state.frozen))
   return jax.jit(make, out_shardings=parts.state)(given, key)
 
 
-def _evaluation(c, task, parts, abstract, data):
-  """state -> {'val_loss': ..., ...} of the whole validation split.
-
-  Raises, before anything is compiled:
-    DataError: nothing to evaluate. ConfigError: `c.checkpoint.metric` will not be among the metrics.
-  """
-  key = jax.random.fold_in(jax.random.key(c.seed), 2)
-  batches = lambda: task.source.eval_batches(data, 'validation', c.data.batch, sharding.batch_sharding(parts.mesh))
-  with contextlib.closing(batches()) as some:
-    sums = jax.eval_shape(parts.evaluate, abstract, next(some), key)
-  known = _validation(jax.tree.map(lambda x: 0.0, sums), data)
-  if c.checkpoint.metric not in known:
-    raise ConfigError(f'checkpoint.metric={c.checkpoint.metric!r}; expected one of {", ".join(sorted(known))}')
-  zero = jax.device_put(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), sharding.replicated(parts.mesh))
-
-  def evaluate(state):
-    sums = zero
-    for batch in batches():
-      sums = parts.evaluate(state, batch, key, sums)
-    return _validation(jax.device_get(sums), data)
-  return evaluate
-
-
-def _validation(sums, data):
-  """Sums over the validation split -> 'val_<metric>' means (NaN of nothing); a decoder's bits per byte."""
-  values = {f'val_{k}': float(t.total) / float(t.weight) if t.weight else math.nan for k, t in sums.items()}
-  if 'loss' in sums and data.utf8_bytes('validation') and not getattr(data.config, 'encoder', False):
-    values['val_bits_per_byte'] = float(sums['loss'].total) / math.log(2) / data.utf8_bytes('validation')
-  return values
-
-
-def _program(c, task, parts, data, saver, evaluate, wall, base):
+def _program(c, task, parts, fingerprint, saver, evaluation, wall, base):
   # All of it now, on the host: asking the device for a rate would wait for the step that it is busy with.
   rates = np.asarray(jax.jit(optim_lib.schedule(c.optim))(jnp.arange(c.optim.steps)))
   finite = jax.jit(lambda s: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(s.params)]).all())
@@ -285,13 +269,14 @@ def _program(c, task, parts, data, saver, evaluate, wall, base):
   def save(step, state, evaluations, finished):
     if not finite(state):
       raise Diverged(f'step {step}: a parameter is not finite; the checkpoints before it are intact; lower optim.lr')
-    meta = {'evaluations': evaluations, 'data': data.fingerprint, 'config': config.to_json(c), 'wall_s': wall(),
+    meta = {'evaluations': evaluations, 'data': fingerprint, 'config': config.to_json(c), 'wall_s': wall(),
             'peak_bytes': summary.peak_bytes(), 'finished': finished, 'base': base}
     metrics = evaluations[-1][1] if evaluations and evaluations[-1][0] == step else {}
     saver.save(step, state.replace(frozen=None), meta, metrics)
 
   return loop_lib.Program(
-      step=parts.step, evaluate=evaluate, save=save, poll=saver.poll, wait=saver.wait, steps=c.optim.steps,
+      step=parts.step, evaluate=evaluation, save=save, poll=saver.poll, wait=saver.wait,
+      steps=c.optim.steps // task.updates,
       key=jax.random.fold_in(jax.random.key(c.seed), 1), learning_rate=lambda n: float(rates[n]), elapsed=wall,
       tokens_per_step=c.data.batch * c.data.length,
       flops_per_step=task.flops.total * c.data.batch * c.data.length,

@@ -19,7 +19,7 @@ import numpy as np
 from tensorboardX import event_file_writer, summary as texts
 from tensorboardX.proto import event_pb2
 
-from lm import decode, logs, params, peft, seal, sharding, train
+from lm import decode, logs, loop, params, peft, seal, sharding, train
 from lm.data import memory, packing
 from lm.errors import ConfigError
 from lm.text import chat, tokenizer as tokenizers
@@ -72,46 +72,51 @@ def held_out(rows: packing.Batch, count: int, most: float = math.inf) -> list[Pa
   return list(found.values())
 
 
-@contextlib.contextmanager
-def watch(c: Config, model: decode.Model, template: chat.Template, specs: params.Tree, virtual: int, seed: int,
-          mesh: jax.sharding.Mesh, data: memory.Data, workdir: str | os.PathLike, start: int
-          ) -> Iterator[Callable[[int, train.State], None]]:
-  """A function of step and state that writes what the model answers then; the first call compiles, once for the run.
+def around(c: Config, model: decode.Model, template: chat.Template, specs: params.Tree, virtual: int, seed: int
+           ) -> Callable[..., contextlib.AbstractContextManager[loop.Program]]:
+  """`lm.run.Task.around` that writes what the model answers after each evaluation; it compiles once for the run.
 
-  While it runs, a second copy of the parameters is in memory, laid out for decoding and divided over the mesh as XLA
-  sees fit. Every process calls it; process 0 writes.
+  While it answers, a second copy of the parameters is in memory, laid out for decoding and divided over the mesh as XLA
+  sees fit. Every process calls it; process 0 writes. Rows after the first step, which a killed run left, are cut off.
 
   Args:
     specs: of the parameters, nodes of `lm.peft` included; a learned prompt stands before every other.
     virtual: positions that a prefix or prompt takes.
-    start: rows after this step, which a killed run left, are cut off.
   """
   room = math.inf if model.length is None else model.length - virtual
-  rows = data.splits['validation']
-  pairs = held_out(rows, c.count, room - c.new_tokens) or held_out(rows, c.count, room - 1)
-  if not pairs:
-    logs.say("samples: no validation row tells a prompt from its reply (data.loss='all' does not); none are written")
-    yield lambda step, state: None
-    return
-  s = decode.Sampling(int(min(c.new_tokens, room - max(len(pair.prompt) for pair in pairs))), c.temperature,
-                      stop=chat.stop_ids(template, data.tokenizer))
-  ways = math.prod(mesh.shape[axis] for axis in sharding.ROWS)
-  full = [[*peft.virtual_tokens(specs), *pair.prompt.tolist()] for pair in pairs]
-  full += full[:1] * (-len(full) % ways)  # devices share the rows
-  ids_BT, segments_BT = (jax.device_put(x, sharding.replicated(mesh)) for x in decode.pad(full))
+
+  @contextlib.contextmanager
+  def watched(program: loop.Program, parts: Any, data: memory.Data, workdir: str | os.PathLike, start: int
+              ) -> Iterator[loop.Program]:
+    rows = data.splits['validation']
+    pairs = held_out(rows, c.count, room - c.new_tokens) or held_out(rows, c.count, room - 1)
+    if not pairs:
+      logs.say("samples: no validation row tells a prompt from its reply (data.loss='all' does not); none are written")
+      yield program
+      return
+    s = decode.Sampling(int(min(c.new_tokens, room - max(len(pair.prompt) for pair in pairs))), c.temperature,
+                        stop=chat.stop_ids(template, data.tokenizer))
+    answer = _answers(model, s, parts.mesh, [[*peft.virtual_tokens(specs), *pair.prompt.tolist()] for pair in pairs])
+    base = jax.random.fold_in(jax.random.key(seed), _KEY)
+    with contextlib.closing(_Book(workdir, start)) as book:
+      def show(step, state):
+        found = answer(state, jax.random.fold_in(base, step) if c.temperature else None)
+        book.write([_row(step, pair, ids[:n], template, data.tokenizer)
+                    for pair, ids, n in zip(pairs, found.tokens_BT, found.lengths_B, strict=False)])
+      yield dataclasses.replace(program, watch=show)
+  return watched
+
+
+def _answers(model, s, mesh, prompts):
+  """(state, key) -> the `decode.Sample` of the prompts, on the host; devices share the rows."""
+  prompts = prompts + prompts[:1] * (-len(prompts) % math.prod(mesh.shape[axis] for axis in sharding.ROWS))
+  ids_BT, segments_BT = (jax.device_put(x, sharding.replicated(mesh)) for x in decode.pad(prompts))
 
   def answer(state, ids_BT, segments_BT, key):
     p = decode.prepare(peft.plain(train.averaged(state)))
     return decode.run(model, s, p, ids_BT, segments_BT, key)
   answer = jax.jit(answer, out_shardings=sharding.replicated(mesh))
-  base = jax.random.fold_in(jax.random.key(seed), _KEY)
-  with contextlib.closing(_Book(workdir, start)) as book:
-    def show(step, state):
-      key = jax.random.fold_in(base, step) if c.temperature else None
-      found = jax.device_get(answer(state, ids_BT, segments_BT, key))
-      book.write([_row(step, pair, ids[:n], template, data.tokenizer)
-                  for pair, ids, n in zip(pairs, found.tokens_BT, found.lengths_B, strict=False)])
-    yield show
+  return lambda state, key: jax.device_get(answer(state, ids_BT, segments_BT, key))
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:

@@ -30,6 +30,7 @@ class State:
     frozen: the other leaves; None where trainable.
     opt_state: of the trainable leaves only.
     skipped: int32, steps whose loss or gradient was not finite and so changed nothing but `step`.
+    carry: what a task's steps hand on to each other besides, such as a coefficient that adapts; None = nothing.
   """
 
   step: jax.Array
@@ -37,17 +38,20 @@ class State:
   frozen: params.Tree
   opt_state: Any
   skipped: jax.Array
+  carry: Any = None
 
 
-def init(specs: params.Tree, tx: optax.GradientTransformation, trainable: params.Tree, key: jax.Array) -> State:
+def init(specs: params.Tree, tx: optax.GradientTransformation, trainable: params.Tree, key: jax.Array,
+         carry: Any = None) -> State:
   """Step 0; `trainable` is a tree of bools like `specs`."""
-  return state_of(params.init(specs, key), tx, trainable)
+  return state_of(params.init(specs, key), tx, trainable, carry)
 
 
-def state_of(p: params.Tree, tx: optax.GradientTransformation, trainable: params.Tree) -> State:
+def state_of(p: params.Tree, tx: optax.GradientTransformation, trainable: params.Tree, carry: Any = None
+             ) -> State:
   """Step 0 from given parameters."""
   train, frozen = params.split(p, trainable)
-  return State(jnp.int32(0), train, frozen, tx.init(train), jnp.int32(0))
+  return State(jnp.int32(0), train, frozen, tx.init(train), jnp.int32(0), jax.tree.map(jnp.float32, carry))
 
 
 def averaged(state: State) -> params.Tree:
@@ -56,11 +60,11 @@ def averaged(state: State) -> params.Tree:
   return params.join(state.params if average is None else average, state.frozen)
 
 
-def shardings(specs: params.Tree, tx: optax.GradientTransformation, trainable: params.Tree, mesh: Mesh, zero: int = 3
-              ) -> State:
+def shardings(specs: params.Tree, tx: optax.GradientTransformation, trainable: params.Tree, mesh: Mesh, zero: int = 3,
+              carry: Any = None) -> State:
   """A `State` of `NamedSharding`: optimizer moments live where their parameters do, but are divided over fsdp even
   where those are only from ZeRO's stage 3 on."""
-  shape = jax.eval_shape(lambda: init(specs, tx, trainable, jax.random.key(0)))
+  shape = jax.eval_shape(lambda: init(specs, tx, trainable, jax.random.key(0), carry))
   train, frozen = params.split(sharding.shardings(specs, mesh, fsdp=zero == 3), trainable)
   return sharding.like(shape, specs, mesh).replace(params=train, frozen=frozen)
 
@@ -90,7 +94,8 @@ def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, microbatche
     finite = jnp.isfinite(value) & jnp.isfinite(norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, norm=norm, ok=finite)
     skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
-    state = State(state.step + 1, optax.apply_updates(state.params, updates), state.frozen, opt_state, skipped)
+    state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
+                          skipped=skipped)
     return state, metrics | {'objective': value, 'grad_norm': norm, 'skipped': skipped.astype(jnp.float32)}
   return step
 

@@ -23,13 +23,13 @@ def trained(tmp_path_factory):
   root = tmp_path_factory.mktemp('trained')
   text = tiny.write_text(root / 'text.txt')
   tokenizer.byte().save(root / 'byte')
-  evaluation = run._evaluation
+  evaluation = run.evaluate.make
 
   def scripted(*args):
     evaluate, values = evaluation(*args), iter([1.0, 3.0, 2.0])
     return lambda state: evaluate(state) | {'val_loss': next(values)}
   with pytest.MonkeyPatch.context() as m:
-    m.setattr(run, '_evaluation', scripted)
+    m.setattr(run.evaluate, 'make', scripted)
     tiny.share_compiled(m)
     assert gpt(root / 'run', data__corpus=text, data__tokenizer=root / 'byte') == 0
   text.unlink()  # nothing here may need them again
