@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lm import params
+from lm import nn, params
 from lm.errors import ConfigError
 from lm.kernels import quantised
 
@@ -112,7 +112,7 @@ def of(family: types.ModuleType, c: Any) -> Model:
 
 
 def prepare(p: params.Tree, kind: quantised.Kind = 'float32') -> params.Tree:
-  """Parameters laid out for decoding: one tree a layer, and kernels of the given kind; outside jit, once.
+  """Parameters laid out for decoding: one tree a layer, and kernels of the given kind; once, not at every call.
 
   The output matrix becomes a leaf of its own, 'unembed'; embedding, norms and biases stay as they are.
   """
@@ -159,8 +159,8 @@ def stream(model: Model, p: params.Tree, prompts: Sequence[Sequence[int]], s: Sa
 
 
 def run(model: Model, s: Sampling, p: params.Tree, ids_BT: jax.Array, segments_BT: jax.Array,
-        key: jax.Array | None) -> Sample:
-  """`generate` on arrays (see `pad`), to be traced inside a program of one's own, under a mesh or not."""
+        key: nn.Key | None) -> Sample:
+  """`generate` on arrays (see `pad`), for a program of one's own, under a mesh or not; `nn.Keys` may number rows."""
   step = _first(model, s, p, ids_BT, segments_BT, key)
   blank = jnp.zeros((ids_BT.shape[0], s.max_new), jnp.int32)
   sample = Sample(blank, jnp.zeros_like(step.ids_B), blank.astype(jnp.float32))
@@ -174,9 +174,12 @@ def run(model: Model, s: Sampling, p: params.Tree, ids_BT: jax.Array, segments_B
                             (jnp.int32(1), step, sample))[2]
 
 
-def pad(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-  """(ids_BT, segments_BT): prompts against the right edge of the smallest bucket; segment 0 is padding."""
-  T = max(_BUCKET, 1 << (max(map(len, prompts)) - 1).bit_length())
+def pad(prompts: Sequence[Sequence[int]], width: int = 0) -> tuple[np.ndarray, np.ndarray]:
+  """(ids_BT, segments_BT), padded on the left (segment 0) to `width` or a bucket; ConfigError: a prompt is longer."""
+  longest = max(map(len, prompts))
+  T = width or max(_BUCKET, 1 << (longest - 1).bit_length())
+  if longest > T:
+    raise ConfigError(f'width={T}: a prompt has {longest} tokens; expected at most {T}; cut it or raise width')
   ids_BT, segments_BT = np.zeros((2, len(prompts), T), np.int32)
   for row, prompt in enumerate(prompts):
     ids_BT[row, T - len(prompt):] = prompt
@@ -265,8 +268,7 @@ def _next(model, s, p, step, key, t):
 
 def _choose(model, s, p, x_B1D, key, t, ended_B, cache):
   logits_BV = model.logits(p, x_B1D)[:, 0].astype(jnp.float32)
-  keys_B = None if s.temperature == 0 else jax.vmap(
-      lambda i: jax.random.fold_in(jax.random.fold_in(key, i), t))(jnp.arange(len(ended_B)))
+  keys_B = None if s.temperature == 0 else jax.vmap(jax.random.fold_in, (0, None))(nn.row_keys(key, len(ended_B)), t)
   ids_B = sample_token(logits_BV, keys_B, s)
   logprobs_B = jnp.take_along_axis(logits_BV, ids_B[:, None], 1)[:, 0] - jax.nn.logsumexp(logits_BV, -1)
   stop_B = (ids_B[:, None] == jnp.array(s.stop, jnp.int32)[None]).any(1)

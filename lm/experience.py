@@ -45,6 +45,7 @@ def learn(c: Config, attend: Callable[..., jax.Array]) -> Callable[..., tuple[An
     old_BT = token_logprobs(x_BTD, head(p), b.ids_BT[:, 1:], c.loss.chunk, temperature=c.temperature)[0]
     coef = carry['kl_coef']
     made, stats = ppo.experience(b, old_BT, said(policy.reference(p), b), values_BT, scores_B, r.ended_B, coef, c.loss)
+    del stats['entropy']  # an estimate of what the loss knows exactly
     return made, stats | {'kl_coef': coef}, {'kl_coef': ppo.adapt(coef, stats['kl'], c.rows, c.loss.kl)}
 
   def by_group(p, r, scores_B, carry):
@@ -61,7 +62,7 @@ def learn(c: Config, attend: Callable[..., jax.Array]) -> Callable[..., tuple[An
     best_P = scores_B.reshape(-1, c.rollout.group).max(1)
     return kept.batch, {'score': scores_B.mean(), 'best': best_P.mean(), 'length': r.lengths_B.mean(),
                         'ended': r.ended_B.mean(dtype=jnp.float32)}, carry
-  return {PPO: by_value, GRPO: by_group, BestOf: the_best}[type(c)]
+  return by_value if isinstance(c, PPO) else by_group if isinstance(c, GRPO) else the_best
 
 
 def judge(c: Config, attend: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:

@@ -23,7 +23,8 @@ from lm import seal
 from lm.errors import CheckpointError
 from lm.text import tokenizer
 
-TOLD = ('loss', 'val_loss', 'val_bits_per_byte', 'tokens_per_s')  # what of a row a person is shown
+# What of a row a person is shown.
+TOLD = ('loss', 'val_loss', 'val_bits_per_byte', 'score', 'kl', 'val_score', 'val_kl', 'tokens_per_s')
 _FLUSH_S = 10.0  # TensorBoard's files may lag by this
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
 

@@ -30,6 +30,7 @@ class Config:
   Attributes:
     log_every: steps between rows of metrics.jsonl.
     eval_every: steps between evaluations; 0 = only at the end.
+    eval_first: also before the first step.
     patience: evaluations without improvement before stopping early; 0 = never.
     min_delta: an improvement betters the best value so far by more than this.
     max_skipped: consecutive non-finite steps before giving up; looked at whenever a row is written.
@@ -37,6 +38,7 @@ class Config:
 
   log_every: int = 10
   eval_every: int = 250
+  eval_first: bool = False
   patience: int = 0
   min_delta: float = 0.0
   max_skipped: int = 5
@@ -167,6 +169,10 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
   Raises:
     Diverged: too many consecutive non-finite steps. Preempted, Interrupted: after saving.
   """
+  if c.eval_first and not evaluations and not start:
+    evaluations = [[0, program.evaluate(state)]]
+    logs.row(0, evaluations[0][1])
+    program.watch(0, state)
   report = _Report(program, c, start, int(state.skipped), logs)
   for n in range(start + 1, program.steps + 1):
     state, metrics = program.step(state, next(batches), program.key)

@@ -166,6 +166,17 @@ def plain(p: params.Tree) -> params.Tree:
   return p if kept else merge(p)
 
 
+def without(p: params.Tree) -> params.Tree:
+  """The weights that `specs` put nodes around, as they are in them: of a model whose own do not train, those it began
+  with. Works on specs and on trees of bools, too."""
+  p = jax.tree.map(lambda node: node.w if is_node(node) else node, {k: v for k, v in p.items() if k != 'prefix'},
+                   is_leaf=is_node)
+  if isinstance(p['blocks'], dict) and 'prefix_k' in p['blocks']['attn']:
+    attn = {k: v for k, v in p['blocks']['attn'].items() if not k.startswith('prefix_')}
+    p = p | {'blocks': p['blocks'] | {'attn': attn}}
+  return p
+
+
 def virtual_tokens(p: params.Tree) -> list[int]:
   """The ids of a learned prompt in a tree of arrays or specs: they stand before every row. [] where it has none."""
   table = p['embed']['tokens']

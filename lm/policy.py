@@ -18,13 +18,14 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lm import instruct, nn, params, peft as peft_lib, pretrain, run
+from lm import config, instruct, nn, params, peft as peft_lib, pretrain, reward_model, run
 from lm.data import loader, prompts
 from lm.errors import ConfigError
 from lm.losses import ar, grpo, ppo
 from lm.models import blocks, decoder
 from lm.params import Spec
 
+_FREE = dict(scan_layers=True, remat='none', dtype='float32', dropout=nn.Dropout())  # what no shape depends on
 _BESIDE = ('value', 'critic', 'reference')
 
 
@@ -111,12 +112,15 @@ class Config(run.Config):
 class PPO(Config):
   """Attributes:
     value: a head on the policy's trunk, or a trunk of its own that starts from the same weights.
+    critic_from: a workdir of a decoder that scores text (`lm.reward_model`), where a separate trunk and its head start
+      from instead, as in InstructGPT.
     text, text_weight: PPO-ptx (arXiv:2203.02155 eq. 2): rows of text in each update, and the weight of their loss; no
       corpus = none. text.batch is its rows an update.
   """
 
   loss: ppo.Config = ppo.Config()
   value: Literal['shared', 'separate'] = 'shared'
+  critic_from: str = ''
   text: loader.Config = loader.Config()
   text_weight: float = 27.8
 
@@ -124,6 +128,9 @@ class PPO(Config):
     super().__post_init__()
     if self.value not in ('shared', 'separate'):
       raise ConfigError(f"value={self.value!r}; expected 'shared' or 'separate'")
+    if self.critic_from and self.value == 'shared':
+      raise ConfigError(f"critic_from={self.critic_from} with value='shared'; expected a trunk of its own; set "
+                        "value='separate'")
     if self.value == 'separate' and self.peft.method == 'top':
       raise ConfigError("value='separate' with peft.method='top'; expected the critic's trunk to train as the policy's;"
                         " set value='shared'")
@@ -184,7 +191,8 @@ def specs(c: Config) -> params.Tree:
   head = {'kernel': Spec((c.model.embed,), ('embed',), params.zeros), 'bias': Spec((), (), params.zeros)}
   beside = {} if shares_base(c) else {'reference': base}
   if isinstance(c, PPO):
-    beside |= {'value': head} if c.value == 'shared' else {'critic': tree | {'value': head}}
+    trunk = {k: v for k, v in tree.items() if k != 'unembed'}
+    beside |= {'value': head} if c.value == 'shared' else {'critic': trunk | {'value': head}}
   return tree | beside
 
 
@@ -203,14 +211,38 @@ def shares_base(c: Config) -> bool:
   return all(jax.tree.leaves(own))
 
 
-def graft(given: params.Tree, into: params.Tree, key: jax.Array) -> params.Tree:
-  """A decoder's parameters as policy, critic and reference alike; `into`: of `specs`."""
+def graft(given: params.Tree, into: params.Tree, key: jax.Array, scored: params.Tree | None = None) -> params.Tree:
+  """A decoder's parameters as policy, critic and reference alike.
+
+  Args:
+    into: of `specs`.
+    scored: what the critic starts from instead, see `critic`.
+  """
   own = peft_lib.graft(given, {k: v for k, v in into.items() if k not in _BESIDE}, key)
   made = own | ({'reference': given} if 'reference' in into else {})
+  fresh = lambda tree: params.init(tree['value'], key) if scored is None else scored['value']
   if 'critic' in into:
     trunk = {k: v for k, v in into['critic'].items() if k != 'value'}
-    made['critic'] = peft_lib.graft(given, trunk, key) | {'value': params.init(into['critic']['value'], key)}
-  return made | ({'value': params.init(into['value'], key)} if 'value' in into else {})
+    made['critic'] = peft_lib.graft(scored or given, trunk, key) | {'value': fresh(into['critic'])}
+  return made | ({'value': fresh(into)} if 'value' in into else {})
+
+
+def critic(c: Config) -> params.Tree | None:
+  """The trunk of the reward model at `c.critic_from`, and a head that gives its normalised score; None without.
+
+  Raises:
+    ConfigError: another model than the policy's.
+  """
+  if not getattr(c, 'critic_from', ''):
+    return None
+  found = reward_model.load(c.critic_from)
+  if config.replace(found.config.model, **_FREE) != config.replace(c.model, **_FREE):
+    raise ConfigError(f'critic_from={c.critic_from}: a {type(found.config.model).__module__} of another shape than '
+                      "model; expected a reward model that began as the policy does; train one, or set critic_from=''")
+  tree, affine = peft_lib.plain(found.params), found.normaliser
+  head = tree.pop('classify')
+  return tree | {'value': {'kernel': head['out'][:, 0] * affine.scale,
+                           'bias': head['out_bias'][0] * affine.scale + affine.shift}}
 
 
 def policy(p: params.Tree) -> params.Tree:

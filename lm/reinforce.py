@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import pathlib
+import re
 from typing import Any, NamedTuple
 
 import jax
@@ -72,8 +73,9 @@ def task(c: policy.Config, reward: Callable[..., Any], held_out: Callable[..., A
   return run.Task(
       tree, experience.loss(c, tree, attend), None, c.model.vocab, flops, source=prompts, base=policy.base_specs(c),
       freeze=policy.freeze(c), graft=policy.graft,
+      given=functools.partial(policy.critic, c) if getattr(c, 'critic_from', '') else None,
       around=_around(c, experience.learn(c, attend), experience.judge(c, attend), reward, held_out),
-      updates=c.updates, metrics=METRICS + (('val_held_out',) if held_out else ()),
+      updates=c.updates, metrics=METRICS + (('val_held_out', 'val_held_out_se') if held_out else ()),
       tokens=c.rows * (c.data.length + c.rollout.new_tokens),
       carry={'kl_coef': c.loss.kl.coef} if isinstance(c, policy.PPO) else None)
 
@@ -169,28 +171,32 @@ def _evaluation(c, parts, data, draw, judge, reward, held_out):
 
 
 def _summary(of):
-  """Arrays over prompts -> {'val_...': float}."""
+  """Arrays over prompts -> {'val_...': float}: means, the KL of responses, entropy and nll of tokens."""
   mean = {k: float(x.mean()) for k, x in of.items()}
   std = float(of['score'].std())
   values = {'score': mean['score'], 'score_std': std, 'score_se': std / math.sqrt(len(of['score'])),
-            'kl': mean['policy'] - mean['reference'], 'entropy': -mean['policy'],
+            'kl': mean['policy'] - mean['reference'], 'entropy': -float(of['policy'].sum() / of['length'].sum()),
             'reference_nll': -float(of['reference'].sum() / of['length'].sum()), 'length': mean['length'],
-            'ended': mean['ended']} | ({'held_out': mean['held_out']} if 'held_out' in of else {})
+            'ended': mean['ended']}
+  if 'held_out' in of:
+    values |= {'held_out': mean['held_out'], 'held_out_se': float(of['held_out'].std()) / math.sqrt(len(of['score']))}
   return {f'val_{k}': v for k, v in values.items()}
 
 
 def _watch(c, workdir, book, shown):
   """(step, state) -> None: writes the samples, and says what looks like a policy that fools its reward."""
-  told = set()
+  told, kl = set(), getattr(c.loss, 'kl', None)
+  limits = monitor.Limits(kl_target=kl.target if kl else 0.0)
 
   def watch(step, state):
     del state
     book.write([{'step': step} | row for row in shown])
     seen = [[row['step'], row] for row in logs.read(workdir) if 'val_score' in row]
-    for alarm in monitor.alarms(seen):
-      if alarm not in told:
+    for alarm in monitor.alarms(seen, limits):
+      kind = re.sub(r'[\d.]+', '', alarm)  # each is told once, whatever its numbers
+      if kind not in told:
         logs.say(f'alarm: {alarm}')
-      told.add(alarm)
+      told.add(kind)
   return watch
 
 

@@ -79,11 +79,11 @@ class Task:
     source: a module with the functions of `lm.data.loader` for `Config.data`.
     base: the specs that `Config.init_from` must fill, where training adds leaves to a model; None = all.
     freeze: pattern of leaves that do not train; '' = as `optim.freeze` says.
-    graft: (parameters of `base`, specs, key) -> parameters of `specs`.
+    graft: (parameters of `base`, specs, key) -> parameters of `specs`; with `given`, what that reads comes fourth.
     extend: (parts, first, data, workdir) -> the data with what a model must say of it before training; `first()` makes
       the state of step 0. None = nothing.
     around: (program, parts, data, workdir, start) -> a context of the `loop.Program` that runs in its place; None = it.
-    updates: optimizer steps in a step of that program.
+    updates: optimizer steps in a step of that program. tokens: that it computes on; 0 = data.batch x data.length.
     metrics: of its evaluation, where that is not `eval_loss`'s.
     carry: scalars that its steps hand on to each other, f32.
   """
@@ -98,9 +98,11 @@ class Task:
   base: params.Tree | None = None
   freeze: str = ''
   graft: Callable[..., params.Tree] = peft.graft
+  given: Callable[[], Any] | None = None
   extend: Callable[..., Any] | None = None
   around: Callable[..., Any] | None = None
   updates: int = 1
+  tokens: int = 0
   metrics: tuple[str, ...] = ()
   carry: Any = None
 
@@ -182,7 +184,7 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
 
 def describe(c: Config, task: Task) -> str:
   """The parameter table, exact counts by group, training tokens and FLOPs; allocates nothing."""
-  tokens = c.optim.steps * c.data.batch * c.data.length
+  tokens = c.optim.steps // task.updates * summary.tokens_per_step(c, task)
   groups = [(name, f'{n:,}') for name, n in budget.counts(task.specs).items()]
   groups += [('training tokens', f'{tokens:,}'),
              ('FLOPs a token', f'{task.flops.total:.4g} ({task.flops.attention / task.flops.total:.1%} attention)'),
@@ -254,16 +256,18 @@ def _first(c, task, parts):
     return jax.jit(make, out_shardings=parts.state)(key)
   base = task.specs if task.base is None else task.base
   given = weights.params_from(c.init_from, params.abstract(base), partial=task.base is not None)
-  make = lambda p, key: train.state_of(p if task.base is None else task.graft(p, task.specs, key), parts.tx,
-                                       parts.trainable, task.carry)
+  more = [] if task.given is None else [task.given()]
+  make = lambda p, key, *more: train.state_of(p if task.base is None else task.graft(p, task.specs, key, *more),
+                                              parts.tx, parts.trainable, task.carry)
   if task.base is None:
     given = jax.device_put(given, params.join(parts.state.params, parts.state.frozen))
-  return jax.jit(make, out_shardings=parts.state)(given, key)
+  return jax.jit(make, out_shardings=parts.state)(given, key, *more)
 
 
 def _program(c, task, parts, fingerprint, saver, evaluation, wall, base):
   # All of it now, on the host: asking the device for a rate would wait for the step that it is busy with.
   rates = np.asarray(jax.jit(optim_lib.schedule(c.optim))(jnp.arange(c.optim.steps)))
+  tokens = summary.tokens_per_step(c, task)
   finite = jax.jit(lambda s: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(s.params)]).all())
 
   def save(step, state, evaluations, finished):
@@ -278,7 +282,6 @@ def _program(c, task, parts, fingerprint, saver, evaluation, wall, base):
       step=parts.step, evaluate=evaluation, save=save, poll=saver.poll, wait=saver.wait,
       steps=c.optim.steps // task.updates,
       key=jax.random.fold_in(jax.random.key(c.seed), 1), learning_rate=lambda n: float(rates[n]), elapsed=wall,
-      tokens_per_step=c.data.batch * c.data.length,
-      flops_per_step=task.flops.total * c.data.batch * c.data.length,
+      tokens_per_step=tokens, flops_per_step=task.flops.total * tokens,
       peak_flops=budget.peak_flops(jax.local_devices()[0]) * parts.mesh.size, save_every=c.checkpoint.every,
       metric=c.checkpoint.metric, mode=c.checkpoint.mode)

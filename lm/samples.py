@@ -98,7 +98,7 @@ def around(c: Config, model: decode.Model, template: chat.Template, specs: param
                         stop=chat.stop_ids(template, data.tokenizer))
     answer = _answers(model, s, parts.mesh, [[*peft.virtual_tokens(specs), *pair.prompt.tolist()] for pair in pairs])
     base = jax.random.fold_in(jax.random.key(seed), _KEY)
-    with contextlib.closing(_Book(workdir, start)) as book:
+    with contextlib.closing(Book(workdir, start)) as book:
       def show(step, state):
         found = answer(state, jax.random.fold_in(base, step) if c.temperature else None)
         book.write([_row(step, pair, ids[:n], template, data.tokenizer)
@@ -131,8 +131,9 @@ def _row(step, pair, ids, template, tokenizer):
           'reference': chat.parse(template, pair.reference, tokenizer)[0], 'ended': ended}
 
 
-class _Book:
-  """samples.jsonl, always whole, and TensorBoard's file, in a folder of its own: it reads on in one file a folder."""
+class Book:
+  """samples.jsonl, always whole, of rows with 'step', 'prompt', 'reply' and what else is to be seen; and TensorBoard's
+  file, in a folder of its own: it reads on in one file a folder."""
 
   def __init__(self, workdir, start):
     self._dir = pathlib.Path(workdir)
@@ -158,7 +159,7 @@ class _Book:
       seen = {}
       for row in rows:
         seen[row['step']] = i = seen.get(row['step'], -1) + 1
-        shown = '\n\n'.join(f'**{name}**\n\n{row[name]}' for name in ('prompt', 'reply', 'reference'))
+        shown = '\n\n'.join(f'**{name}**\n\n{value}' for name, value in row.items() if name != 'step')
         self._events.write_event(event_pb2.Event(step=row['step'], wall_time=time.time(),
                                                  summary=texts.text(f'sample_{i}', shown)))
       self._events.flush()

@@ -16,23 +16,29 @@ def write(c: Any, task: Any, workdir: pathlib.Path, step: int, meta: dict[str, A
   values = meta['evaluations'][-1][1] if meta['evaluations'] else {}
   rows = logs.read(workdir)
   middle = lambda name: statistics.median([r[name] for r in rows if name in r] or [math.nan])
-  per_step = c.data.batch * c.data.length
+  per_step, planned = tokens_per_step(c, task), c.optim.steps // task.updates
   summary = values | {
       'steps': step, 'tokens': step * per_step, 'flops': step * per_step * task.flops.total, 'wall_s': meta['wall_s'],
       'tokens_per_s': middle('tokens_per_s'), 'mfu': middle('mfu'), 'peak_bytes': meta['peak_bytes'],
       'parameters': params.count(task.specs), 'best': best(meta['evaluations'], c.checkpoint),
-      'planned': {'steps': c.optim.steps, 'tokens': c.optim.steps * per_step,
-                  'flops': c.optim.steps * per_step * task.flops.total},
+      'planned': {'steps': planned, 'tokens': planned * per_step, 'flops': planned * per_step * task.flops.total},
   } | ({} if c.published is None else {'published': c.published})
   if jax.process_index() == 0:
     logs.write_summary(workdir, summary)
   return summary
 
 
+def tokens_per_step(c: Any, task: Any) -> int:
+  """Tokens that a step of the run computes on."""
+  return task.tokens or c.data.batch * c.data.length
+
+
 def best(evaluations: list, c: checkpoint.Config) -> dict[str, float] | None:
-  """The evaluation whose checkpoint is kept as the best (of equal ones the last, as in `seal.ranked`)."""
+  """The evaluation whose checkpoint is kept as the best (of equal ones the last, as in `seal.ranked`); that of
+  step 0 has none."""
   sign = 1 if c.mode == 'min' else -1
-  scores = [(sign * v[c.metric], -step) for step, v in evaluations if math.isfinite(v.get(c.metric, math.nan))]
+  scores = [(sign * v[c.metric], -step) for step, v in evaluations
+            if step and math.isfinite(v.get(c.metric, math.nan))]
   return {'step': -min(scores)[1], c.metric: sign * min(scores)[0]} if scores else None
 
 

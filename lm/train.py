@@ -60,6 +60,11 @@ def averaged(state: State) -> params.Tree:
   return params.join(state.params if average is None else average, state.frozen)
 
 
+def whole(state: State) -> params.Tree:
+  """All leaves as the last step left them."""
+  return params.join(state.params, state.frozen)
+
+
 def shardings(specs: params.Tree, tx: optax.GradientTransformation, trainable: params.Tree, mesh: Mesh, zero: int = 3,
               carry: Any = None) -> State:
   """A `State` of `NamedSharding`: optimizer moments live where their parameters do, but are divided over fsdp even

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from lm import decode, params, sharding
+from lm import decode, nn, params, sharding
 from lm.decode import Sampling
 from lm.errors import ConfigError
 from lm.models import decoder
@@ -265,6 +265,24 @@ def test_what_cannot_be_decoded_is_refused_before_compiling():
       decode.generate(untraced, weights('gpt2'), prompts, s, k)
     with pytest.raises(ConfigError, match=part):
       next(decode.stream(untraced, weights('gpt2'), prompts, s, k))
+
+
+def test_pad_to_a_width():
+  ids_BT, segments_BT = decode.pad([[7], [8, 9, 10]], 4)
+  np.testing.assert_array_equal(ids_BT, [[0, 0, 0, 7], [0, 8, 9, 10]])
+  np.testing.assert_array_equal(segments_BT, [[0, 0, 0, 1], [0, 1, 1, 1]])
+  assert decode.pad([[1] * 17])[0].shape == (1, 32) and decode.pad([[1] * 17], 17)[0].shape == (1, 17)
+  with pytest.raises(ConfigError, match='width=2: a prompt has 3 tokens'):
+    decode.pad([[7], [8, 9, 10]], 2)
+
+
+def test_rows_of_a_larger_set_draw_what_they_draw_there():
+  ids_BT, segments_BT = decode.pad([PROMPTS[0]] * 4, 4)
+  run = jax.jit(functools.partial(decode.run, model('llama'), Sampling(max_new=9)))
+  want = run(weights('llama'), ids_BT, segments_BT, key())
+  got = run(weights('llama'), ids_BT[:2], segments_BT[:2], nn.Keys(key(), jnp.array([3, 1])))
+  np.testing.assert_array_equal(got.tokens_BT, want.tokens_BT[jnp.array([3, 1])])
+  assert len(set(map(tuple, np.asarray(want.tokens_BT).tolist()))) == 4
 
 
 def test_the_last_position_of_a_learned_table_is_of_use():

@@ -1,0 +1,191 @@
+"""Policy training as a run: each objective learns, resumes bitwise, runs on a mesh, and refuses bad rewards."""
+
+import json
+import math
+import os
+import signal
+
+import jax
+import numpy as np
+import pytest
+import tiny
+
+from lm import checkpoint, config, logs, loop, optim, params, peft, policy, reinforce, run, samples, sharding, train
+from lm.data import loader, prompts
+from lm.errors import DataError, Preempted
+from lm.losses import ar, grpo, ppo
+from lm.models import decoder, hf
+
+MODEL = decoder.Config(vocab=258, length=40, layers=2, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=32)
+KINDS = {policy.PPO: ppo.Config(kl=ppo.KL(coef=0.02, target=1.0, horizon=50)), policy.GRPO: grpo.Config(beta=0.02),
+         policy.BestOf: ar.Config()}
+
+
+def low(records, responses):
+  """The share of tokens that are ASCII characters: half of them at the start."""
+  return [sum(c.isascii() for c in text) / 8 for text in responses]
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+  root = tmp_path_factory.mktemp('rl')
+  lines = [json.dumps({'prompt': f'{word} {i}', 'split': 'validation' if i > 15 else 'train'}, ensure_ascii=False)
+           for i in range(20) for word in ('say', '说')]
+  (root / 'prompts.jsonl').write_text('\n'.join(lines), encoding='utf-8')
+  tiny.write_text(root / 'text.txt')
+  hf.save(root / 'base', MODEL, jax.device_get(params.init(decoder.specs(MODEL), jax.random.key(3))))
+  return root
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch):
+  tiny.share_compiled(monkeypatch)
+
+
+def make(root, kind=policy.PPO, **changes):
+  c = kind(
+      model=MODEL, init_from=str(root / 'base'), peft=peft.Config('full', train=''), loss=KINDS[kind],
+      data=prompts.Config(str(root / 'prompts.jsonl'), template='none', tokenizer='byte', length=12, batch=8),
+      rollout=policy.Rollout(new_tokens=8, end=False, epochs=2, group=1 if kind is policy.PPO else 4, samples=3),
+      optim=optim.Config(lr=0.01, schedule='constant', steps=12, weight_decay=0.0, b2=0.99),
+      loop=loop.Config(log_every=1, eval_every=3, eval_first=True),
+      checkpoint=checkpoint.Config(every=2, metric='val_score', mode='max'))
+  return config.replace(c, **changes)
+
+
+def rows_of(workdir):
+  """What was logged, but for what a clock says."""
+  return [{k: v for k, v in row.items() if k not in ('tokens_per_s', 'mfu', 'elapsed_s')} for row in logs.read(workdir)]
+
+
+def state_of(c, task, workdir):
+  parts = run.build(c, task)
+  abstract = run.abstract_state(task, parts)
+  kept = abstract.replace(frozen=jax.tree.map(lambda x: None, abstract.frozen))
+  step, state, _ = checkpoint.restore(workdir / 'checkpoints', kept, log=lambda line: None)
+  return step, params.flatten(state.params) | {'carry': state.carry['kl_coef']}
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_the_score_rises(kind, root, tmp_path):
+  c = make(root, kind, data__batch=16, optim__steps=40, loop__eval_every=20, optim__lr=0.02)
+  summary = run.run(c, reinforce.task(c, low, held_out=lambda records, texts: [-x for x in low(records, texts)]),
+                    tmp_path)
+  first = logs.read(tmp_path)[0]
+  assert first['step'] == 0 and abs(first['val_kl']) < 1e-4
+  assert summary['val_score'] > first['val_score'] + 0.1 and summary['val_held_out'] == -summary['val_score']
+  assert summary['val_kl'] > 0.1 and summary['steps'] == 20 and summary['best']['step'] == 20
+  assert summary['tokens'] == 20 * c.rows * 20
+  shown = samples.read(tmp_path)
+  assert [row['step'] for row in shown] == [0] * 3 + [20] * 3
+  assert all(math.isclose(row['score'], low(None, [row['reply']])[0], abs_tol=1e-6) for row in shown)
+
+
+class Stop:
+  """`low`, until SIGTERM comes at its `call`-th call, or an end that leaves no time to save anything."""
+
+  def __init__(self, call, number=None):
+    self._left, self._number = call, number
+
+  def __call__(self, records, responses):
+    self._left -= 1
+    if not self._left and self._number is None:
+      raise KeyError('gone')
+    if not self._left:
+      os.kill(os.getpid(), self._number)
+    return low(records, responses)
+
+
+@pytest.mark.parametrize('method', ['full', 'lora'])
+def test_a_run_stopped_in_the_middle_of_an_iteration_goes_on_as_if_it_had_not(method, root, tmp_path):
+  c = make(root, peft__method=method, peft__targets='^blocks/attn/[qkvo]$')
+  run.run(c, reinforce.task(c, low), tmp_path / 'straight')
+  task = reinforce.task(c, Stop(4 + 2))  # one call at step 0, then one an iteration, one at the evaluation after three
+  with pytest.raises(DataError, match='KeyError'):
+    run.run(c, task, tmp_path / 'killed')
+  assert checkpoint.steps(tmp_path / 'killed' / 'checkpoints')[-1] < 5
+  with pytest.raises(Preempted):
+    run.run(c, reinforce.task(c, Stop(2, signal.SIGTERM)), tmp_path / 'killed')
+  run.run(c, reinforce.task(c, low), tmp_path / 'killed')
+  assert rows_of(tmp_path / 'straight') == rows_of(tmp_path / 'killed')
+  assert samples.read(tmp_path / 'straight') == samples.read(tmp_path / 'killed')
+  (step, one), (_, other) = (state_of(c, reinforce.task(c, low), tmp_path / name) for name in ('straight', 'killed'))
+  assert step == 6 and all(np.array_equal(one[k], other[k]) for k in one)
+  assert float(one['carry']) != c.loss.kl.coef  # it has adapted, and went on from there
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', [policy.PPO, policy.GRPO])
+@pytest.mark.parametrize('mesh', [dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
+def test_any_mesh_gives_the_curve_of_one_device(kind, mesh, root, tmp_path):
+  curves = []
+  for name, where in (('one', sharding.Config()), ('mesh', sharding.Config(**mesh))):
+    c = make(root, kind, mesh=where, optim__steps=6, loop__eval_every=3, optim__lr=1e-3)
+    run.run(c, reinforce.task(c, low), tmp_path / name)
+    curves.append(rows_of(tmp_path / name))
+  for one, other in zip(*curves, strict=True):
+    assert one.keys() == other.keys()
+    for k in one:
+      if k not in ('mfu', 'explained_variance'):  # the latter divides by what is near 0 at the start
+        assert one[k] == pytest.approx(other[k], rel=2e-3, abs=2e-4), k
+
+
+def test_a_mixture_with_text_learns_from_both(root, tmp_path):
+  text = loader.Config(str(root / 'text.txt'), tokenizer='byte', split='tail', validation_fraction=0.1, length=16,
+                       batch=4)
+  c = make(root, text=text, text_weight=5.0, optim__steps=8)
+  run.run(c, reinforce.task(c, low), tmp_path)
+  rows = logs.read(tmp_path)
+  assert rows[-1]['ptx_loss'] < rows[1]['ptx_loss'] - 0.05
+
+
+def test_no_further_pass_once_the_policy_has_moved_enough(root, tmp_path):
+  c = make(root, rollout__epochs=4, rollout__stop_kl=1e-9, optim__steps=8)
+  run.run(c, reinforce.task(c, low), tmp_path)
+  rows = [row for row in logs.read(tmp_path) if row['step']]
+  assert [row['updates'] for row in rows] == [2, 2]  # the first moves nothing before it, the second stops
+
+
+def test_updates_see_every_row_once_a_pass(root, tmp_path, monkeypatch):
+  seen = []
+  c = make(root, rollout__minibatches=2, optim__steps=4)
+  task = reinforce.task(c, low)
+  build = run.build
+
+  def recording(*args):
+    parts = build(*args)
+
+    def step(state, batch, key):
+      seen.append(np.asarray(batch.batch.ids_BT))
+      return parts.step(state, batch, key)
+    return run.Parts(*(step if name == 'step' else getattr(parts, name) for name in run.Parts.__dataclass_fields__))
+  monkeypatch.setattr(run, 'build', recording)
+  run.run(c, task, tmp_path)
+  assert [x.shape for x in seen] == [(4, 20)] * 4
+  one, two = (sorted(map(bytes, np.concatenate(seen[i:i + 2]))) for i in (0, 2))
+  assert one == two and not np.array_equal(seen[0], seen[2])
+
+
+@pytest.mark.parametrize(('reward', 'said'), [
+    (lambda records, texts: [math.nan] * len(texts), 'nan'), (lambda records, texts: [0.5], '1 numbers for 8'),
+    (lambda records, texts: 1 / 0, 'ZeroDivisionError')], ids=['nan', 'short', 'raises'])
+def test_a_reward_that_fails_ends_the_run_with_its_name(reward, said, root, tmp_path):
+  reward.__name__ = 'mine'
+  c = make(root, loop__eval_first=False)
+  with pytest.raises(DataError, match=f'mine.*{said}'):
+    run.run(c, reinforce.task(c, reward), tmp_path)
+
+
+def test_fractions_of_a_score_stay(root, tmp_path):
+  c = make(root, optim__steps=2, loop__eval_every=0)
+  summary = run.run(c, reinforce.task(c, lambda records, texts: [0.73] * len(texts)), tmp_path)
+  assert summary['val_score'] == pytest.approx(0.73) and logs.read(tmp_path)[1]['score'] == pytest.approx(0.73)
+  assert summary['val_score_std'] == 0
+
+
+def test_what_a_step_hands_on_is_kept_in_checkpoints_alone(root):
+  c = make(root)
+  task = reinforce.task(c, low)
+  state = jax.eval_shape(lambda: train.init(task.specs, run.build(c, task).tx, jax.tree.map(lambda s: True, task.specs),
+                                            jax.random.key(0), task.carry))
+  assert state.carry['kl_coef'].shape == () and reinforce.task(make(root, policy.GRPO), low).carry is None
