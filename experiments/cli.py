@@ -15,25 +15,30 @@ from typing import Any
 from absl import flags, logging as absl_logging
 import jax
 
-from lm import config, host, hosts, run
+from lm import config, host, hosts, logs, run
 from lm.errors import CheckpointError, ConfigError, DataError, Error, Interrupted
 from lm.models import decoder
 
 EXIT = """Exit status: 0 done or complete already; 2 a flag or field; 3 the data; 4 a checkpoint or disk; 5 diverged;
 70 another process of the job is stuck or gone, 75 SIGTERM and 130 Ctrl-C, both after saving: start again to resume.
 A failure is one line on stderr."""
+After = Callable[[Any, str], dict[str, Any]]
 
 
-def main(doc: str, configs: Sequence[Callable[[], run.Config]], task: Callable[[Any], run.Task]) -> None:
+def main(doc: str, configs: Sequence[Callable[[], run.Config]], task: Callable[[Any], run.Task],
+         after: After | None = None) -> None:
   """`run_argv` of the command line; exits with its status."""
-  code = run_argv(sys.argv, doc, configs, task)
+  code = run_argv(sys.argv, doc, configs, task, after)
   hosts.leave()
   sys.exit(code)
 
 
 def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.Config]],
-             task: Callable[[Any], run.Task]) -> int:
-  """Parses flags (argv[0] is the program), then describes or runs the chosen config; the exit status of `EXIT`."""
+             task: Callable[[Any], run.Task], after: After | None = None) -> int:
+  """Parses flags (argv[0] is the program), then describes or runs the chosen config; the exit status of `EXIT`.
+
+  `after` the run, (config, workdir) -> what summary.json gets besides; also where the run was complete already.
+  """
   by_name = {f.__name__: f for f in configs}
   names = '\n'.join(f'  {name}: {(f.__doc__ or "").strip().splitlines()[0]}' for name, f in by_name.items())
   values = flags.FlagValues()
@@ -70,11 +75,15 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
                           '--distributed': job, 'JAX': jax.__version__} | config.flatten(c))
       hosts.require_shared(values.workdir)
     summary = run.run(c, task(c), values.workdir, values.resume_with_changes)
+    more = after(c, values.workdir) if after else {}
+    if more and jax.process_index() == 0:
+      summary |= more
+      logs.write_summary(values.workdir, summary)
     if jax.process_index() == 0:
       print(json.dumps(summary, indent=1))
-      more = '' if not isinstance(getattr(c, 'model', None), decoder.Config) or hasattr(c, 'classes') else (
+      hint = '' if not isinstance(getattr(c, 'model', None), decoder.Config) or hasattr(c, 'pooling') else (
           f'; sample with: python -m scripts.sample --model={values.workdir} --prompt="..."')
-      print(f'done: {values.workdir}/curves.png shows the loss{more}')
+      print(f'done: {values.workdir}/curves.png shows the loss{hint}')
 
   def more_help() -> str:
     fields = '\n'.join(f'  {k}={v!r}' for k, v in config.flatten(by_name[values.config]()).items())

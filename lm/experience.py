@@ -11,8 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import logprobs, parallel, params, peft, policy, rollout, train
-from lm.kernels.cross_entropy import token_logprobs
+from lm import parallel, params, peft, policy, rollout, train
 from lm.losses import ar, grpo, ppo
 from lm.policy import BestOf, Config, GRPO, PPO
 
@@ -35,23 +34,20 @@ def loss(c: Config, tree: params.Tree, attend: Callable[..., jax.Array]) -> trai
 def learn(c: Config, attend: Callable[..., jax.Array]) -> Callable[..., tuple[Any, dict[str, jax.Array], Any]]:
   """(params, rollout, scores_B, carry) -> (rows for `loss`, f32 scalars to report, carry); to be jitted."""
   apply, valued, head = policy.bind(c, attend)
-  said = lambda p, batch: logprobs.score(p, batch, None, apply=apply, head=head, chunk=c.loss.chunk,
-                                         temperature=c.temperature).logprobs_BT
+  said = functools.partial(rollout.score, s=policy.sampling(c), head=head, chunk=c.loss.chunk)
 
   def by_value(p, r, scores_B, carry):
-    b = r.batch
-    x_BTD, values_BT = valued(p, b.ids_BT[:, :-1], positions_BT=b.positions_BT[:, :-1],
-                              segments_BT=b.segments_BT[:, :-1])
-    old_BT = token_logprobs(x_BTD, head(p), b.ids_BT[:, 1:], c.loss.chunk, temperature=c.temperature)[0]
+    old_BT, values_BT = said(p, r, apply=valued)
+    reference_BT, _ = said(policy.reference(p), r, apply=apply)
     coef = carry['kl_coef']
-    made, stats = ppo.experience(b, old_BT, said(policy.reference(p), b), values_BT, scores_B, r.ended_B, coef, c.loss)
+    made, stats = ppo.experience(r.batch, old_BT, reference_BT, values_BT, scores_B, r.ended_B, coef, c.loss)
     del stats['entropy']  # an estimate of what the loss knows exactly
     return made, stats | {'kl_coef': coef}, {'kl_coef': ppo.adapt(coef, stats['kl'], c.rows, c.loss.kl)}
 
   def by_group(p, r, scores_B, carry):
     advantages_PG = grpo.advantages(scores_B.reshape(-1, c.rollout.group), c.loss)
-    old_BT = said(p, r.batch) if c.updates > 1 else None
-    reference_BT = said(policy.reference(p), r.batch) if c.loss.beta else None
+    old_BT = said(p, r, apply=apply)[0] if c.updates > 1 else None
+    reference_BT = said(policy.reference(p), r, apply=apply)[0] if c.loss.beta else None
     stats = {'score': scores_B.mean(), 'length': r.lengths_B.mean(), 'ended': r.ended_B.mean(dtype=jnp.float32),
              'equal_groups': (advantages_PG == 0).all(1).mean(dtype=jnp.float32)}
     return grpo.Batch(r.batch, advantages_PG.reshape(-1), old_BT, reference_BT), stats, carry
@@ -68,6 +64,5 @@ def learn(c: Config, attend: Callable[..., jax.Array]) -> Callable[..., tuple[An
 def judge(c: Config, attend: Callable[..., jax.Array]) -> Callable[..., tuple[jax.Array, jax.Array]]:
   """(params, rollout) -> f32 [B] each: log-probability of the response under the policy and under the reference."""
   apply, _, head = policy.bind(c, attend)
-  said = lambda p, batch: logprobs.score(p, batch, None, apply=apply, head=head, chunk=c.loss.chunk,
-                                         temperature=c.temperature).row_B
-  return lambda p, r: (said(p, r.batch), said(policy.reference(p), r.batch))
+  said = lambda p, r: rollout.score(p, r, policy.sampling(c), apply=apply, head=head, chunk=c.loss.chunk)[0].sum(1)
+  return lambda p, r: (said(p, r), said(policy.reference(p), r))

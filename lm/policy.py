@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lm import config, instruct, nn, params, peft as peft_lib, pretrain, reward_model, run
+from lm import config, decode, instruct, nn, params, peft as peft_lib, pretrain, reward_model, run
 from lm.data import loader, prompts
 from lm.errors import ConfigError
 from lm.losses import ar, grpo, ppo
@@ -36,6 +36,8 @@ class Rollout:
   Attributes:
     new_tokens: most tokens of a response.
     end: a response ends with the end of its turn or text; False: all have `new_tokens`.
+    cut, cut_after: where not '': drawn without an end, and then cut behind the first token that is this text and has at
+      least `cut_after` before it, as lm-human-preferences does ('.', 16); one that has none has not ended.
     group: responses to a prompt.
     epochs: passes over the responses. minibatches: updates in a pass, each of as many rows.
     stop_kl: no further pass once the policy is this far (approx_kl, nats a token) from the one that drew; 0 = all.
@@ -44,6 +46,8 @@ class Rollout:
 
   new_tokens: int = 32
   end: bool = True
+  cut: str = ''
+  cut_after: int = 0
   group: int = 1
   epochs: int = 4
   minibatches: int = 1
@@ -52,9 +56,11 @@ class Rollout:
 
   def __post_init__(self):
     for name, least in (('new_tokens', 1), ('group', 1), ('epochs', 1), ('minibatches', 1), ('stop_kl', 0),
-                        ('samples', 0)):
+                        ('samples', 0), ('cut_after', 0)):
       if not least <= getattr(self, name) < math.inf:
         raise ConfigError(f'rollout.{name}={getattr(self, name)}; expected at least {least}')
+    if self.cut and self.end:
+      raise ConfigError(f'rollout.cut={self.cut!r} with rollout.end=True; expected one of them; set rollout.end=False')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,6 +259,11 @@ def policy(p: params.Tree) -> params.Tree:
 def reference(p: params.Tree) -> params.Tree:
   """The decoder that training began with."""
   return p['reference'] if 'reference' in p else peft_lib.without(policy(p))
+
+
+def sampling(c: Config, stop: tuple[int, ...] = ()) -> decode.Sampling:
+  """How the policy draws: by softmax(logits / temperature), of all tokens."""
+  return decode.Sampling(c.rollout.new_tokens, c.temperature, stop=stop)
 
 
 def quiet(c: Config) -> decoder.Config:

@@ -37,6 +37,7 @@ from lm import (
   train,
 )
 from lm.data import loader, prompts
+from lm.errors import ConfigError
 from lm.kernels import attention
 from lm.models import decoder
 from lm.text import chat
@@ -99,14 +100,18 @@ def _around(c, learn, judge, reward, held_out):
 def _draw(c, mesh, data):
   """(params, prompts, key, group) -> (the rollout, divided over the mesh; `Drawn`, on the host)."""
   stop = chat.stop_ids(c.data.written, data.tokenizer) if c.rollout.end else ()
-  model = decode.of(decoder, policy.quiet(c))
-  s = decode.Sampling(c.rollout.new_tokens, c.temperature, stop=stop)
+  model, s, cut = decode.of(decoder, policy.quiet(c)), policy.sampling(c, stop), c.rollout.cut
+  cuts = [data.tokenizer.encode(cut).tolist()] if cut else []
+  if cut and len(cuts[0]) != 1:
+    raise ConfigError(f'rollout.cut={cut!r} is {len(cuts[0])} tokens; expected the text of one; choose another')
   rows, same = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
   @functools.partial(jax.jit, static_argnums=3, out_shardings=(rows, same))
   def draw(p, prompts, key, group):
     ids_BP, segments_BP = rollout.groups(prompts.ids_NP, prompts.segments_NP, group)
-    r = rollout.generate(model, decode.prepare(peft.plain(policy.policy(p))), ids_BP, segments_BP, s, key)
+    q = decode.prepare(rollout.gathered(peft.plain(policy.policy(p)), policy.base_specs(c)))
+    r = rollout.generate(model, q, ids_BP, segments_BP, s, key)
+    r = rollout.truncate(r, cuts[0], c.rollout.cut_after) if cut else r
     return r, (r.responses_BN, r.ended_B, r.lengths_B, jnp.repeat(prompts.index_N, group))
 
   def drawn(p, prompts, key, group=1):

@@ -6,15 +6,17 @@ G responses to a prompt; T = P + N - 1 targets a row (rows hold P + N ids; colum
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lm import decode, logprobs, nn, params, sharding
+from lm import decode, nn, params, sharding
 from lm.data.packing import Batch
 from lm.errors import ConfigError
+from lm.kernels.cross_entropy import token_logprobs
 
 
 @struct.dataclass
@@ -38,20 +40,6 @@ class Rollout:
   def responses_BN(self) -> jax.Array:
     """Their ids, 0 behind the last."""
     return self.batch.ids_BT[:, self.width:]
-
-
-@struct.dataclass
-class Scores:
-  """What models say of the responses: f32 [B, T], 0 outside them.
-
-  Attributes:
-    logprobs_BT, reference_BT: log-probability of each token under the policy and the reference, nats.
-    values_BT: of the states that predict the tokens; None without a value function.
-  """
-
-  logprobs_BT: jax.Array
-  reference_BT: jax.Array
-  values_BT: jax.Array | None = None
 
 
 def gathered(p: params.Tree, specs: params.Tree) -> params.Tree:
@@ -125,15 +113,18 @@ def truncate(r: Rollout, ids: Sequence[int], least: int = 0) -> Rollout:
   return r.replace(batch=batch, ended_B=r.ended_B | found_B, lengths_B=lengths_B)
 
 
-def score(p: params.Tree, reference: params.Tree, r: Rollout, s: decode.Sampling, *, apply: Callable[..., jax.Array],
-          head: Callable[[params.Tree], jax.Array], values: Callable[..., jax.Array] | None = None, chunk: int = 1024
-          ) -> Scores:
-  """Log-probabilities at the temperature of `s` under the policy that drew with it and under the reference.
+def score(p: params.Tree, r: Rollout, s: decode.Sampling, *, apply: Callable[..., Any],
+          head: Callable[[params.Tree], jax.Array], chunk: int = 1024) -> tuple[jax.Array, jax.Array | None]:
+  """What a model says of the responses: f32 [B, T], 0 outside them.
 
   Args:
-    p, reference: parameters, both for `apply` and `head` (see `lm.logprobs.score`); p also for `values`.
-    values: (params, ids_BT, *, positions_BT, segments_BT, key) -> values_BT.
+    p: parameters of the policy that drew with `s`, of its reference, or of any other.
+    apply: (params, ids_BT, *, positions_BT, segments_BT, key) -> x_BTD, or the pair of it and values_BT.
+    head: params -> w_VD.
     chunk: tokens whose logits exist at once.
+
+  Returns:
+    (log-probabilities at the temperature of `s`, nats; values of the states that predict the tokens, None without).
 
   Raises:
     ConfigError: top_k, top_p or temperature 0: then the tokens were not drawn from softmax(logits / temperature).
@@ -141,14 +132,12 @@ def score(p: params.Tree, reference: params.Tree, r: Rollout, s: decode.Sampling
   if s.top_k or s.top_p < 1 or not s.temperature:
     raise ConfigError(f'top_k={s.top_k}, top_p={s.top_p}, temperature={s.temperature}; expected all tokens at a '
                       'temperature above 0, so that the policy is what drew; set top_k=0, top_p=1')
-  said = lambda q: logprobs.score(q, r.batch, None, apply=apply, head=head, chunk=chunk, temperature=s.temperature)
-  values_BT = None
-  if values is not None:
-    b = r.batch
-    values_BT = values(p, b.ids_BT[:, :-1], positions_BT=b.positions_BT[:, :-1], segments_BT=b.segments_BT[:, :-1],
-                       key=None)
-    values_BT = jnp.where(b.mask_BT[:, 1:], values_BT.astype(jnp.float32), 0.0)
-  return Scores(said(p).logprobs_BT, said(reference).logprobs_BT, values_BT)
+  b, mask_BT = r.batch, r.batch.mask_BT[:, 1:]
+  found = apply(p, b.ids_BT[:, :-1], positions_BT=b.positions_BT[:, :-1], segments_BT=b.segments_BT[:, :-1], key=None)
+  x_BTD, values_BT = found if isinstance(found, tuple) else (found, None)
+  logprobs_BT = token_logprobs(x_BTD, head(p), b.ids_BT[:, 1:], chunk, temperature=s.temperature)[0]
+  inside = lambda x_BT: None if x_BT is None else jnp.where(mask_BT, x_BT.astype(jnp.float32), 0.0)
+  return inside(logprobs_BT), inside(values_BT)
 
 
 def best_of(r: Rollout, scores_B: jax.Array, G: int) -> Rollout:

@@ -163,11 +163,11 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
       return summary.write(c, task, workdir, start, meta)
     if start:
       logs.say(f'resumed from step {start} in {workdir}')
+    fingerprint = data.fingerprint
+    if task.extend:
+      data = task.extend(parts, lambda: _first(c, task, parts), data, workdir)
     with signals.deferred(), contextlib.ExitStack() as stack:
       _record(c, data, workdir)
-      fingerprint = data.fingerprint
-      if task.extend:
-        data = task.extend(parts, lambda: _first(c, task, parts), data, workdir)
       evaluation = evaluate.make(c, task, parts, abstract, data) if task.eval_loss else None
       log = stack.enter_context(contextlib.closing(logs.Logs(workdir, steps, start)))
       saver = stack.enter_context(checkpoint_lib.Saver(workdir / 'checkpoints', c.checkpoint, start or None, log.say))

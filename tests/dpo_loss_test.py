@@ -139,6 +139,11 @@ def test_where_the_policy_is_its_reference(p):
   terms, metrics = jax.jit(bound())(p, batch, None)
   assert value(terms) == pytest.approx(np.log(2), rel=1e-5)
   assert float(metrics['margin'].total) == pytest.approx(0, abs=1e-4)
+  assert float(metrics['accuracy'].total) == (B - 1) / 2  # no favourite: half of each
+  near = batch.replace(chosen_reference_B=batch.chosen_reference_B * (1 + 2e-7))
+  assert float(jax.jit(bound())(p, near, None)[1]['accuracy'].total) == (B - 1) / 2  # nor by its last bits
+  far = batch.replace(chosen_reference_B=batch.chosen_reference_B * (1 + 1e-4))
+  assert float(jax.jit(bound())(p, far, None)[1]['accuracy'].total) == B - 1
   got = jax.jit(train.accumulate(bound()))(p, batch, jax.random.key(0))[0]
 
   def likelihood(p):

@@ -12,7 +12,7 @@ import tiny
 
 from lm import checkpoint, config, logs, loop, optim, params, peft, policy, reinforce, run, samples, sharding, train
 from lm.data import loader, prompts
-from lm.errors import DataError, Preempted
+from lm.errors import ConfigError, DataError, Preempted
 from lm.losses import ar, grpo, ppo
 from lm.models import decoder, hf
 
@@ -181,6 +181,17 @@ def test_fractions_of_a_score_stay(root, tmp_path):
   summary = run.run(c, reinforce.task(c, lambda records, texts: [0.73] * len(texts)), tmp_path)
   assert summary['val_score'] == pytest.approx(0.73) and logs.read(tmp_path)[1]['score'] == pytest.approx(0.73)
   assert summary['val_score_std'] == 0
+
+
+def test_responses_are_cut_behind_a_token(root, tmp_path):
+  c = make(root, optim__steps=2, rollout__cut='e', rollout__cut_after=2, rollout__new_tokens=20, data__evaluated=0)
+  seen = []
+  run.run(c, reinforce.task(c, lambda records, texts: seen.extend(texts) or [0.0] * len(texts)), tmp_path)
+  assert any(len(text) < 20 for text in seen)
+  assert not any('e' in text[2:-1] for text in seen)
+  c = config.replace(c, rollout__cut='ab')
+  with pytest.raises(ConfigError, match="rollout.cut='ab' is 2 tokens"):
+    run.run(c, reinforce.task(c, low), tmp_path / 'x')
 
 
 def test_what_a_step_hands_on_is_kept_in_checkpoints_alone(root):

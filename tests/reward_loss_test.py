@@ -73,16 +73,45 @@ def test_every_prompt_weighs_the_same_however_many_answers_it_has():
   np.testing.assert_allclose(mean(both), np.mean(each), rtol=1e-6)
 
 
-def test_what_is_missing_touches_nothing():
+def test_the_best_of_several_is_a_softmax():
+  """-log softmax at the best answer that is there, their mean over those tied; a prompt whose are alike: none."""
+  scores, ranks, mask = arrays()
+  ranks[0] = [0, 0, 3, 1]
+  terms, metrics = jax.jit(lambda s: reward.loss(s, ranks, mask, c=reward.Config(kind='best', centre=0.01)))(scores)
+  total = prompts = 0
+  for s, r, m in zip(scores.astype(np.float64), ranks, mask, strict=True):
+    s, r = s[m], r[m]
+    if len(set(r)) > 1:
+      total += (np.log(np.exp(s).sum()) - s[r == r.min()]).mean()
+      prompts += 1
+  assert 2 < prompts < B
+  np.testing.assert_allclose([terms['preference'].total, terms['preference'].weight], [total, prompts], rtol=1e-5)
+  pairs = reward.loss(jnp.asarray(scores), ranks, mask, c=reward.Config(centre=0.01))
+  for name in ('accuracy', 'gap', 'brier'):
+    np.testing.assert_array_equal(metrics[name].total, pairs[1][name].total)
+  assert metrics['loss'].total == terms['preference'].total
+  np.testing.assert_array_equal(terms['centre'].total, pairs[0]['centre'].total)
+
+
+def test_of_two_answers_both_kinds_are_one_loss():
+  scores, ranks, mask = (x[:, :2] for x in arrays(3))
+  both = [reward.loss(jnp.asarray(scores), ranks, mask, c=reward.Config(kind=kind))[0]['preference']
+          for kind in ('pairs', 'best')]
+  assert both[0].weight > 0
+  np.testing.assert_allclose(both[0].total, both[1].total, rtol=1e-5)
+
+
+@pytest.mark.parametrize('kind', ['pairs', 'best'])
+def test_what_is_missing_touches_nothing(kind):
   """Not a value, not a gradient, even where it is NaN; and a batch without any pair is 0 over 0."""
   scores, ranks, mask = arrays()
-  value = lambda s, m: reward.loss(s, ranks, m, c=reward.Config(centre=0.1))[0]['preference'].total
+  value = lambda s, m: reward.loss(s, ranks, m, c=reward.Config(kind, centre=0.1))[0]['preference'].total
   holes = np.where(mask, scores, np.nan)
   np.testing.assert_array_equal(value(holes, mask), value(scores, mask))
   grads = jax.grad(value)(jnp.asarray(holes), mask)
   assert np.isfinite(grads).all()
   assert (np.asarray(grads)[~mask] == 0).all()
-  terms, metrics = reward.loss(jnp.asarray(holes), ranks, jnp.zeros_like(mask), c=reward.Config(centre=0.1))
+  terms, metrics = reward.loss(jnp.asarray(holes), ranks, jnp.zeros_like(mask), c=reward.Config(kind, centre=0.1))
   assert all(t.total == t.weight == 0 for t in (*terms.values(), *metrics.values()))
 
 
@@ -177,6 +206,8 @@ def test_scores_that_nothing_can_be_normalised_by(scores, part):
     reward.normalise(np.array(scores))
 
 
-def test_a_coefficient_below_zero():
+def test_a_config_out_of_range():
   with pytest.raises(ConfigError, match='loss.centre=-1'):
     reward.Config(centre=-1)
+  with pytest.raises(ConfigError, match="loss.kind='worst'"):
+    reward.Config(kind='worst')

@@ -1,5 +1,6 @@
 """Rollouts: rows that do not depend on padding, mates or mesh, and whose scores are those of the sampler."""
 
+import collections
 import dataclasses
 import functools
 import re
@@ -24,6 +25,7 @@ PROMPTS = ([3, 1, 4], [15, 9, 26, 5, 35, 8, 9], [79, 3, 23, 84], [2, 7, 1, 8, 2]
 STOP = (5, 11, 40, 41, 42)
 APPLY = lambda p, ids_BT, **kwargs: decoder.apply(p, C, ids_BT, **kwargs)
 HEAD = lambda p: decoder.head(p, C)
+Scores = collections.namedtuple('Scores', 'logprobs_BT reference_BT values_BT')
 
 
 def key(seed=7):
@@ -45,8 +47,10 @@ def make(s):
   """A program, compiled for each `make`: (params, the reference's, ids, segments, key) -> Rollout and Scores."""
   def both(p, reference, ids_BP, segments_BP, key):
     r = draws(s, p, ids_BP, segments_BP, key)
-    values = lambda p, ids_BT, *, positions_BT, segments_BT, key: positions_BT + 100 * (segments_BT == 0)
-    return r, rollout.score(p, reference, r, s, apply=APPLY, head=HEAD, values=values, chunk=32)
+    values = lambda positions_BT, segments_BT, key: positions_BT + 100 * (segments_BT == 0)
+    said = functools.partial(rollout.score, r=r, s=s, head=HEAD, chunk=32)
+    logprobs_BT, values_BT = said(p, apply=lambda p, ids_BT, **rows: (APPLY(p, ids_BT, **rows), values(**rows)))
+    return r, Scores(logprobs_BT, said(reference, apply=APPLY)[0], values_BT)
   return jax.jit(both)
 
 
@@ -212,7 +216,7 @@ def test_rows_of_a_group_differ():
 def test_scores_are_refused_where_the_policy_is_not_what_drew(filters):
   r = draw([[5]], Sampling(max_new=2))
   with pytest.raises(ConfigError, match=f'{next(iter(filters))}={next(iter(filters.values()))}.*expected all tokens'):
-    rollout.score({}, {}, r, Sampling(**filters), apply=None, head=None)
+    rollout.score({}, r, Sampling(**filters), apply=None, head=None)
 
 
 def test_more_columns_than_positions_are_refused():
@@ -229,7 +233,7 @@ def test_no_array_of_length_times_vocabulary():
   score = functools.partial(rollout.score, s=Sampling(), chunk=32, head=lambda p: decoder.head(p, c),
                             apply=lambda p, ids_BT, **kwargs: decoder.apply(p, c, ids_BT, **kwargs))
   p = params.abstract(decoder.specs(c))
-  text = jax.jit(score).lower(p, p, r).compile().as_text()
+  text = jax.jit(score).lower(p, r).compile().as_text()
   sizes = [np.prod([int(n) for n in shape.split(',')]) for shape in re.findall(r'\w\d+\[([0-9,]+)\]', text)]
   assert 32 * v <= max(sizes) < b * t * v / 2
 

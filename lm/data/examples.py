@@ -16,6 +16,7 @@ from lm.data.turns import Message
 from lm.errors import ConfigError, DataError
 
 SPLITS = ('train', 'validation', 'test')
+MOST = 1e30  # below it a grade is a finite f32, and so is a difference of two
 SHOWN = 3  # messages that a report keeps of each kind of fault
 
 
@@ -94,7 +95,18 @@ class Preference:
     return chosen, rejected
 
 
-Example = Labelled | Instruction | Chat | Preference
+@dataclasses.dataclass(frozen=True)
+class Graded:
+  """Answers to a conversation that ends with the user's turn, or to none (prompt ()); a higher grade is better."""
+
+  prompt: tuple[Message, ...]
+  answers: tuple[str, ...]
+  grades: tuple[float, ...]
+  split: str | None = None
+  origin: str = dataclasses.field(default='', compare=False)
+
+
+Example = Labelled | Instruction | Chat | Preference | Graded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +143,8 @@ def read(path: str | os.PathLike, kind: str, on_error: str = 'stop', encoding: s
   """The examples of a file or folder (formats: `tables_io.rows`), in order, and what was wrong with the others.
 
   Args:
-    kind: 'classification', 'instruction', 'chat' (which takes instructions too) or 'preference'.
+    kind: 'classification', 'instruction', 'chat' (which takes instructions too), 'preference', or 'graded' (which takes
+      preferences too: grades 1 and 0).
     on_error: 'stop' raises at the first fault, 'skip' leaves the record out and counts it.
     encoding: of text files.
     classes: the labels there are; None takes any.
@@ -227,13 +240,7 @@ def _chat(row, options):
 
 def _preference(row, options):
   del options
-  asked = row.fields.get('prompt')
-  if asked is None:
-    name, prompt = turns.conversation(row, answered=False)
-  else:
-    asked = [turns.text(row, 'prompt')] if isinstance(asked, str) else asked
-    name, prompt = 'prompt', turns.turns(row, asked, 'prompt')
-    prompt = turns.system(row) + prompt
+  name, prompt = _asked(row)
   (begin, chosen), (other, rejected) = (_answer(row, name) for name in ('chosen', 'rejected'))
   if not prompt and not begin:
     raise Fault('missing', row.origin, f'no field prompt{turns.names(row.fields)}; expected a string or turns')
@@ -243,6 +250,36 @@ def _preference(row, options):
       raise Fault('order', row.origin, f'field {field}: begins with other turns than {name}; expected the same')
   turns.alternate(prompt, 'user', row.origin, name)
   return Preference(prompt, chosen, rejected, row.split, row.origin)
+
+
+def _graded(row, options):
+  if 'answers' not in row.fields:
+    p = _preference(row, options)
+    return Graded(p.prompt, (p.chosen, p.rejected), (1.0, 0.0), p.split, p.origin)
+  answers, grades = (row.fields.get(name) for name in ('answers', 'grades'))
+  if not isinstance(answers, list) or not isinstance(grades, list) or not len(answers) == len(grades) >= 2:
+    shown = ' and '.join(f'{len(x)} of them' if isinstance(x, list) else turns.describe(x) for x in (answers, grades))
+    raise Fault('answers', row.origin, f'fields answers and grades: found {shown}; expected two lists of one length, '
+                'at least 2')
+  texts = tuple(turns.text(row, 'answer', {'answer': x}, f'answers[{i}]') for i, x in enumerate(answers))
+  for i, x in enumerate(grades):
+    if isinstance(x, bool) or not isinstance(x, int | float) or not abs(x) < MOST:
+      raise Fault('grade', row.origin, f'field grades[{i}]: found {turns.describe(x)}; expected a number below 1e30')
+  name, prompt = ('prompt', ()) if row.fields.get('prompt') == '' else _asked(row)
+  if not prompt and name != 'prompt':
+    raise Fault('missing', row.origin, f"no field prompt{turns.names(row.fields)}; expected a string or turns, or ''")
+  if prompt:
+    turns.alternate(prompt, 'user', row.origin, name)
+  return Graded(prompt, texts, tuple(map(float, grades)), row.split, row.origin)
+
+
+def _asked(row):
+  """(name of the field, the turns that are to be answered)."""
+  asked = row.fields.get('prompt')
+  if asked is None:
+    return turns.conversation(row, answered=False)
+  prompt = turns.turns(row, [turns.text(row, 'prompt')] if isinstance(asked, str) else asked, 'prompt')
+  return 'prompt', turns.system(row) + prompt
 
 
 def _answer(row, name):
@@ -256,4 +293,5 @@ def _answer(row, name):
   return messages[:-1], messages[-1].content
 
 
-_PARSERS = {'classification': _labelled, 'instruction': _instruction, 'chat': _chat, 'preference': _preference}
+_PARSERS = {'classification': _labelled, 'instruction': _instruction, 'chat': _chat, 'preference': _preference,
+            'graded': _graded}

@@ -99,15 +99,15 @@ def conversations(found: Iterable[Sequence[chat.Message]], template: chat.Templa
     last = max((i for i, m in enumerate(messages) if m.role == 'assistant'), default=None)
     with tally.naming():
       chat.check(messages)
-      rows = [] if last is None else _rows(messages[:last], messages[last:last + 1], template, tokenizer, length + 1,
+      rows = [] if last is None else fitted(messages[:last], messages[last:last + 1], template, tokenizer, length + 1,
                                            loss)
     tally.add(rows)
   rows = [row for row, in tally.kept]
   if pack:
     fit = packing.Fit(np.array([len(row.ids) for row in rows]), length, seed)
-    batch = _batch(rows, [fit.row(i) for i in range(fit.rows)], length + 1)
+    batch = arrange(rows, [fit.row(i) for i in range(fit.rows)], length + 1)
   else:
-    batch = _batch(rows, None, length + 1)
+    batch = arrange(rows, None, length + 1)
   return batch, tally.report([batch])
 
 
@@ -123,15 +123,15 @@ def pairs(found: Iterable[Preference], template: chat.Template, tokenizer: Token
     with tally.naming():
       for answer in answers:
         chat.check([*p.prompt, answer])
-      rows = _rows(p.prompt, answers, template, tokenizer, length + 1, 'last')
+      rows = fitted(p.prompt, answers, template, tokenizer, length + 1, 'last')
     tally.add([] if rows and np.array_equal(rows[0].ids, rows[1].ids) else rows)
   sides = [[rows[side] for rows in tally.kept] for side in (0, 1)]
-  batches = [_batch(rows, None, length + 1) for rows in sides]
+  batches = [arrange(rows, None, length + 1) for rows in sides]
   last = [np.array([len(row.ids) - 1 for row in rows], np.int32) for rows in sides]
   return Pair(*batches, *last), tally.report(batches)
 
 
-class _Row(NamedTuple):
+class Row(NamedTuple):
   """An example that fits a row, and what it lost."""
 
   ids: np.ndarray
@@ -169,7 +169,7 @@ class _Tally:
                   sum(len(r.ids) for r in rows), sum(len(b.ids_BT) for b in batches))
 
 
-def _batch(rows: Sequence[_Row], plan: Sequence[np.ndarray] | None, width: int) -> packing.Batch:
+def arrange(rows: Sequence[Row], plan: Sequence[np.ndarray] | None, width: int) -> packing.Batch:
   """The rows as planned, or one by one."""
   if not rows:
     raise DataError(f'data.length={width - 1}: no example has a target left in so many tokens; expected one at least; '
@@ -204,11 +204,11 @@ def _write(messages, template, tokenizer, loss) -> _Written:
   if loss == 'last':
     mask[:answer] = False
   system = words[0] if messages[0].role == 'system' else (0, 0)
-  return _Written(np.concatenate([ids for _, ids in found]), mask, system, words[last], answer)
+  return _Written(np.concatenate([ids for _, ids in found]), mask, system, words.get(last, (0, 0)), answer)
 
 
-def _rows(before: Sequence[chat.Message], answers: Sequence[chat.Message], template: chat.Template,
-          tokenizer: Tokenizer, width: int, loss: str) -> list[_Row]:
+def fitted(before: Sequence[chat.Message], answers: Sequence[chat.Message], template: chat.Template,
+           tokenizer: Tokenizer, width: int, loss: str) -> list[Row]:
   """One prompt with each of the answers, cut to `width` tokens; [] where nothing is left of an answer."""
   first = int(before[0].role == 'system')
   write = functools.cache(lambda exchanges: [
@@ -219,12 +219,12 @@ def _rows(before: Sequence[chat.Message], answers: Sequence[chat.Message], templ
   prompt, room = _prompt(found[0], width, max(len(w.ids) - w.answer for w in found), tokenizer)
   rows = []
   for whole, w in zip(write(0), found, strict=True):
-    stop = w.answer + _whole(w.ids[w.answer:], room, tokenizer)
+    stop = w.answer + kept_whole(w.ids[w.answer:], room, tokenizer)
     if stop <= w.answer:
       return []
     keep = np.concatenate([prompt, np.arange(w.answer, stop)])
     cut = int(whole.mask[1:].sum() - w.mask[keep][1:].sum())
-    rows.append(_Row(w.ids[keep], w.mask[keep], len(keep) < len(whole.ids), cut))
+    rows.append(Row(w.ids[keep], w.mask[keep], len(keep) < len(whole.ids), cut))
   return rows
 
 
@@ -232,13 +232,13 @@ def _prompt(w: _Written, width: int, answer: int, tokenizer: Tokenizer) -> tuple
   """(places of the prompt's tokens that stay, room for an answer), the longest of which has `answer` tokens."""
   (a, b), (c, d) = w.system, w.user
   room = max(0, width - (w.answer - (b - a) - (d - c)))
-  system = _whole(w.ids[a:b], max(room - (d - c) - answer, room // 2), tokenizer)
+  system = kept_whole(w.ids[a:b], max(room - (d - c) - answer, room // 2), tokenizer)
   room -= system
-  user = _whole(w.ids[c:d], max(room - answer, room // 2), tokenizer, tail=True)
+  user = kept_whole(w.ids[c:d], max(room - answer, room // 2), tokenizer, tail=True)
   return np.concatenate([np.arange(a + system), np.arange(b, c), np.arange(d - user, w.answer)]), room - user
 
 
-def _whole(ids: np.ndarray, most: int, tokenizer: Tokenizer, tail: bool = False) -> int:
+def kept_whole(ids: np.ndarray, most: int, tokenizer: Tokenizer, tail: bool = False) -> int:
   """How many of the first (or last) ids to keep, at most `most`, such that no character is split."""
   if most >= len(ids):
     return len(ids)

@@ -17,6 +17,8 @@ from lm.data.sft import Pair
 from lm.errors import ConfigError
 from lm.losses import Term
 
+_ROUNDING = 2e-6  # of f32 sums of log-probabilities, relative, where two programs compute the same
+
 
 @struct.dataclass
 class Batch:
@@ -67,8 +69,8 @@ def loss(p: params.Tree, batch: Batch, key: nn.Key | None, *, apply: Callable[..
          head: Callable[[params.Tree], jax.Array], c: Config) -> tuple[dict[str, Term], dict[str, Term]]:
   """Terms {'preference'}, a mean over pairs; a pair counts if both rows have targets.
 
-  Metrics: 'loss'; 'accuracy', share of pairs whose chosen answer has the larger reward (equal ones are wrong: all of
-  them where the policy is the reference); 'chosen_reward', 'rejected_reward', beta times the log-ratio of the whole
+  Metrics: 'loss'; 'accuracy', share of pairs whose chosen answer has the larger reward (those equal but for rounding
+  count half, so that it starts at 1/2); 'chosen_reward', 'rejected_reward', beta times the log-ratio of the whole
   answer; 'margin', their difference; 'chosen_logprob', 'rejected_logprob'.
 
   Args:
@@ -82,10 +84,12 @@ def loss(p: params.Tree, batch: Batch, key: nn.Key | None, *, apply: Callable[..
   weight = weights_B.sum()
   mean = lambda x_B: Term((weights_B * x_B).sum(), weight)
   value = mean(objective(each(chosen, chosen_B) - each(rejected, rejected_B), c))
+  gap_B, noise_B = chosen_B - rejected_B, _ROUNDING * (jnp.abs(chosen.row_B) + jnp.abs(rejected.row_B))
   return {'preference': value}, {
-      'loss': value, 'accuracy': mean(chosen_B > rejected_B), 'chosen_reward': mean(c.beta * chosen_B),
-      'rejected_reward': mean(c.beta * rejected_B), 'margin': mean(c.beta * (chosen_B - rejected_B)),
-      'chosen_logprob': mean(chosen.row_B), 'rejected_logprob': mean(rejected.row_B)}
+      'loss': value, 'accuracy': mean(jnp.where(jnp.abs(gap_B) <= noise_B, 0.5, gap_B > 0)),
+      'chosen_reward': mean(c.beta * chosen_B), 'rejected_reward': mean(c.beta * rejected_B),
+      'margin': mean(c.beta * gap_B), 'chosen_logprob': mean(chosen.row_B),
+      'rejected_logprob': mean(rejected.row_B)}
 
 
 def score(p: params.Tree, pair: Pair, key: nn.Key | None, **kwargs) -> tuple[logprobs.Scores, logprobs.Scores]:

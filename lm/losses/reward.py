@@ -1,10 +1,12 @@
 """Reward models: a score for each answer, such that P(w is preferred to l) = sigmoid(r_w - r_l) (Bradley-Terry).
 
+Or such that P(b is the best) = softmax(r)_b, of the answers to one prompt (arXiv:1909.08593 eq. 1).
 Scores are f32 whatever they come as. Shapes: B prompts (or rows), K answers a prompt, T tokens, N bins or scores. In
 BKK the first answer is the better one.
 """
 
 import dataclasses
+from typing import Literal
 
 from flax import struct
 import jax
@@ -14,14 +16,24 @@ import numpy as np
 from lm.errors import ConfigError
 from lm.losses import Term
 
+_NEVER = -1e30  # a score that no softmax sees
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """centre: coefficient of (r_w + r_l)^2, which keeps scores around 0 (arXiv:2312.09244; 0.01 is usual)."""
+  """What the scores are trained for.
 
+  Attributes:
+    kind: 'pairs' (Bradley-Terry) or 'best': only which answer is the best counts.
+    centre: coefficient of (r_w + r_l)^2, which keeps scores around 0 (arXiv:2312.09244; 0.01 is usual).
+  """
+
+  kind: Literal['pairs', 'best'] = 'pairs'
   centre: float = 0.0
 
   def __post_init__(self):
+    if self.kind not in ('pairs', 'best'):
+      raise ConfigError(f"loss.kind={self.kind!r}; expected 'pairs' or 'best'")
     if self.centre < 0:
       raise ConfigError(f'loss.centre={self.centre}; expected at least 0 (0: scores may drift)')
 
@@ -31,12 +43,14 @@ def loss(scores_BK: jax.Array, ranks_BK: jax.Array, mask_BK: jax.Array, *, c: Co
   """Terms {'preference'} and, where c.centre is set, {'centre'}: means over prompts of means over a prompt's pairs.
 
   That is the 1 / C(K, 2) of InstructGPT (arXiv:2203.02155 eq. 1), over the pairs that are there: answers of equal rank
-  make none, nor do those that are masked out; a prompt without a pair does not count.
+  make none, nor do those that are masked out; a prompt without a pair does not count. With c.kind 'best', 'preference'
+  is the mean over these prompts of -log softmax(r) at the best answer, or the mean of that over those tied for it.
 
   Args:
-    ranks_BK: int, lower is better.
+    ranks_BK: lower is better.
     mask_BK: bool, the answer exists.
-    margins_BKK: what r_w - r_l has to exceed for the same loss (Llama 2, arXiv:2307.09288 §3.2.2); read at [w, l].
+    margins_BKK: what r_w - r_l has to exceed for the same loss (Llama 2, arXiv:2307.09288 §3.2.2); read at [w, l], and
+      of 'pairs' only.
 
   Returns:
     Metrics, means over all pairs: loss (of prompts, as trained but without `centre`), accuracy (equal scores count
@@ -47,7 +61,9 @@ def loss(scores_BK: jax.Array, ranks_BK: jax.Array, mask_BK: jax.Array, *, c: Co
   weights_BKK = better_BKK / jnp.maximum(pairs_B, 1.0)[:, None, None]
   over_BKK = gap_BKK if margins_BKK is None else gap_BKK - margins_BKK.astype(jnp.float32)
   prompts, pairs = (pairs_B > 0).sum().astype(jnp.float32), pairs_B.sum()
-  nll = Term((weights_BKK * jax.nn.softplus(-over_BKK)).sum(), prompts)
+  nll_B = (_best(scores_BK, ranks_BK, mask_BK) * (pairs_B > 0) if c.kind == 'best' else
+           (weights_BKK * jax.nn.softplus(-over_BKK)).sum((1, 2)))
+  nll = Term(nll_B.sum(), prompts)
   terms = {'preference': nll}
   if c.centre:
     terms['centre'] = Term((weights_BKK * sum_BKK**2).sum(), prompts, c.centre)
@@ -140,6 +156,14 @@ def _pairs(scores_BK, ranks_BK, mask_BK):
   w_BK1, l_B1K = scores_BK[:, :, None], scores_BK[:, None]
   better_BKK = (ranks_BK[:, :, None] < ranks_BK[:, None]) & mask_BK[:, :, None] & mask_BK[:, None]
   return w_BK1 - l_B1K, w_BK1 + l_B1K, better_BKK.astype(jnp.float32)
+
+
+def _best(scores_BK, ranks_BK, mask_BK):
+  """-log softmax at the answers of lowest rank, their mean: f32 [B], finite also where no answer exists."""
+  logs_BK = jax.nn.log_softmax(jnp.where(mask_BK, scores_BK.astype(jnp.float32), _NEVER))
+  lowest_B1 = jnp.where(mask_BK, ranks_BK.astype(jnp.float32), jnp.inf).min(1, keepdims=True)
+  best_BK = mask_BK & (ranks_BK == lowest_B1)
+  return -jnp.where(best_BK, logs_BK, 0.0).sum(1) / jnp.maximum(best_BK.sum(1), 1)
 
 
 def _right(gap_BKK):
