@@ -13,10 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import classification, hlo, instruct, params, pretrain, pretrain_encoder, run, sharding, targets
-from lm.data import inputs, labelled, masking, packing
+from lm import hlo, params, plan_tasks, pretrain_encoder, run, sharding, summary, targets
 from lm.errors import ConfigError
-from lm.models import decoder
 
 # Share of the roofline that a run is taken to reach: PaLM 540B's hardware FLOPs utilisation on 6,144 TPU v4
 # (arXiv:2204.02311 §4.1), recomputation counted as work.
@@ -102,37 +100,12 @@ class Plan:
     return self.days(utilisation) * 24 * self.target.size * price
 
 
-def task_of(c: run.Config) -> run.Task:
-  """The task of a config of experiments/. Encoders get a stand-in for their tokenizer: ids do not change a program."""
-  if isinstance(c, classification.Config):
-    return classification.task(c)
-  if isinstance(c, instruct.Config):
-    return instruct.task(c)
-  if isinstance(c.model, decoder.Config):
-    return pretrain.task(c)
-  vocab = next(iter(pretrain_encoder.networks(c.model).values())).vocab
-  return pretrain_encoder.task(c, masking.Tokens(mask=4, vocab=vocab, special=(0, 1, 2, 3, 4)))
-
-
-def batch_of(c: run.Config, mesh: jax.sharding.Mesh) -> Any:
-  """A global batch as `jax.ShapeDtypeStruct`s on the mesh."""
-  place = sharding.batch_sharding(mesh)
-  B, T = c.data.batch, c.data.length
-  array = lambda dtype, *shape: jax.ShapeDtypeStruct((B, *shape), dtype, sharding=place)
-  if isinstance(c, classification.Config):
-    return labelled.Labelled(array(jnp.int32, T), array(jnp.int32, T), array(jnp.int32))
-  if not isinstance(c.model, decoder.Config):
-    return inputs.Inputs(*(array(jnp.int32, T) for _ in range(4)), array(jnp.bool_, T), array(jnp.bool_),
-                         array(jnp.uint32))
-  return packing.Batch(*(array(jnp.int32, T + 1) for _ in range(3)), array(jnp.bool_, T + 1))
-
-
 def compiled(c: run.Config, task: run.Task, parts: run.Parts) -> jax.stages.Compiled:
   """The training step of `run.run`, compiled for the devices of `parts.mesh`."""
   state = run.abstract_state(task, parts)
   key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(parts.mesh))
   with sharding.use(parts.mesh, c.mesh.sequence):
-    return parts.step.lower(state, batch_of(c, parts.mesh), key).compile()
+    return parts.step.lower(state, plan_tasks.batch_of(c, parts.mesh), key).compile()
 
 
 def make(c: run.Config, target: targets.Target, keep: Callable[[str], None] = lambda text: None) -> Plan:
@@ -148,13 +121,13 @@ def make(c: run.Config, target: targets.Target, keep: Callable[[str], None] = la
   if c.mesh.devices != target.size:
     raise ConfigError(f'mesh: {c.mesh.devices} devices, --target={target} has {target.size}; set mesh.data, mesh.fsdp, '
                       f'mesh.tensor, mesh.pipe so that their product is {target.size}, or try --search')
-  task = task_of(c)
+  task = plan_tasks.task_of(c)
   try:
     parts = run.build(c, task, devices)
   except NotImplementedError as error:
     raise ConfigError(f'mesh: its axes cannot be laid over {target}; choose sizes that are products of its '
                       'dimensions') from error
-  tokens = c.data.batch * c.data.length
+  tokens = summary.tokens_per_step(c, task) // task.updates
   known = {'target': target, 'mesh': c.mesh, 'model_flops': task.flops.total * tokens / target.size, 'tokens': tokens,
            'steps': c.optim.steps}
   start = time.perf_counter()

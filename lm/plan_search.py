@@ -13,7 +13,7 @@ import math
 import jax
 import numpy as np
 
-from lm import config, params, pipeline, plan, pretrain_encoder, run, sharding, targets
+from lm import config, params, pipeline, plan_tasks, pretrain_encoder, run, sharding, targets
 from lm.errors import ConfigError
 from lm.models import decoder
 
@@ -53,7 +53,7 @@ def candidates(c: run.Config, target: targets.Target) -> list[Candidate]:
     ConfigError: nothing fits.
   """
   devices = targets.devices(target)
-  task = plan.task_of(c)
+  task = plan_tasks.task_of(c)
   total = params.count(task.specs)
   best, least = {}, None
   for mesh in _meshes(target):

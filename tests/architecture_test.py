@@ -13,8 +13,8 @@ FLOORS = (
     'models text data rewards',
     'losses logprobs metrics peft peft_hf peft_nodes mixout optim ema budget scaling hlo hlo_module targets',
     'host train parallel pipeline checkpoint seal weights decode rollout loop logs evaluate samples run summary '
-    'pictures monitor pretrain pretrain_encoder instruct preference classification reward_model plan plan_search '
-    'policy experience reinforce',
+    'pictures monitor pretrain pretrain_encoder instruct preference classification reward_model plan '
+    'plan_search plan_tasks policy experience reinforce',
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 FILES = sorted(p.relative_to(ROOT).as_posix() for top in ('lm', 'experiments', 'scripts')

@@ -11,7 +11,7 @@ import sys
 import jax
 import pytest
 
-from experiments import bert, deberta, electra, gpt3, llama, palm
+from experiments import bert, deberta, dpo, electra, gpt3, grpo, llama, palm, ppo, reward
 from lm import config, params, plan, plan_search, pretrain, run, sharding, targets, train
 from lm.errors import ConfigError
 
@@ -71,6 +71,19 @@ def test_encoders_need_no_tokenizer(here, c):
   c = config.replace(c, data=dataclasses.replace(c.data, length=128))
   p = plan.make(c, here)
   assert p.flops > 0 and p.memory.fits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('make', [ppo.tldr_1b, grpo.deepseekmath_7b, dpo.zephyr_7b, reward.instructgpt_6b],
+                         ids=['ppo', 'grpo', 'dpo', 'reward'])
+def test_alignment_needs_neither_prompts_nor_rewards(make, here):
+  c = make()
+  shape = {'layers': 2, 'embed': 64, 'heads': 4, 'kv_heads': 4, 'head_dim': 16, 'mlp': 128, 'vocab': 512, 'length': 256}
+  group = {'rollout__new_tokens': 32, 'rollout__group': min(2, c.rollout.group)} if hasattr(c, 'rollout') else {}
+  c = config.replace(c, model=dataclasses.replace(c.model, **shape), data__length=32, data__batch=16,
+                     mesh=sharding.Config(data=2, fsdp=2, tensor=2), **group)
+  p = plan.make(c, here)
+  assert p.memory.fits and 0 < p.model_flops < 4 * p.flops
 
 
 def test_the_mesh_must_have_as_many_devices(here):

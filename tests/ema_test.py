@@ -21,6 +21,7 @@ from lm import (
   params,
   peft,
   plan,
+  plan_tasks,
   pretrain,
   run,
   sharding,
@@ -136,7 +137,7 @@ def test_it_lives_where_moments_do_and_is_evaluated_on_any_mesh(mesh):
 
 
 def tiny_batch(mesh):
-  struct = plan.batch_of(GPT, mesh)
+  struct = plan_tasks.batch_of(GPT, mesh)
   rng = np.random.default_rng(0)
   made = struct.replace(ids_BT=rng.integers(0, 258, struct.ids_BT.shape, np.int32),
                         segments_BT=np.ones(struct.ids_BT.shape, np.int32),

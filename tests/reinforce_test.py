@@ -10,9 +10,25 @@ import numpy as np
 import pytest
 import tiny
 
-from lm import checkpoint, config, logs, loop, optim, params, peft, policy, reinforce, run, samples, sharding, train
-from lm.data import loader, prompts
+from lm import (
+  checkpoint,
+  config,
+  logs,
+  loop,
+  optim,
+  params,
+  peft,
+  policy,
+  reinforce,
+  reward_model,
+  run,
+  samples,
+  sharding,
+  train,
+)
+from lm.data import loader, preferences, prompts
 from lm.errors import ConfigError, DataError, Preempted
+from lm.kernels import attention
 from lm.losses import ar, grpo, ppo
 from lm.models import decoder, hf
 
@@ -128,6 +144,33 @@ def test_any_mesh_gives_the_curve_of_one_device(kind, mesh, root, tmp_path):
     for k in one:
       if k not in ('mfu', 'explained_variance'):  # the latter divides by what is near 0 at the start
         assert one[k] == pytest.approx(other[k], rel=2e-3, abs=2e-4), k
+
+
+@pytest.mark.parametrize('method', ['full', 'lora'])
+def test_a_critic_starts_as_the_reward_model_scores(method, root, tmp_path):
+  graded = [{'prompt': '', 'answers': [f'aaa {i}', f'bbb {i}'], 'grades': [1, 0], 'split': 'validation' if i > 9 else
+             'train'} for i in range(16)]
+  (tmp_path / 'graded.jsonl').write_text('\n'.join(map(json.dumps, graded)))
+  scored = reward_model.Decoder(
+      model=MODEL, init_from=str(root / 'base'), peft=peft.Config(method, rank=2), optim=optim.Config(lr=0.01, steps=4),
+      data=preferences.Config(str(tmp_path / 'graded.jsonl'), template='none', tokenizer='byte', length=19, batch=4),
+      loop=loop.Config(eval_every=4), checkpoint=checkpoint.Config(every=4, metric='val_accuracy', mode='max'))
+  run.run(scored, reward_model.task(scored), tmp_path / 'reward')
+  reward_model.finish(scored, tmp_path / 'reward')
+  found = reward_model.load(tmp_path / 'reward')
+  c = make(root, value='separate', critic_from=str(tmp_path / 'reward'))
+  base = params.init(decoder.specs(MODEL), jax.random.key(3))
+  p = policy.graft(base, policy.specs(c), jax.random.key(1), policy.critic(c))
+  rows = found.rows([((), 'aab'), ((), 'bbc d')])
+  values_BT = policy.bind(c, attention.attend)[1](p, rows.ids_BT, positions_BT=rows.positions_BT,
+                                                  segments_BT=rows.segments_BT)[1]
+  last_B = (rows.segments_BT > 0).sum(1) - 1
+  np.testing.assert_allclose(values_BT[np.arange(2), last_B], found.score(found.params, rows), atol=1e-5)
+  run.run(config.replace(c, optim__steps=2), reinforce.task(config.replace(c, optim__steps=2), low), tmp_path / 'run')
+  with pytest.raises(ConfigError, match='critic_from=.*of another shape'):
+    policy.critic(config.replace(c, model__mlp=24))
+  with pytest.raises(ConfigError, match="critic_from=.*value='shared'"):
+    make(root, critic_from='x')
 
 
 def test_a_mixture_with_text_learns_from_both(root, tmp_path):
