@@ -184,6 +184,20 @@ def test_sums_are_right_distinct_and_their_numbers_are_in_one_split(given, sums,
   assert share == 1 if digits == 1 else share > 0.6 * min(1 / digits**2, 1)  # not one in a hundred, as by chance
 
 
+def test_solved_equations_stand_above_one_to_complete(sums, records):
+  for language, digits, shots in (('en', 2, 2), ('zh', 1, 4)):
+    found = records(sums, count=250, language=language, digits=digits, shots=shots)
+    held_out = {r['prompt'].split('\n')[-1] for r in found if r['split'] == 'validation'}
+    assert held_out and len(found) == 250
+    for r in found:
+      *shown, asked = r['prompt'].split('\n')
+      assert len(set(shown)) == shots and asked.endswith(' =')
+      for line in (*shown, f'{asked} {r["answer"]}'):
+        a, sign, b, equals, c = line.split(' ')
+        assert equals == '=' and {'+': int.__add__, '-': int.__sub__}.get(sign, int.__mul__)(int(a), int(b)) == int(c)
+      assert not {line.rsplit(' ', 1)[0] for line in shown} & ({asked} | held_out)
+
+
 def test_sums_become_prompts_whose_answers_are_rewarded(sums, tmp_path):
   assert sums(out=tmp_path / 'a.jsonl', count=200, seed=3)[0] == 0
   found, _ = prompts.read(tmp_path / 'a.jsonl', prompts.Config(), tokenizers.byte())
