@@ -36,8 +36,7 @@ NAMES = ('masked words', 'replaced tokens', 'DeBERTa')
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """steps: of pretraining at equal tokens, 16 rows of 128. seeds: of fine-tuning, `epochs` of 8 rows of 128, which hold
-  some 30 reviews of at most `review` tokens."""
+  """steps: of pretraining at equal tokens, 16 rows of 128. seeds: of fine-tuning, `epochs` of 32 rows of `review`."""
 
   vocab: int = 4096
   layers: int = 4
@@ -77,8 +76,7 @@ def main(_: list[str]) -> None:
   c = config.override(CONFIGS[_CONFIG.value](), *_SET.value)
   workdir = pathlib.Path(_WORKDIR.value)
   workdir.mkdir(parents=True, exist_ok=True)
-  reviews = labelled.prepare(labelled.Config(_REVIEWS.value, tokenizer=_TOKENIZER.value, length=128, batch=8, pack=True,
-                                             longest=c.review), workdir)
+  reviews = labelled.prepare(labelled.Config(_REVIEWS.value, tokenizer=_TOKENIZER.value, length=c.review), workdir)
   labelled.check(reviews, c.vocab)
   untrained = jax.jit(lambda key: params.init(encoder.specs(shape(c)), key))(jax.random.key(0))
   results = [{'name': 'none', 'tokens': 0, 'flops': 0.0} | tune(c, reviews, shape(c), untrained)]

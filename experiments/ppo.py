@@ -77,10 +77,10 @@ def cpu() -> Config:
   return Config(
       model=published.smollm2_135m(scan_layers=False),
       data=prompts.Config(template='none', cut=6, length=8, batch=32, evaluated=64),
-      loss=ppo.Config(kl=ppo.KL(coef=0.05, target=6.0, horizon=500), chunk=512),
+      loss=ppo.Config(kl=ppo.KL(coef=0.05, target=8.0, horizon=1000), chunk=512),
       peft=peft.Config('lora', train='', targets='^blocks/(attn/[qkvo]|mlp/(up|gate|down))$', rank=8, alpha=16),
       rollout=policy.Rollout(new_tokens=16, end=False, epochs=2, minibatches=2),
-      optim=optim.Config(lr=5e-4, schedule='linear', warmup=4, steps=4 * 40, b2=0.95, eps=1e-5, weight_decay=0.0),
+      optim=optim.Config(lr=5e-4, schedule='linear', warmup=4, steps=4 * 30, b2=0.95, eps=1e-5, weight_decay=0.0),
       loop=loop.Config(log_every=1, eval_every=10, eval_first=True), checkpoint=BEST)
 
 
