@@ -83,7 +83,7 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
       print(json.dumps(summary, indent=1))
       hint = '' if not isinstance(getattr(c, 'model', None), decoder.Config) or hasattr(c, 'pooling') else (
           f'; sample with: python -m scripts.sample --model={values.workdir} --prompt="..."')
-      print(f'done: {values.workdir}/curves.png shows the loss{hint}')
+      print(f'done: {values.workdir}/curves.png shows how it went{hint}')
 
   def more_help() -> str:
     fields = '\n'.join(f'  {k}={v!r}' for k, v in config.flatten(by_name[values.config]()).items())

@@ -152,18 +152,20 @@ def write_summary(workdir: str | os.PathLike, summary: dict[str, Any]) -> None:
 
 
 def curves(workdir: str | os.PathLike) -> pathlib.Path:
-  """Draws curves.png from metrics.jsonl: training and validation loss, and the learning rate, over steps."""
+  """Draws curves.png from metrics.jsonl: training and validation loss (score, where a policy has no loss to speak of),
+  and the learning rate, over steps."""
   import matplotlib.figure  # a second of import that most calls of this module do not need
 
   rows = read(workdir)
   figure = matplotlib.figure.Figure(figsize=(9, 6), layout='constrained')
   upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
-  for axes, name, style in ((upper, 'loss', {'lw': 0.8, 'alpha': 0.8}), (upper, 'val_loss', {'marker': 'o', 'ms': 3}),
+  told = 'score' if any('val_score' in row for row in rows) else 'loss'
+  for axes, name, style in ((upper, told, {'lw': 0.8, 'alpha': 0.8}), (upper, f'val_{told}', {'marker': 'o', 'ms': 3}),
                             (lower, 'learning_rate', {'color': 'grey'})):
     points = [(r['step'], r[name]) for r in rows if isinstance(r.get(name), float)]
     if points:
       axes.plot(*zip(*points, strict=True), label=name, **style)
-  upper.set(ylabel='nats / token')
+  upper.set(ylabel='nats / token' if told == 'loss' else 'score')
   lower.set(xlabel='step', ylabel='learning rate')
   for axes in (upper, lower):
     axes.grid(alpha=0.3)

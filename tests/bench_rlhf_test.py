@@ -46,6 +46,7 @@ def bench(*arguments):
                         check=False)
 
 
+@pytest.mark.slow
 def test_an_iteration_scores_what_was_drawn_and_learns_from_it_in_every_pass(tmp_path):
   done = bench('-c', DRIVER, str(tmp_path), '--shape=1x16x64', '--batch=4', *TOY)
   assert done.returncode == 0, done.stderr

@@ -63,7 +63,7 @@ def test_a_run_from_start_to_end_and_again(corpus, tmp_path, capsys, monkeypatch
   assert [line.split(':')[0] for line in lines[:6]] == [f'step {n}' for n in range(1, 7)]
   assert 'val_loss' in lines[5]
   assert json.loads('\n'.join(lines[6:-1])) == json.loads((tmp_path / 'run' / 'summary.json').read_text())
-  assert lines[-1] == (f'done: {tmp_path}/run/curves.png shows the loss; sample with: python -m scripts.sample '
+  assert lines[-1] == (f'done: {tmp_path}/run/curves.png shows how it went; sample with: python -m scripts.sample '
                        f'--model={tmp_path}/run --prompt="..."')
   assert gpt(*argv) == 0
   out, err = capsys.readouterr()

@@ -21,6 +21,9 @@ METHODS = {'full': peft.Config('full', train=''), 'top': peft.Config('top', trai
            'prefix': peft.Config('prefix', train='', length=3, hidden=5)}
 
 
+QUICK = [pytest.param(m, marks=() if m in ('full', 'lora') else pytest.mark.slow) for m in METHODS]
+
+
 def make(method='lora', kind=policy.PPO, **changes):
   c = kind(model=MODEL, peft=METHODS[method], data=prompts.Config(length=8, batch=4),
            rollout=policy.Rollout(new_tokens=6, epochs=2, group=1 if kind is policy.PPO else 2),
@@ -47,7 +50,7 @@ def equal(a, b):
   return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y), a, b))
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', QUICK)
 @pytest.mark.parametrize('value', ['shared', 'separate'])
 def test_the_reference_is_what_training_began_with(method, value):
   if (method, value) == ('top', 'separate'):
@@ -71,7 +74,7 @@ def test_heads_train_and_references_do_not(method):
   assert method == 'full' or any(x for path, x in frozen.items() if path.startswith('blocks/'))
 
 
-@pytest.mark.parametrize('method', METHODS)
+@pytest.mark.parametrize('method', QUICK)
 def test_before_any_update_the_ratio_is_one_and_nothing_has_moved(method):
   c = make(method, loss__kl__coef=0.3, loss__temperature=0.7)
   _, p = tree_of(c)

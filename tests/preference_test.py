@@ -69,7 +69,9 @@ def direct(p, rows):
   return out
 
 
-@pytest.mark.parametrize('few', [FULL, LORA, peft.Config('prompt', train='', length=3)], ids=lambda c: c.method)
+@pytest.mark.parametrize('few', [
+    pytest.param(c, id=c.method, marks=[pytest.mark.slow] * (c.method == 'full')) for c in (
+        FULL, LORA, peft.Config('prompt', train='', length=3))])
 def test_it_starts_at_its_reference(few, root, tmp_path):
   """log 2, no margin and no favourite; the reference is what the model's logits say, where no prompt comes first."""
   c = make(root, peft=few, optim__lr=0.0, optim__steps=1, loop__eval_every=1)

@@ -82,7 +82,7 @@ def state_of(c, task, workdir):
   return step, params.flatten(state.params) | {'carry': state.carry['kl_coef']}
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', [policy.PPO, *(pytest.param(k, marks=pytest.mark.slow) for k in list(KINDS)[1:])])
 def test_the_score_rises(kind, root, tmp_path):
   c = make(root, kind, data__batch=16, optim__steps=40, loop__eval_every=20, optim__lr=0.02)
   summary = run.run(c, reinforce.task(c, low, held_out=lambda records, texts: [-x for x in low(records, texts)]),
@@ -112,7 +112,7 @@ class Stop:
     return low(records, responses)
 
 
-@pytest.mark.parametrize('method', ['full', 'lora'])
+@pytest.mark.parametrize('method', [pytest.param('full', marks=pytest.mark.slow), 'lora'])
 def test_a_run_stopped_in_the_middle_of_an_iteration_goes_on_as_if_it_had_not(method, root, tmp_path):
   c = make(root, peft__method=method, peft__targets='^blocks/attn/[qkvo]$')
   run.run(c, reinforce.task(c, low), tmp_path / 'straight')
@@ -146,7 +146,7 @@ def test_any_mesh_gives_the_curve_of_one_device(kind, mesh, root, tmp_path):
         assert one[k] == pytest.approx(other[k], rel=2e-3, abs=2e-4), k
 
 
-@pytest.mark.parametrize('method', ['full', 'lora'])
+@pytest.mark.parametrize('method', [pytest.param('full', marks=pytest.mark.slow), 'lora'])
 def test_a_critic_starts_as_the_reward_model_scores(method, root, tmp_path):
   graded = [{'prompt': '', 'answers': [f'aaa {i}', f'bbb {i}'], 'grades': [1, 0], 'split': 'validation' if i > 9 else
              'train'} for i in range(16)]

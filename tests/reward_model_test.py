@@ -117,7 +117,9 @@ def test_an_output_matrix_is_left_behind():
   assert 'unembed' in found.base and 'unembed' not in found.specs
 
 
-@pytest.mark.parametrize('kind, method', [('decoder', m) for m in METHODS] + [('pooler', 'prompt'), ('first', 'lora')])
+@pytest.mark.parametrize('kind, method', [
+    *(pytest.param('decoder', m, marks=() if m in ('full', 'prefix') else pytest.mark.slow) for m in METHODS),
+    ('pooler', 'prompt'), ('first', 'lora')])
 def test_every_method_trains_its_part_and_the_head(kind, method, root):
   c = made(kind, root, peft=peft.Config(method, train='^classify/', layers=1, rank=2, width=3, length=3, hidden=5))
   a_task = reward_model.task(c)

@@ -13,8 +13,7 @@ from lm.losses import grpo as grpo_loss
 from lm.text import tokenizer as tokenizers
 
 ALL = [pytest.param(m, f, id=f'{m.__name__.split(".")[1]}-{f.__name__}',
-                    marks=[pytest.mark.slow] * (not f.__name__.startswith('cpu'))) for m in (ppo, grpo)
-       for f in m.CONFIGS]
+                    marks=[pytest.mark.slow] * (f.__name__ != 'cpu_best_of')) for m in (ppo, grpo) for f in m.CONFIGS]
 SMALL = {'vocab': 300, 'length': 64, 'layers': 2, 'embed': 16, 'heads': 2, 'kv_heads': 1, 'head_dim': 8, 'mlp': 24,
          'remat': 'none', 'dtype': 'float32'}
 
