@@ -3,7 +3,10 @@
 import json
 import math
 import os
+import pathlib
 import signal
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -128,6 +131,20 @@ def test_a_run_stopped_in_the_middle_of_an_iteration_goes_on_as_if_it_had_not(me
   (step, one), (_, other) = (state_of(c, reinforce.task(c, low), tmp_path / name) for name in ('straight', 'killed'))
   assert step == 6 and all(np.array_equal(one[k], other[k]) for k in one)
   assert float(one['carry']) != c.loss.kl.coef  # it has adapted, and went on from there
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_what_a_new_one_goes_on_from(root, tmp_path):
+  """SIGKILL between the rollout and its updates, in the middle of the fifth iteration."""
+  code = ("import sys; sys.path.insert(0, 'tests'); import conftest, pathlib, reinforce_test as t; from lm import "
+          f"reinforce, run; c = t.make(pathlib.Path({str(root)!r})); run.run(c, reinforce.task(c, t.Stop(7, 9)), "
+          f"{str(tmp_path / 'killed')!r})")
+  done = subprocess.run([sys.executable, '-c', code], cwd=pathlib.Path(__file__).parent.parent, check=False)
+  assert done.returncode == -signal.SIGKILL and 0 < checkpoint.steps(tmp_path / 'killed' / 'checkpoints')[-1] < 5
+  c = make(root)
+  for name in ('killed', 'straight'):
+    run.run(c, reinforce.task(c, low), tmp_path / name)
+  assert rows_of(tmp_path / 'straight') == rows_of(tmp_path / 'killed')
 
 
 @pytest.mark.slow
