@@ -88,6 +88,8 @@ class Config(run.Config):
     if self.optim.steps % self.updates:
       raise ConfigError(f'optim.steps={self.optim.steps}; expected a multiple of rollout.epochs x rollout.minibatches '
                         f'= {self.updates} updates an iteration')
+    if r.stop_kl and not isinstance(self, PPO):
+      raise ConfigError(f'rollout.stop_kl={r.stop_kl}; expected 0: PPO alone tells how far it has moved; set it so')
     if self.peft.method == 'prompt' or self.peft.mixout or self.mesh.pipe > 1:
       raise ConfigError(f'peft.method={self.peft.method!r}, peft.mixout={self.peft.mixout}, mesh.pipe='
                         f'{self.mesh.pipe}: a policy has neither a learned prompt nor mixout nor stages; choose '

@@ -88,7 +88,7 @@ def _around(c, learn, judge, reward, held_out):
               ) -> Iterator[loop.Program]:
     draw = _draw(c, parts.mesh, data)
     with contextlib.ExitStack() as stack:
-      texts = stack.enter_context(_texts(c, parts, workdir, start))
+      texts = _texts(c, parts, workdir, stack)
       book = stack.enter_context(contextlib.closing(samples.Book(workdir, start)))
       step = _iteration(c, parts, data, draw, learn, reward, texts)
       evaluate, shown = _evaluation(c, parts, data, draw, judge, reward, held_out)
@@ -131,6 +131,7 @@ def _iteration(c, parts, data, draw, learn, reward, texts):
 
   def iteration(state, prompts, key):
     n, p = int(state.step), train.whole(state)
+    mixed = texts(n)
     r, seen = draw(p, prompts, jax.random.fold_in(jax.random.fold_in(key, _DRAWN), n), c.rollout.group)
     scores_B = rewards.checked(reward, [data.records[i] for i in seen.index_B], seen.texts)
     made, stats, carry = learn(p, r, scores_B, state.carry)
@@ -139,7 +140,7 @@ def _iteration(c, parts, data, draw, learn, reward, texts):
       order = np.random.default_rng((c.seed, n, epoch)).permutation(c.kept)
       for chosen in np.split(order, c.rollout.minibatches):
         some = take(made, chosen)
-        state, metrics = parts.step(state, (some, next(texts)) if texts else some, key)
+        state, metrics = parts.step(state, (some, next(mixed)) if mixed else some, key)
         updates.append(metrics)
       if c.rollout.stop_kl and float(updates[-1]['approx_kl']) > c.rollout.stop_kl:
         break
@@ -205,15 +206,17 @@ def _watch(c, workdir, book, shown):
   return watch
 
 
-@contextlib.contextmanager
-def _texts(c, parts, workdir, start):
-  """Batches of text for PPO-ptx, from the update that comes next; None without."""
+def _texts(c, parts, workdir, stack):
+  """n -> the batches of text for PPO-ptx from update n on, made once; None without."""
   text = getattr(c, 'text', None)
   if not (text and text.corpus):
-    yield None
-    return
+    return lambda n: None
   data = loader.prepare(text, pathlib.Path(workdir) / 'text', seed=c.seed)
   loader.check(data, c.model.vocab)
-  rows = sharding.batch_sharding(parts.mesh)
-  with contextlib.closing(loader.train_batches(data, rows, start * c.updates)) as batches:
-    yield batches
+  rows, made = sharding.batch_sharding(parts.mesh), []
+
+  def batches(n):
+    if not made:
+      made.append(stack.enter_context(contextlib.closing(loader.train_batches(data, rows, n))))
+    return made[0]
+  return batches

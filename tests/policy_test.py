@@ -142,6 +142,8 @@ def test_groups_need_two():
     make('full', policy.GRPO, rollout=policy.Rollout(new_tokens=6, epochs=2, group=1))
   with pytest.raises(ConfigError, match=r'loss\.length=5'):
     make('full', policy.GRPO, loss=grpo.Config(mean='constant', length=5))
+  with pytest.raises(ConfigError, match=r'rollout\.stop_kl=0\.1'):
+    make('full', policy.GRPO, rollout=policy.Rollout(new_tokens=6, epochs=2, group=2, stop_kl=0.1))
   with pytest.raises(ConfigError, match='sampling_temperature=0'):
     make('full', policy.BestOf, sampling_temperature=0.0)
   assert isinstance(make().loss, ppo.Config)

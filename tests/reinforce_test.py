@@ -190,13 +190,16 @@ def test_a_critic_starts_as_the_reward_model_scores(method, root, tmp_path):
     make(root, critic_from='x')
 
 
-def test_a_mixture_with_text_learns_from_both(root, tmp_path):
+def test_a_mixture_with_text_learns_from_both_and_goes_on(root, tmp_path):
   text = loader.Config(str(root / 'text.txt'), tokenizer='byte', split='tail', validation_fraction=0.1, length=16,
                        batch=4)
-  c = make(root, text=text, text_weight=5.0, optim__steps=8)
-  run.run(c, reinforce.task(c, low), tmp_path)
-  rows = logs.read(tmp_path)
-  assert rows[-1]['ptx_loss'] < rows[1]['ptx_loss'] - 0.05
+  c = make(root, text=text, text_weight=5.0, optim__steps=10, rollout__stop_kl=1e-4, rollout__epochs=2)
+  run.run(c, reinforce.task(c, low), tmp_path / 'straight')
+  with pytest.raises(Preempted):  # some iterations have ended early by then: texts are counted by updates
+    run.run(c, reinforce.task(c, Stop(6, signal.SIGTERM)), tmp_path / 'killed')
+  run.run(c, reinforce.task(c, low), tmp_path / 'killed')
+  rows = rows_of(tmp_path / 'straight')
+  assert rows[-1]['ptx_loss'] < rows[1]['ptx_loss'] - 0.05 and rows == rows_of(tmp_path / 'killed')
 
 
 def test_no_further_pass_once_the_policy_has_moved_enough(root, tmp_path):
