@@ -73,7 +73,7 @@ def task(c: policy.Config, reward: Callable[..., Any], held_out: Callable[..., A
                               attention=flops.attention * (1 + c.rollout.epochs))
   return run.Task(
       tree, experience.loss(c, tree, attend), None, c.model.vocab, flops, source=prompts, base=policy.base_specs(c),
-      freeze=policy.freeze(c), graft=policy.graft,
+      freeze=policy.freeze(c), graft=policy.graft, own=policy.policy,
       given=functools.partial(policy.critic, c) if getattr(c, 'critic_from', '') else None,
       around=_around(c, experience.learn(c, attend), experience.judge(c, attend), reward, held_out),
       updates=c.updates, metrics=METRICS + (('val_held_out', 'val_held_out_se') if held_out else ()),

@@ -80,6 +80,7 @@ class Task:
     base: the specs that `Config.init_from` must fill, where training adds leaves to a model; None = all.
     freeze: pattern of leaves that do not train; '' = as `optim.freeze` says.
     graft: (parameters of `base`, specs, key) -> parameters of `specs`; with `given`, what that reads comes fourth.
+    own: of a tree of parameters, the part that `lm.weights` finds in a workdir: without what serves training alone.
     extend: (parts, first, data, workdir) -> the data with what a model must say of it before training; `first()` makes
       the state of step 0. None = nothing.
     around: (program, parts, data, workdir, start) -> a context of the `loop.Program` that runs in its place; None = it.
@@ -99,6 +100,7 @@ class Task:
   freeze: str = ''
   graft: Callable[..., params.Tree] = peft.graft
   given: Callable[[], Any] | None = None
+  own: Callable[[params.Tree], params.Tree] = lambda tree: tree
   extend: Callable[..., Any] | None = None
   around: Callable[..., Any] | None = None
   updates: int = 1
@@ -236,13 +238,13 @@ def _start(c, task, parts, abstract, data, workdir, resume_with_changes):
   if restored is None:
     state = _first(c, task, parts)
     meta = {'evaluations': [], 'wall_s': 0.0, 'finished': False}
-    return 0, state, meta | {'base': weights.fingerprint(state.frozen) if frozen else ''}
+    return 0, state, meta | {'base': weights.fingerprint(task.own(state.frozen)) if frozen else ''}
   step, state, meta = restored
   if not resume_with_changes:
     loader.check_fingerprint(meta['data'], data.fingerprint)
   if frozen:
     state = state.replace(frozen=_first(c, task, parts).frozen)
-    if weights.fingerprint(state.frozen) != meta['base']:
+    if weights.fingerprint(task.own(state.frozen)) != meta['base']:
       raise CheckpointError(f'init_from={c.init_from}: other weights than this run began with; expected those, as its '
                             'checkpoints hold only what trains; restore that model, or choose another --workdir')
   return step, state, meta

@@ -28,6 +28,7 @@ from lm import (
   samples,
   sharding,
   train,
+  weights,
 )
 from lm.data import loader, preferences, prompts
 from lm.errors import ConfigError, DataError, Preempted
@@ -244,6 +245,21 @@ def test_fractions_of_a_score_stay(root, tmp_path):
   summary = run.run(c, reinforce.task(c, lambda records, texts: [0.73] * len(texts)), tmp_path)
   assert summary['val_score'] == pytest.approx(0.73) and logs.read(tmp_path)[1]['score'] == pytest.approx(0.73)
   assert summary['val_score_std'] == 0
+
+
+@pytest.mark.parametrize(('method', 'value'), [('lora', 'separate'), pytest.param('houlsby', 'shared',
+                                                                                  marks=pytest.mark.slow)])
+def test_a_trained_policy_is_loaded_without_what_served_training(method, value, root, tmp_path):
+  c = make(root, peft__method=method, peft__width=4, value=value, optim__steps=4, loop__eval_every=0)
+  run.run(c, reinforce.task(c, low), tmp_path)
+  found = weights.load(tmp_path)
+  learned = checkpoint.restore_params(tmp_path / 'checkpoints', params.abstract(policy.specs(c)), '/(lora_b|expand)$')
+  assert found.config == MODEL and jax.tree.leaves(learned)
+  loaded = params.flatten(found.params)
+  base = params.flatten(params.init(decoder.specs(MODEL), jax.random.key(3)))
+  assert {path.removesuffix('/w') for path in loaded} >= base.keys()
+  changed = {path for path, x in base.items() if not np.array_equal(x, loaded.get(path, loaded.get(f'{path}/w')))}
+  assert changed and all(('attn/' in path) == (method == 'lora') for path in changed)
 
 
 def test_responses_are_cut_behind_a_token(root, tmp_path):
