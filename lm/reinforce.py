@@ -101,9 +101,10 @@ def _draw(c, mesh, data):
   """(params, prompts, key, group) -> (the rollout, divided over the mesh; `Drawn`, on the host)."""
   stop = chat.stop_ids(c.data.written, data.tokenizer) if c.rollout.end else ()
   model, s, cut = decode.of(decoder, policy.quiet(c)), policy.sampling(c, stop), c.rollout.cut
-  cuts = [data.tokenizer.encode(cut).tolist()] if cut else []
-  if cut and len(cuts[0]) != 1:
-    raise ConfigError(f'rollout.cut={cut!r} is {len(cuts[0])} tokens; expected the text of one; choose another')
+  # Behind other text: some tokenizers put a space before what begins a text.
+  cuts = data.tokenizer.encode(f'0{cut}').tolist()[len(data.tokenizer.encode('0')):]
+  if cut and len(cuts) != 1:
+    raise ConfigError(f'rollout.cut={cut!r} is {len(cuts)} tokens; expected the text of one; choose another')
   rows, same = sharding.batch_sharding(mesh), sharding.replicated(mesh)
 
   @functools.partial(jax.jit, static_argnums=3, out_shardings=(rows, same))
@@ -111,7 +112,7 @@ def _draw(c, mesh, data):
     ids_BP, segments_BP = rollout.groups(prompts.ids_NP, prompts.segments_NP, group)
     q = decode.prepare(rollout.gathered(peft.plain(policy.policy(p)), policy.base_specs(c)))
     r = rollout.generate(model, q, ids_BP, segments_BP, s, key)
-    r = rollout.truncate(r, cuts[0], c.rollout.cut_after) if cut else r
+    r = rollout.truncate(r, cuts, c.rollout.cut_after) if cut else r
     return r, (r.responses_BN, r.ended_B, r.lengths_B, jnp.repeat(prompts.index_N, group))
 
   def drawn(p, prompts, key, group=1):

@@ -12,7 +12,7 @@ import jax
 import pytest
 
 from experiments import bert, deberta, dpo, electra, gpt3, grpo, llama, palm, ppo, reward
-from lm import config, params, plan, plan_search, pretrain, run, sharding, targets, train
+from lm import config, params, plan, plan_search, plan_tasks, pretrain, run, sharding, targets, train
 from lm.errors import ConfigError
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -225,6 +225,6 @@ def test_the_state_of_a_plan_is_that_of_a_run(here):
 
 def test_the_stand_in_of_a_batch_is_spread_over_the_mesh():
   c = small(*MESH)
-  batch = plan.batch_of(c, sharding.make_mesh(c.mesh, jax.devices()))
+  batch = plan_tasks.batch_of(c, sharding.make_mesh(c.mesh, jax.devices()))
   assert {x.shape for x in jax.tree.leaves(batch)} == {(16, 257)}
   assert batch.ids_BT.sharding.shard_shape((16, 257)) == (4, 257)
