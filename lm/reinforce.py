@@ -102,7 +102,7 @@ def _draw(c, mesh, data):
   stop = chat.stop_ids(c.data.written, data.tokenizer) if c.rollout.end else ()
   model, s, cut = decode.of(decoder, policy.quiet(c)), policy.sampling(c, stop), c.rollout.cut
   # Behind other text: some tokenizers put a space before what begins a text.
-  cuts = data.tokenizer.encode(f'0{cut}').tolist()[len(data.tokenizer.encode('0')):]
+  cuts = data.tokenizer.encode(f'0{cut}').tolist()[len(data.tokenizer.encode('0')):] if cut else []
   if cut and len(cuts) != 1:
     raise ConfigError(f'rollout.cut={cut!r} is {len(cuts)} tokens; expected the text of one; choose another')
   rows, same = sharding.batch_sharding(mesh), sharding.replicated(mesh)
