@@ -12,6 +12,10 @@ Ouyang et al. 2022 (InstructGPT, arXiv:2203.02155), Huang et al. 2024 (arXiv:240
 trained by: 'sentiment' (VADER's lexicon), or 'model', that of `reward_from`, a workdir of experiments.reward.
 `held_out_from` names another reward model, which is only looked at: if it falls while the reward rises, the policy is
 fooling the reward, and the run says so. Writes samples.jsonl and rl.png besides what every run writes.
+
+`critic_from` names a decoder's run of experiments.reward, where a separate value trunk starts, as those of tldr_1b and
+instructgpt_1b did. InstructGPT's final learning rate was not published (2.55e-6 to 2.55e-5 were tried; here 9.65e-6);
+its warm-up began at a tenth, here at 0. Pythia's blocks are approximated as in experiments/reward.py.
 """
 
 import dataclasses

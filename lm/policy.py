@@ -269,6 +269,7 @@ def sampling(c: Config, stop: tuple[int, ...] = ()) -> decode.Sampling:
 
 
 def quiet(c: Config) -> decoder.Config:
+  """The model without dropout, which a ratio to what drew does not bear."""
   return dataclasses.replace(c.model, dropout=nn.Dropout())
 
 

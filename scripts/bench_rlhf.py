@@ -11,7 +11,7 @@ decoding at every call) to the rows that a loss takes; transformers' is `generat
 
 ppo: whole iterations, responses to --ppo_batch prompts (32 tokens, then 32 new ones), their scores by a reward model,
 and 2 epochs of 2 minibatches; policy and value model train in full (scripts/bench_ppo.py). The peer is TRL's
-PPOTrainer. TRL removed it after 1.10, and the oracle extras have a later TRL, so 1.10 goes into a folder of its own,
+PPOTrainer. The TRL of the oracle extras has none any more, so 1.10 goes into a folder of its own,
 --peer_packages, which only the peer's process looks into. Without --model a random decoder of --shape is taken, which
 needs some 9 GB for both sides together; SmolLM2-135M is estimated to need 16 to 20.
 

@@ -154,7 +154,7 @@ def test_a_killed_process_leaves_what_a_new_one_goes_on_from(root, tmp_path):
 def test_any_mesh_gives_the_curve_of_one_device(kind, mesh, root, tmp_path):
   curves = []
   for name, where in (('one', sharding.Config()), ('mesh', sharding.Config(**mesh))):
-    # A large eps: Adam would make steps of full size out of the rounding of gradients that are 0.
+    # A large eps, so that Adam makes no steps of full size out of gradients that are near rounding.
     c = make(root, kind, mesh=where, optim__steps=6, loop__eval_every=3, optim__lr=1e-3, optim__eps=1e-3)
     run.run(c, reinforce.task(c, low), tmp_path / name)
     curves.append(rows_of(tmp_path / name))
