@@ -42,7 +42,8 @@ def learn(c: Config, attend: Callable[..., jax.Array]) -> Callable[..., tuple[An
     coef = carry['kl_coef']
     made, stats = ppo.experience(r.batch, old_BT, reference_BT, values_BT, scores_B, r.ended_B, coef, c.loss)
     del stats['entropy']  # an estimate of what the loss knows exactly
-    return made, stats | {'kl_coef': coef}, {'kl_coef': ppo.adapt(coef, stats['kl'], c.rows, c.loss.kl)}
+    after = {'kl_coef': ppo.adapt(coef, stats['kl'], c.rows, c.loss.kl)}
+    return made.replace(start=r.width - 1), stats | {'kl_coef': coef}, after
 
   def by_group(p, r, scores_B, carry):
     advantages_PG = grpo.advantages(scores_B.reshape(-1, c.rollout.group), c.loss)
@@ -50,7 +51,7 @@ def learn(c: Config, attend: Callable[..., jax.Array]) -> Callable[..., tuple[An
     reference_BT = said(policy.reference(p), r, apply=apply)[0] if c.loss.beta else None
     stats = {'score': scores_B.mean(), 'length': r.lengths_B.mean(), 'ended': r.ended_B.mean(dtype=jnp.float32),
              'equal_groups': (advantages_PG == 0).all(1).mean(dtype=jnp.float32)}
-    return grpo.Batch(r.batch, advantages_PG.reshape(-1), old_BT, reference_BT), stats, carry
+    return grpo.Batch(r.batch, advantages_PG.reshape(-1), old_BT, reference_BT, r.width - 1), stats, carry
 
   def the_best(p, r, scores_B, carry):
     del p

@@ -40,8 +40,8 @@ class Scores:
 
 
 def score(p: params.Tree, batch: Batch, key: nn.Key | None, *, apply: Callable[..., jax.Array],
-          head: Callable[[params.Tree], jax.Array], chunk: int = 1024, temperature: float = 1.0, entropy: bool = False
-          ) -> Scores:
+          head: Callable[[params.Tree], jax.Array], chunk: int = 1024, temperature: float = 1.0, entropy: bool = False,
+          start: int = 0) -> Scores:
   """The targets, as `lm.losses.ar.loss` counts them: the mask is set, and input and target lie in the same segment.
 
   Args:
@@ -50,10 +50,12 @@ def score(p: params.Tree, batch: Batch, key: nn.Key | None, *, apply: Callable[.
     chunk: tokens whose logits exist at once.
     temperature: > 0, divides the logits: that of the sampler where its samples are scored.
     entropy: also return entropies.
+    start: no target lies before this column, as where prompts are that wide.
   """
   segments_BT, next_BT = batch.segments_BT[:, :-1], batch.segments_BT[:, 1:]
   x_BTD = apply(p, batch.ids_BT[:, :-1], positions_BT=batch.positions_BT[:, :-1], segments_BT=segments_BT, key=key)
   counts_BT = batch.mask_BT[:, 1:] & (segments_BT == next_BT) & (next_BT > 0)
-  logprobs_BT, entropies_BT = token_logprobs(x_BTD, head(p), batch.ids_BT[:, 1:], chunk, None, temperature, entropy)
+  logprobs_BT, entropies_BT = token_logprobs(x_BTD, head(p), batch.ids_BT[:, 1:], chunk, None, temperature, entropy,
+                                             start)
   counted = lambda x_BT: None if x_BT is None else jnp.where(counts_BT, x_BT, 0.0)
   return Scores(counted(logprobs_BT), counts_BT.astype(jnp.float32), counted(entropies_BT))

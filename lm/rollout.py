@@ -135,7 +135,7 @@ def score(p: params.Tree, r: Rollout, s: decode.Sampling, *, apply: Callable[...
   b, mask_BT = r.batch, r.batch.mask_BT[:, 1:]
   found = apply(p, b.ids_BT[:, :-1], positions_BT=b.positions_BT[:, :-1], segments_BT=b.segments_BT[:, :-1], key=None)
   x_BTD, values_BT = found if isinstance(found, tuple) else (found, None)
-  logprobs_BT = token_logprobs(x_BTD, head(p), b.ids_BT[:, 1:], chunk, temperature=s.temperature)[0]
+  logprobs_BT = token_logprobs(x_BTD, head(p), b.ids_BT[:, 1:], chunk, temperature=s.temperature, start=r.width - 1)[0]
   inside = lambda x_BT: None if x_BT is None else jnp.where(mask_BT, x_BT.astype(jnp.float32), 0.0)
   return inside(logprobs_BT), inside(values_BT)
 

@@ -127,6 +127,21 @@ def test_groups_and_the_best_of_them():
   assert float(stats['best']) == 2.25 and best.kept == 4 and best.rows == 8
 
 
+@pytest.mark.parametrize('kind', [policy.PPO, policy.GRPO])
+def test_what_a_prompt_says_is_not_scored(kind):
+  """Logits begin where responses do; the gradient is that of scoring all and masking."""
+  c = make('full', kind)
+  _, p = tree_of(c)
+  r, scores_B = drawn(c, p), jnp.arange(4.0 * c.rollout.group) ** 2
+  made, _, _ = experience.learn(c, attention.attend)(p, r, scores_B, {'kl_coef': 0.1})
+  assert made.start == 7
+  loss = experience.loss(c, policy.specs(c), attention.attend)
+  grad = jax.grad(lambda p, made: sum(t.total for t in loss(p, made, None)[0].values()))
+  got, want = grad(p, made), grad(p, made.replace(start=0))
+  assert max(abs(g).max() for g in jax.tree.leaves(want)) > 0.1
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, want)
+
+
 @pytest.mark.parametrize(('changes', 'named'), [
     ({'rollout__new_tokens': 41}, 'rollout.new_tokens=41'), ({'rollout__minibatches': 3}, 'data.batch=4'),
     ({'optim__steps': 7}, 'optim.steps=7'), ({'peft': peft.Config('prompt', train='')}, "peft.method='prompt'"),

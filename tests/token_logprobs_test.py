@@ -64,6 +64,20 @@ def test_without_entropy():
     np.testing.assert_allclose(a, b, atol=3e-5)
 
 
+def test_before_the_start_nothing_is_scored():
+  """The rest and its gradient stay as they are, 0 stands before it, and no logits are formed there."""
+  x, w, _, targets, cotangents = arrays()
+  part = lambda x, w: token_logprobs(x, w, targets, entropy=True, start=9)
+  whole = lambda x, w: tuple(jnp.where(jnp.arange(T)[None] >= 9, y, 0) for y in plain(x, w, None, targets, 1.0))
+  for got, want in zip(part(x, w), whole(x, w), strict=True):
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-6)
+    assert not got[:, :9].any() and got[:, 9:].all()
+  for got, want in zip(*(jax.grad(weighed(f, cotangents), (0, 1))(x, w) for f in (part, whole)), strict=True):
+    np.testing.assert_allclose(got, want, atol=3e-5)
+  text = jax.jit(jax.grad(weighed(part, cotangents), (0, 1))).lower(x, w).compile().as_text()
+  assert f'f32[{B},4,{V}]' in text and f'f32[{B},{T},{V}]' not in text
+
+
 def test_known_distributions():
   """Equal logits: log V both; one far above the rest: 0 and 0, and its rivals' gap, all finite with their gradients."""
   x, targets = jnp.ones((1, 3, 1)), jnp.array([[0, 1, 1]])

@@ -4,10 +4,11 @@ Instructions and dialogues become conversations, conversations tokens with a mas
 rows. The whole set fits in memory.
 """
 
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import os
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -51,16 +52,26 @@ class Config:
 
   def __post_init__(self):
     memory.check_config(self, shortest=1)
-    if self.template not in TEMPLATES:
-      raise ConfigError(f'data.template={self.template!r}; expected one of {", ".join(TEMPLATES)}')
-    if self.system and self.template not in ('chatml', 'alpaca'):
-      raise ConfigError(f'data.system: {self.template!r} has none of its own; put a system turn into the conversations')
+    check_template(self, TEMPLATES)
 
   @property
   def written(self) -> chat.Template:
     """The template as a function of messages."""
-    write = TEMPLATES[self.template]
-    return functools.partial(write, system=self.system) if self.system else write
+    return template_of(self, TEMPLATES)
+
+
+def check_template(c: Any, templates: Mapping[str, chat.Template]) -> None:
+  """ConfigError unless the fields `template` and `system` name one of them, and what it can say."""
+  if c.template not in templates:
+    raise ConfigError(f'data.template={c.template!r}; expected one of {", ".join(templates)}')
+  if c.system and c.template not in ('chatml', 'alpaca'):
+    raise ConfigError(f'data.system: {c.template!r} has none of its own; put a system turn into the records')
+
+
+def template_of(c: Any, templates: Mapping[str, chat.Template]) -> chat.Template:
+  """What the fields `template` and `system` mean, as a function of messages."""
+  write = templates[c.template]
+  return functools.partial(write, system=c.system) if c.system else write
 
 
 def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> memory.Data:
@@ -76,7 +87,8 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> memory.Data:
     found, report = examples.read(path, 'chat', c.on_error, unanswered='cut')
     if report.kept < report.seen:
       print(f'{path}:\n{report.table()}', flush=True)
-    for example, part in zip(found, _assigned(found, c), strict=True):
+    asked = [user_first(e.messages) for e in found]
+    for example, part in zip(found, assigned(found, asked, c.validation_fraction), strict=True):
       parts[part].append(example.messages)
   sets = {}
   for part, talks in parts.items():
@@ -87,14 +99,27 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> memory.Data:
   return memory.Data(c, seed, tokenizer, sets, packing.Batch(np.int32(0), np.int32(0), np.int32(0), np.bool_(False)))
 
 
-def _assigned(found, c):
-  """Splits by the first words of the user, so that no question is asked in two of them."""
-  first = [next((m.content for m in e.messages if m.role == 'user'), '') for e in found]
-  split = splits.by_hash(first, (1 - c.validation_fraction, c.validation_fraction))
-  drawn = ['train'] * len(found)
-  for i in split.validation:
-    drawn[i] = 'validation'
+def user_first(messages: Sequence[chat.Message], default: str = '') -> str:
+  """What the user says first."""
+  return next((m.content for m in messages if m.role == 'user'), default)
+
+
+def assigned(found: Sequence[Any], texts: Sequence[str], validation_fraction: float) -> list[str]:
+  """The split of each record: its own, or by a hash of its text, so that no text is in two.
+
+  Args:
+    found: records with `split` (one of `examples.SPLITS`, or None) and `origin`.
+
+  Raises:
+    DataError: another split.
+  """
   for e in found:
-    if e.split not in (None, 'train', 'validation', 'test'):
-      raise DataError(f'{e.origin}: split {e.split!r}; expected train, validation or test')
-  return [e.split or drawn[i] for i, e in enumerate(found)]
+    if e.split not in (None, *examples.SPLITS):
+      raise DataError(f'{e.origin}: split {e.split!r}; expected {", ".join(examples.SPLITS)}')
+  parts, undecided = [e.split for e in found], [i for i, e in enumerate(found) if e.split is None]
+  if undecided:
+    drawn = splits.by_hash([texts[i] for i in undecided], (1 - validation_fraction, validation_fraction))
+    for name in ('train', 'validation'):
+      for i in getattr(drawn, name):
+        parts[undecided[i]] = name
+  return parts

@@ -9,7 +9,6 @@ The whole set fits in memory; `prepare`, `check`, `train_batches` and `eval_batc
 
 from collections.abc import Iterable, Sequence
 import dataclasses
-import functools
 import os
 from typing import Literal
 
@@ -17,7 +16,7 @@ from flax import struct
 import jax
 import numpy as np
 
-from lm.data import conversations, examples, memory, packing, sft, splits
+from lm.data import conversations, examples, memory, packing, sft
 from lm.data.examples import Graded
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError, DataError
@@ -64,18 +63,14 @@ class Config:
 
   def __post_init__(self):
     memory.check_config(self, shortest=3)
-    if self.template not in TEMPLATES:
-      raise ConfigError(f'data.template={self.template!r}; expected one of {", ".join(TEMPLATES)}')
-    if self.system and self.template not in ('chatml', 'alpaca'):
-      raise ConfigError(f'data.system: {self.template!r} has none of its own; put a system turn into the prompts')
+    conversations.check_template(self, TEMPLATES)
     if self.answers < 2:
       raise ConfigError(f'data.answers={self.answers}; expected at least 2, of which one is better')
 
   @property
   def written(self) -> chat.Template:
     """The template of prompts that are not '', as a function of messages."""
-    write = TEMPLATES[self.template]
-    return functools.partial(write, system=self.system) if self.system else write
+    return conversations.template_of(self, TEMPLATES)
 
 
 @struct.dataclass
@@ -156,18 +151,8 @@ def assigned(found: Sequence[Graded], validation_fraction: float) -> list[str]:
 
   Of answers without a prompt, all of them together decide.
   """
-  for e in found:
-    if e.split not in (None, 'train', 'validation', 'test'):
-      raise DataError(f'{e.origin}: split {e.split!r}; expected train, validation or test')
-  parts, open_ = [e.split for e in found], [i for i, e in enumerate(found) if e.split is None]
-  if open_:
-    first = [next((m.content for m in found[i].prompt if m.role == 'user'), '\0'.join(sorted(found[i].answers)))
-             for i in open_]
-    split = splits.by_hash(first, (1 - validation_fraction, validation_fraction))
-    for name in ('train', 'validation'):
-      for i in getattr(split, name):
-        parts[open_[i]] = name
-  return parts
+  texts = [conversations.user_first(e.prompt, '\0'.join(sorted(e.answers))) for e in found]
+  return conversations.assigned(found, texts, validation_fraction)
 
 
 def ranked(found: Sequence[Graded], c: Config, tokenizer: Tokenizer, encoder: bool = False) -> tuple[Ranked, Report]:

@@ -17,7 +17,7 @@ from flax import struct
 import jax
 import numpy as np
 
-from lm.data import examples, memory, preferences, splits, tables_io, turns
+from lm.data import conversations, examples, memory, preferences, tables_io, turns
 from lm.data.json_io import Fault, Row
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.data.preferences import TEMPLATES
@@ -63,10 +63,7 @@ class Config:
 
   def __post_init__(self):
     memory.check_config(self, shortest=1)
-    if self.template not in TEMPLATES:
-      raise ConfigError(f'data.template={self.template!r}; expected one of {", ".join(TEMPLATES)}')
-    if self.system and self.template not in ('chatml', 'alpaca'):
-      raise ConfigError(f'data.system: {self.template!r} has none of its own; put a system turn into the prompts')
+    conversations.check_template(self, TEMPLATES)
     if not 0 <= self.cut <= self.length:
       raise ConfigError(f'data.cut={self.cut}; expected 0 to data.length={self.length}')
     if self.cut and self.template != 'none':
@@ -78,8 +75,7 @@ class Config:
   @property
   def written(self) -> chat.Template:
     """The template of prompts that are not '', as a function of messages."""
-    write = TEMPLATES[self.template]
-    return functools.partial(write, system=self.system) if self.system else write
+    return conversations.template_of(self, TEMPLATES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +143,8 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> Data:
     if report.kept < report.seen:
       print(f'{path}:\n{report.table()}', flush=True)
     found += some
-  parts = _assigned([record for record, _ in found], c)
+  asked = [conversations.user_first(record.messages) for record, _ in found]
+  parts = conversations.assigned([record for record, _ in found], asked, c.validation_fraction)
   sets, records = {}, []
   for part in examples.SPLITS:
     chosen = [item for item, own in zip(found, parts, strict=True) if own == part]
@@ -251,19 +248,6 @@ def _cut(row, ids, text, cut, tokenizer):
       return ids[:end], said
   raise Fault('text too short', row.origin, f'its first {cut} tokens hold no whole character; expected some',
               'raise data.cut')
-
-
-def _assigned(found: Sequence[Record], c: Config) -> list[str]:
-  """The split of each: its own, or by a hash of what the user says first, as other sources have it."""
-  undecided = [i for i, record in enumerate(found) if record.split is None]
-  parts = [record.split for record in found]
-  if undecided:
-    first = [next(m.content for m in found[i].messages if m.role == 'user') for i in undecided]
-    split = splits.by_hash(first, (1 - c.validation_fraction, c.validation_fraction))
-    for name in ('train', 'validation'):
-      for i in getattr(split, name):
-        parts[undecided[i]] = name
-  return parts
 
 
 def _rows(ids_N: Sequence[np.ndarray], first: int, length: int) -> Prompts:

@@ -46,7 +46,7 @@ def sample(keys_B: jax.Array, x_BTD: jax.Array, w_VD: jax.Array, bias_V: jax.Arr
 
 
 def token_logprobs(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, chunk: int = 1024,
-                   bias_V: jax.Array | None = None, temperature: float = 1.0, entropy: bool = False
+                   bias_V: jax.Array | None = None, temperature: float = 1.0, entropy: bool = False, start: int = 0
                    ) -> tuple[jax.Array, jax.Array | None]:
   """log softmax((x w^T + bias) / temperature)[target] of every position, in nats, and the entropy of that softmax.
 
@@ -57,11 +57,14 @@ def token_logprobs(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, chu
     chunk: tokens whose logits exist at once, at most; at least one column of the batch.
     temperature: > 0, of the distribution that is scored.
     entropy: also return entropies.
+    start: column from which on there is something to score; before it no logits are formed, and 0 is returned.
 
   Returns:
     (logprobs_BT, entropies_BT or None), f32.
   """
-  return _token_logprobs(x_BTD, w_VD, bias_V, targets_BT, _columns(x_BTD, chunk), temperature, entropy)
+  x_BTD, targets_BT = x_BTD[:, start:], targets_BT[:, start:]
+  found = _token_logprobs(x_BTD, w_VD, bias_V, targets_BT, _columns(x_BTD, chunk), temperature, entropy)
+  return jax.tree.map(lambda x_BT: jnp.pad(x_BT, ((0, 0), (start, 0))), found) if start else found
 
 
 def _columns(x_BTD, chunk):

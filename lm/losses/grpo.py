@@ -30,12 +30,14 @@ class Batch:
     old_BT: f32, log-probabilities of the targets under the policy that drew them, at the loss's temperature; None: it
       is the policy itself (one update a rollout), and the ratio is 1.
     reference_BT: f32, the same under the reference; None: no penalty for leaving it.
+    start: no target lies before this column.
   """
 
   rows: packing.Batch
   advantages_B: jax.Array
   old_BT: jax.Array | None = None
   reference_BT: jax.Array | None = None
+  start: int = struct.field(pytree_node=False, default=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +111,7 @@ def loss(p: params.Tree, batch: Batch, key: nn.Key | None, *, apply: Callable[..
     apply, head: as for `lm.logprobs.score`.
   """
   scores = logprobs.score(p, batch.rows, key, apply=apply, head=head, chunk=c.chunk, temperature=c.temperature,
-                          entropy=True)
+                          entropy=True, start=batch.start)
   old_BT = jax.lax.stop_gradient(scores.logprobs_BT) if batch.old_BT is None else batch.old_BT
   policy_BT, stopped_BT = clipped(_where(scores, scores.logprobs_BT - old_BT), batch.advantages_B[:, None], c)
   share_BT, weight = _shares(scores, c)

@@ -111,6 +111,7 @@ class Experience:
     batch: prompts and responses, whose mask is true at a response's tokens, its eos included.
     logprobs_BT, values_BT: of the policy that drew the responses.
     advantages_BT, returns_BT: what to learn.
+    start: no response begins before this column.
   """
 
   batch: Batch
@@ -118,6 +119,7 @@ class Experience:
   values_BT: jax.Array
   advantages_BT: jax.Array
   returns_BT: jax.Array
+  start: int = struct.field(pytree_node=False, default=0)
 
 
 def experience(batch: Batch, logprobs_BT: jax.Array, reference_BT: jax.Array, values_BT: jax.Array, scores_B: jax.Array,
@@ -165,7 +167,7 @@ def loss(p: params.Tree, e: Experience, key: nn.Key | None, *, apply: Callable[.
   x_BTD, values_BT = apply(p, b.ids_BT[:, :-1], positions_BT=b.positions_BT[:, :-1], segments_BT=b.segments_BT[:, :-1],
                            key=None)
   logprobs_BT, entropy_BT = token_logprobs(x_BTD, head(p), b.ids_BT[:, 1:], c.chunk, temperature=c.temperature,
-                                           entropy=True)
+                                           entropy=True, start=e.start)
   return objective(logprobs_BT, entropy_BT, values_BT, e, c)
 
 
