@@ -118,8 +118,8 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
                                  eval_batches=labelled.eval_batches)
   evaluated = _loss(c, quiet, family, specs, attend)
   return run.Task(specs, _loss(c, c.model, family, specs, attend, c.smoothing, c.consistency),
-                  lambda p, batch, key: evaluated(p, batch, None), c.model.vocab, flops, source=source, base=base,
-                  freeze=peft_lib.freeze(c.peft, c.model.layers))
+                  lambda p, batch, key: evaluated(p, batch, None), c.model.vocab, flops, source=source,
+                  base=run.Base(base, peft_lib.freeze(c.peft, c.model.layers)))
 
 
 def accuracies(c: Config, p: params.Tree, data: memory.Data, seeds: int) -> list[float]:

@@ -18,7 +18,7 @@ def check(c: Any, task: Any, parts: Any, abstract: train.State, data: Any) -> No
   Raises:
     DataError: nothing to evaluate. ConfigError: it will not.
   """
-  known = task.metrics or _means(jax.tree.map(lambda x: 0.0, _sums(c, task, parts, abstract, data)), data)
+  known = task.around.metrics or _means(jax.tree.map(lambda x: 0.0, _sums(c, task, parts, abstract, data)), data)
   if c.checkpoint.metric not in known:
     raise ConfigError(f'checkpoint.metric={c.checkpoint.metric!r}; expected one of {", ".join(sorted(known))}')
 

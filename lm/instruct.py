@@ -81,11 +81,11 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
   flops = budget.training_flops(base, c.model.heads * c.model.head_dim, c.model.layers, c.data.length)
   quiet = dataclasses.replace(c.model, dropout=nn.Dropout())
   evaluated = loss(c, quiet, specs, attend)
-  around = samples_lib.around(c.samples, decode.of(decoder, quiet), c.data.written, specs, c.virtual,
-                              c.seed) if c.samples.count else None
+  program = samples_lib.around(c.samples, decode.of(decoder, quiet), c.data.written, specs, c.virtual,
+                               c.seed) if c.samples.count else None
   return run.Task(specs, loss(c, c.model, specs, attend), lambda p, batch, key: evaluated(p, batch, None),
-                  c.model.vocab, flops, source=conversations, base=base, freeze=peft_lib.freeze(c.peft, c.model.layers),
-                  around=around)
+                  c.model.vocab, flops, source=conversations,
+                  base=run.Base(base, peft_lib.freeze(c.peft, c.model.layers)), around=run.Around(program=program))
 
 
 def loss(c: Config, model: decoder.Config, specs: params.Tree, attend: Callable[..., jax.Array]) -> train.Loss:

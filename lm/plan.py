@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import hlo, params, plan_tasks, pretrain_encoder, run, sharding, summary, targets
+from lm import hlo, params, plan_tasks, pretrain_encoder, run, sharding, start, summary, targets
 from lm.errors import ConfigError
 
 # Share of the roofline that a run is taken to reach: PaLM 540B's hardware FLOPs utilisation on 6,144 TPU v4
@@ -102,7 +102,7 @@ class Plan:
 
 def compiled(c: run.Config, task: run.Task, parts: run.Parts) -> jax.stages.Compiled:
   """The training step of `run.run`, compiled for the devices of `parts.mesh`."""
-  state = run.abstract_state(task, parts)
+  state = start.abstract(task, parts)
   key = jax.ShapeDtypeStruct((), jax.random.key(0).dtype, sharding=sharding.replicated(parts.mesh))
   with sharding.use(parts.mesh, c.mesh.sequence):
     return parts.step.lower(state, plan_tasks.batch_of(c, parts.mesh), key).compile()
@@ -127,10 +127,10 @@ def make(c: run.Config, target: targets.Target, keep: Callable[[str], None] = la
   except NotImplementedError as error:
     raise ConfigError(f'mesh: its axes cannot be laid over {target}; choose sizes that are products of its '
                       'dimensions') from error
-  tokens = summary.tokens_per_step(c, task) // task.updates
+  tokens = summary.tokens_per_step(c, task) // task.around.updates
   known = {'target': target, 'mesh': c.mesh, 'model_flops': task.flops.total * tokens / target.size, 'tokens': tokens,
            'steps': c.optim.steps}
-  start = time.perf_counter()
+  began = time.perf_counter()
   try:
     program = compiled(c, task, parts)
   except jax.errors.JaxRuntimeError as error:
@@ -138,8 +138,8 @@ def make(c: run.Config, target: targets.Target, keep: Callable[[str], None] = la
     if peak is None:
       raise
     memory = _memory(c, task, parts, target, peak)
-    return Plan(memory=memory, flops=math.nan, seconds={}, links=(), compile_s=time.perf_counter() - start, **known)
-  seconds = time.perf_counter() - start
+    return Plan(memory=memory, flops=math.nan, seconds={}, links=(), compile_s=time.perf_counter() - began, **known)
+  seconds = time.perf_counter() - began
   text = program.as_text()
   keep(text)
   return _read(text, parts, target, _memory(c, task, parts, target, _peak(program)), seconds, known)
@@ -178,7 +178,7 @@ def bytes_of(tree: Any, shardings: Any) -> float:
 
 
 def _memory(c, task, parts, target, peak):
-  shapes = run.abstract_state(task, parts)
+  shapes = start.abstract(task, parts)
   parameters = bytes_of((shapes.params, shapes.frozen), (parts.state.params, parts.state.frozen))
   optimizer = bytes_of(shapes.opt_state, parts.state.opt_state)
   places = params.split(sharding.shardings(task.specs, parts.mesh, c.mesh.zero > 1), parts.trainable)[0]

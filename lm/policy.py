@@ -205,7 +205,7 @@ def specs(c: Config) -> params.Tree:
 
 
 def freeze(c: Config) -> str:
-  """The pattern of leaves that do not train, for `run.Task`."""
+  """The pattern of leaves that do not train, for `run.Base`."""
   wanted = dataclasses.replace(c.peft, train='|'.join(f'(?:{t})' for t in (c.peft.train, '(^|/)value/') if t))
   return '|'.join(p for p in (peft_lib.freeze(wanted, c.model.layers), '^reference/') if p)
 

@@ -120,10 +120,11 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
     answers = jax.tree.map(lambda x_BKT: x_BKT.reshape(-1, x_BKT.shape[-1]), ranked.answers)
     scores = logprobs.score(peft_lib.materialise(p), rows(answers), None, **model, chunk=c.loss.chunk)
     return scores.row_B.reshape(ranked.grades_NK.shape)
-  return run.Task(specs, loss, loss, c.model.vocab, flops, source=preferences, base=base,
-                  freeze=peft_lib.freeze(c.peft, c.model.layers), tokens=2 * c.data.batch * c.data.length,
-                  extend=functools.partial(_extend, c, specs, said) if c.reference == 'start' else None,
-                  around=functools.partial(_around, c, specs) if c.samples.count else None)
+  around = run.Around(data=functools.partial(_extend, c, specs, said) if c.reference == 'start' else None,
+                      program=functools.partial(_around, c, specs) if c.samples.count else None,
+                      tokens=2 * c.data.batch * c.data.length)
+  return run.Task(specs, loss, loss, c.model.vocab, flops, source=preferences,
+                  base=run.Base(base, peft_lib.freeze(c.peft, c.model.layers)), around=around)
 
 
 def pairs(rows: preferences.Ranked | Referred) -> dpo.Batch:

@@ -71,18 +71,19 @@ def task(c: policy.Config, reward: Callable[..., Any], held_out: Callable[..., A
   # Drawing and two models' scores are a forward pass each, a third of a training step's FLOPs.
   flops = dataclasses.replace(flops, matmul=flops.matmul * (1 + c.rollout.epochs),
                               attention=flops.attention * (1 + c.rollout.epochs))
-  return run.Task(
-      tree, experience.loss(c, tree, attend), None, c.model.vocab, flops, source=prompts, base=policy.base_specs(c),
-      freeze=policy.freeze(c), graft=policy.graft, own=policy.policy,
-      given=functools.partial(policy.critic, c) if getattr(c, 'critic_from', '') else None,
-      around=_around(c, experience.learn(c, attend), experience.judge(c, attend), reward, held_out),
-      updates=c.updates, metrics=METRICS + (('val_held_out', 'val_held_out_se') if held_out else ()),
+  critic = functools.partial(policy.critic, c) if getattr(c, 'critic_from', '') else None
+  base = run.Base(policy.base_specs(c), policy.freeze(c), policy.graft, critic, policy.policy)
+  around = run.Around(
+      program=_around(c, experience.learn(c, attend), experience.judge(c, attend), reward, held_out), updates=c.updates,
       tokens=c.rows * (c.data.length + c.rollout.new_tokens),
+      metrics=METRICS + (('val_held_out', 'val_held_out_se') if held_out else ()),
       carry={'kl_coef': c.loss.kl.coef} if isinstance(c, policy.PPO) else None)
+  return run.Task(tree, experience.loss(c, tree, attend), None, c.model.vocab, flops, source=prompts, base=base,
+                  around=around)
 
 
 def _around(c, learn, judge, reward, held_out):
-  """`lm.run.Task.around`."""
+  """`lm.run.Around.program`."""
   @contextlib.contextmanager
   def wrapped(program: loop.Program, parts: Any, data: prompts.Data, workdir: str | os.PathLike, start: int
               ) -> Iterator[loop.Program]:

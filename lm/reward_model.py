@@ -147,7 +147,7 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
   trained, evaluated = (functools.partial(_loss, c, _scorer(c, model, attend)) for model in (c.model, _quiet(c)))
   flops = budget.Flops(*(c.data.answers * x for x in dataclasses.astuple(one)))
   return run.Task(peft_lib.specs(c.peft, whole), trained, lambda p, batch, key: evaluated(p, batch, None),
-                  c.model.vocab, flops, source=source, base=base, freeze=peft_lib.freeze(c.peft, c.model.layers))
+                  c.model.vocab, flops, source=source, base=run.Base(base, peft_lib.freeze(c.peft, c.model.layers)))
 
 
 def finish(c: Config, workdir: str | os.PathLike) -> dict[str, Any]:

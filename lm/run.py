@@ -29,12 +29,13 @@ from lm import (
   params,
   peft,
   sharding,
+  start,
   summary,
   train,
   weights,
 )
 from lm.data import loader
-from lm.errors import CheckpointError, ConfigError, Diverged
+from lm.errors import ConfigError, Diverged
 from lm.text.tokenizer import Tokenizer
 
 
@@ -67,6 +68,45 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
+class Base:
+  """The model that `Config.init_from` gives, where training changes its tree or holds some of it still.
+
+  Attributes:
+    specs: of that model.
+    freeze: pattern of leaves that do not train; '' = as `optim.freeze` says.
+    graft: (parameters of `specs`, those of the task, key) -> parameters of the task; what `more()` reads comes fourth.
+    own: of a tree of parameters, the part that `lm.weights` finds in a workdir: without what serves training alone.
+  """
+
+  specs: params.Tree
+  freeze: str = ''
+  graft: Callable[..., params.Tree] = peft.graft
+  more: Callable[[], Any] | None = None
+  own: Callable[[params.Tree], params.Tree] = lambda tree: tree
+
+
+@dataclasses.dataclass(frozen=True)
+class Around:
+  """What a task does beside the optimizer's step on a batch.
+
+  Attributes:
+    data: (parts, first, data, workdir) -> the data with what a model must say of it before training; `first()` makes
+      the state of step 0.
+    program: (program, parts, data, workdir, start) -> a context of the `loop.Program` that runs in its place.
+    updates: optimizer steps in a step of that program. tokens: that it computes on; 0 = data.batch x data.length.
+    metrics: of its evaluation, where that is not the task's loss.
+    carry: scalars that its steps hand on to each other, f32.
+  """
+
+  data: Callable[..., Any] | None = None
+  program: Callable[..., Any] | None = None
+  updates: int = 1
+  tokens: int = 0
+  metrics: tuple[str, ...] = ()
+  carry: Any = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
   """What is trained.
 
@@ -77,16 +117,7 @@ class Task:
     flops: FLOPs of one training token.
     bind: the task once its tokenizer is known, where the losses need ids of special tokens; the same parameters.
     source: a module with the functions of `lm.data.loader` for `Config.data`.
-    base: the specs that `Config.init_from` must fill, where training adds leaves to a model; None = all.
-    freeze: pattern of leaves that do not train; '' = as `optim.freeze` says.
-    graft: (parameters of `base`, specs, key) -> parameters of `specs`; with `given`, what that reads comes fourth.
-    own: of a tree of parameters, the part that `lm.weights` finds in a workdir: without what serves training alone.
-    extend: (parts, first, data, workdir) -> the data with what a model must say of it before training; `first()` makes
-      the state of step 0. None = nothing.
-    around: (program, parts, data, workdir, start) -> a context of the `loop.Program` that runs in its place; None = it.
-    updates: optimizer steps in a step of that program. tokens: that it computes on; 0 = data.batch x data.length.
-    metrics: of its evaluation, where that is not `eval_loss`'s.
-    carry: scalars that its steps hand on to each other, f32.
+    base: what training starts from, if that is not all of `specs`.
   """
 
   specs: params.Tree
@@ -96,17 +127,8 @@ class Task:
   flops: budget.Flops
   bind: Callable[[Tokenizer], 'Task'] | None = None
   source: Any = loader
-  base: params.Tree | None = None
-  freeze: str = ''
-  graft: Callable[..., params.Tree] = peft.graft
-  given: Callable[[], Any] | None = None
-  own: Callable[[params.Tree], params.Tree] = lambda tree: tree
-  extend: Callable[..., Any] | None = None
-  around: Callable[..., Any] | None = None
-  updates: int = 1
-  tokens: int = 0
-  metrics: tuple[str, ...] = ()
-  carry: Any = None
+  base: Base | None = None
+  around: Around = Around()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,8 +147,9 @@ def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Par
   """Mesh, optimizer, shardings, and the jitted step and evaluation; compiles nothing yet."""
   mesh = sharding.make_mesh(c.mesh, devices)
   tx = optim_lib.make(c.optim, task.specs)
-  trainable = optim_lib.trainable_mask(dataclasses.replace(c.optim, freeze=task.freeze or c.optim.freeze), task.specs)
-  places = train.shardings(task.specs, tx, trainable, mesh, c.mesh.zero, task.carry)
+  freeze = task.base and task.base.freeze or c.optim.freeze
+  trainable = optim_lib.trainable_mask(dataclasses.replace(c.optim, freeze=freeze), task.specs)
+  places = train.shardings(task.specs, tx, trainable, mesh, c.mesh.zero, task.around.carry)
   layout = parallel.layout(mesh, c.mesh, task.specs, trainable)
   step = jax.jit(train.make_step(task.loss, tx, c.optim.microbatches, layout), donate_argnums=0,
                  out_shardings=(places, None))
@@ -147,7 +170,7 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
   if workdir.exists() and not workdir.is_dir():
     raise ConfigError(f'--workdir: {workdir} is a file; expected a directory, or a new name; choose another --workdir')
   parts = build(c, task)
-  abstract = abstract_state(task, parts)
+  abstract = start.abstract(task, parts)
   nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
   checkpoint_lib.preflight(workdir / 'checkpoints', nbytes, c.checkpoint)
   with checkpoint_lib.lock(workdir), loop_lib.Signals() as signals, sharding.use(parts.mesh, c.mesh.sequence):
@@ -158,35 +181,35 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
       task = task.bind(data.tokenizer)
       parts = build(c, task)
     evaluate.check(c, task, parts, abstract, data)
-    start, state, meta = _start(c, task, parts, abstract, data, workdir, resume_with_changes)
-    steps = c.optim.steps // task.updates
-    if start >= steps or (meta['finished'] and not resume_with_changes):
-      logs.say(f'already complete: step {start} of {steps} in {workdir}; nothing was trained')
-      return summary.write(c, task, workdir, start, meta)
-    if start:
-      logs.say(f'resumed from step {start} in {workdir}')
+    at, state, meta = start.resume(c, task, parts, abstract, data, workdir, resume_with_changes)
+    steps = c.optim.steps // task.around.updates
+    if at >= steps or (meta['finished'] and not resume_with_changes):
+      logs.say(f'already complete: step {at} of {steps} in {workdir}; nothing was trained')
+      return summary.write(c, task, workdir, at, meta)
+    if at:
+      logs.say(f'resumed from step {at} in {workdir}')
     fingerprint = data.fingerprint
-    if task.extend:
-      data = task.extend(parts, lambda: _first(c, task, parts), data, workdir)
+    if task.around.data:
+      data = task.around.data(parts, lambda: start.first(c, task, parts), data, workdir)
     with signals.deferred(), contextlib.ExitStack() as stack:
       _record(c, data, workdir)
       evaluation = evaluate.make(c, task, parts, abstract, data) if task.eval_loss else None
-      log = stack.enter_context(contextlib.closing(logs.Logs(workdir, steps, start)))
-      saver = stack.enter_context(checkpoint_lib.Saver(workdir / 'checkpoints', c.checkpoint, start or None, log.say))
+      log = stack.enter_context(contextlib.closing(logs.Logs(workdir, steps, at)))
+      saver = stack.enter_context(checkpoint_lib.Saver(workdir / 'checkpoints', c.checkpoint, at or None, log.say))
       batches = stack.enter_context(contextlib.closing(
-          task.source.train_batches(data, sharding.batch_sharding(parts.mesh), start)))
+          task.source.train_batches(data, sharding.batch_sharding(parts.mesh), at)))
       wall = lambda: meta['wall_s'] + time.perf_counter() - began
       program = _program(c, task, parts, fingerprint, saver, evaluation, wall, meta['base'])
-      if task.around:
-        program = stack.enter_context(task.around(program, parts, data, workdir, start))
-      _, evaluations = loop_lib.fit(program, c.loop, state, batches, start, meta['evaluations'], log, signals)
+      if task.around.program:
+        program = stack.enter_context(task.around.program(program, parts, data, workdir, at))
+      _, evaluations = loop_lib.fit(program, c.loop, state, batches, at, meta['evaluations'], log, signals)
     done = {'evaluations': evaluations, 'wall_s': wall(), 'peak_bytes': summary.peak_bytes()}
     return summary.write(c, task, workdir, evaluations[-1][0], done)
 
 
 def describe(c: Config, task: Task) -> str:
   """The parameter table, exact counts by group, training tokens and FLOPs; allocates nothing."""
-  tokens = c.optim.steps // task.updates * summary.tokens_per_step(c, task)
+  tokens = c.optim.steps // task.around.updates * summary.tokens_per_step(c, task)
   groups = [(name, f'{n:,}') for name, n in budget.counts(task.specs).items()]
   groups += [('training tokens', f'{tokens:,}'),
              ('FLOPs a token', f'{task.flops.total:.4g} ({task.flops.attention / task.flops.total:.1%} attention)'),
@@ -194,12 +217,6 @@ def describe(c: Config, task: Task) -> str:
              (f'bytes, f32 with AdamW{" and an average" if c.optim.ema else ""}',
               budget.human((20.0 if c.optim.ema else 16.0) * params.count(task.specs), 'B'))]
   return budget.table(task.specs) + '\n\n' + budget.columns(groups)
-
-
-def abstract_state(task: Task, parts: Parts) -> train.State:
-  """The state as `jax.ShapeDtypeStruct`s on the mesh."""
-  shapes = jax.eval_shape(lambda: train.init(task.specs, parts.tx, parts.trainable, jax.random.key(0), task.carry))
-  return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, parts.state)
 
 
 def _refuse(c, workdir, resume_with_changes):
@@ -227,45 +244,6 @@ def _record(c, data, workdir):
     (workdir / 'summary.json').unlink(missing_ok=True)
 
 
-def _start(c, task, parts, abstract, data, workdir, resume_with_changes):
-  """(step, state, meta): restored, imported or initialised on the mesh.
-
-  Frozen leaves are not in checkpoints: they are made again, and must be those that the run began with.
-  """
-  kept = abstract.replace(frozen=jax.tree.map(lambda x: None, abstract.frozen))
-  restored = checkpoint_lib.restore(workdir / 'checkpoints', kept)
-  frozen = bool(jax.tree.leaves(abstract.frozen))
-  if restored is None:
-    state = _first(c, task, parts)
-    meta = {'evaluations': [], 'wall_s': 0.0, 'finished': False}
-    return 0, state, meta | {'base': weights.fingerprint(task.own(state.frozen)) if frozen else ''}
-  step, state, meta = restored
-  if not resume_with_changes:
-    loader.check_fingerprint(meta['data'], data.fingerprint)
-  if frozen:
-    state = state.replace(frozen=_first(c, task, parts).frozen)
-    if weights.fingerprint(task.own(state.frozen)) != meta['base']:
-      raise CheckpointError(f'init_from={c.init_from}: other weights than this run began with; expected those, as its '
-                            'checkpoints hold only what trains; restore that model, or choose another --workdir')
-  return step, state, meta
-
-
-def _first(c, task, parts):
-  """The state at step 0."""
-  key = jax.random.fold_in(jax.random.key(c.seed), 0)
-  if not c.init_from:
-    make = lambda key: train.init(task.specs, parts.tx, parts.trainable, key, task.carry)
-    return jax.jit(make, out_shardings=parts.state)(key)
-  base = task.specs if task.base is None else task.base
-  given = weights.params_from(c.init_from, params.abstract(base), partial=task.base is not None)
-  more = [] if task.given is None else [task.given()]
-  make = lambda p, key, *more: train.state_of(p if task.base is None else task.graft(p, task.specs, key, *more),
-                                              parts.tx, parts.trainable, task.carry)
-  if task.base is None:
-    given = jax.device_put(given, params.join(parts.state.params, parts.state.frozen))
-  return jax.jit(make, out_shardings=parts.state)(given, key, *more)
-
-
 def _program(c, task, parts, fingerprint, saver, evaluation, wall, base):
   # All of it now, on the host: asking the device for a rate would wait for the step that it is busy with.
   rates = np.asarray(jax.jit(optim_lib.schedule(c.optim))(jnp.arange(c.optim.steps)))
@@ -282,7 +260,7 @@ def _program(c, task, parts, fingerprint, saver, evaluation, wall, base):
 
   return loop_lib.Program(
       step=parts.step, evaluate=evaluation, save=save, poll=saver.poll, wait=saver.wait,
-      steps=c.optim.steps // task.updates,
+      steps=c.optim.steps // task.around.updates,
       key=jax.random.fold_in(jax.random.key(c.seed), 1), learning_rate=lambda n: float(rates[n]), elapsed=wall,
       tokens_per_step=tokens, flops_per_step=task.flops.total * tokens,
       peak_flops=budget.peak_flops(jax.local_devices()[0]) * parts.mesh.size, save_every=c.checkpoint.every,

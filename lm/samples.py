@@ -74,7 +74,7 @@ def held_out(rows: packing.Batch, count: int, most: float = math.inf) -> list[Pa
 
 def around(c: Config, model: decode.Model, template: chat.Template, specs: params.Tree, virtual: int, seed: int
            ) -> Callable[..., contextlib.AbstractContextManager[loop.Program]]:
-  """`lm.run.Task.around` that writes what the model answers after each evaluation; it compiles once for the run.
+  """`lm.run.Around.program` that writes what the model answers after each evaluation; it compiles once for the run.
 
   While it answers, a second copy of the parameters is in memory, laid out for decoding and divided over the mesh as XLA
   sees fit. Every process calls it; process 0 writes. Rows after the first step, which a killed run left, are cut off.

@@ -16,7 +16,7 @@ def write(c: Any, task: Any, workdir: pathlib.Path, step: int, meta: dict[str, A
   values = meta['evaluations'][-1][1] if meta['evaluations'] else {}
   rows = logs.read(workdir)
   middle = lambda name: statistics.median([r[name] for r in rows if name in r] or [math.nan])
-  per_step, planned = tokens_per_step(c, task), c.optim.steps // task.updates
+  per_step, planned = tokens_per_step(c, task), c.optim.steps // task.around.updates
   summary = values | {
       'steps': step, 'tokens': step * per_step, 'flops': step * per_step * task.flops.total, 'wall_s': meta['wall_s'],
       'tokens_per_s': middle('tokens_per_s'), 'mfu': middle('mfu'), 'peak_bytes': meta['peak_bytes'],
@@ -30,7 +30,7 @@ def write(c: Any, task: Any, workdir: pathlib.Path, step: int, meta: dict[str, A
 
 def tokens_per_step(c: Any, task: Any) -> int:
   """Tokens that a step of the run computes on."""
-  return task.tokens or c.data.batch * c.data.length
+  return task.around.tokens or c.data.batch * c.data.length
 
 
 def best(evaluations: list, c: checkpoint.Config) -> dict[str, float] | None:

@@ -14,11 +14,8 @@ median over the rounds of the ratio to transformers, and the ratio of both sides
 own rate of reading 512 MiB with one and with two threads.
 """
 
-import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -26,7 +23,8 @@ import time
 from absl import flags
 
 from experiments import cli
-from lm.errors import ConfigError, Error
+from lm import bench
+from lm.errors import ConfigError
 
 _MODEL = flags.DEFINE_string('model', '', 'A workdir, a Hugging Face folder or a .gguf file.')
 _PEER = flags.DEFINE_enum('peer', 'none', ['none', 'torch'], 'Whom to compare with.')
@@ -41,22 +39,29 @@ _WORKER = flags.DEFINE_string('worker', '', 'Internal: which side this process i
 
 def main(_: list[str]) -> None:
   if _WORKER.value:
-    _serve({'torch': _torch, 'read': _read}.get(_WORKER.value, _lm)())
+    facts, run = {'torch': _torch, 'read': _read}.get(_WORKER.value, _lm)()
+    bench.serve(run, **facts)
     return
   if not _MODEL.value:
     raise ConfigError('--model: not given; expected a workdir, a Hugging Face folder or a .gguf file; see --help')
   if not all(b.isdecimal() and int(b) for b in _BATCHES.value):
     raise ConfigError(f'--batches={",".join(_BATCHES.value)}; expected positive numbers')
   with tempfile.TemporaryDirectory() as folder:
-    workers = {kind: _Worker(kind, _MODEL.value) for kind in _KINDS.value}
+    workers = {kind: _side(kind, _MODEL.value) for kind in _KINDS.value}
     if _PEER.value == 'torch':
-      _export(folder)
-      workers['torch'] = _Worker('torch', folder)
+      bench.alone('scripts.convert', f'--from={_MODEL.value}', f'--out={folder}')
+      workers['torch'] = _side('torch', folder)
     _compare(workers)
 
 
+def _side(kind, model):
+  return bench.Side([sys.executable, '-m', 'scripts.bench_decode', f'--worker={kind}', f'--model={model}',
+                     f'--prompt_length={_PROMPT.value}', f'--max_new={_MAX_NEW.value}',
+                     f'--temperature={_TEMPERATURE.value}'])
+
+
 def _compare(workers):
-  read = _Worker('read', '')
+  read = _side('read', '')
   print('\n'.join(f'{side}: {worker.facts["threads"]} threads, {worker.facts["weights"] / 1e6:.0f} MB of weights a step'
                   for side, worker in workers.items()))
   print(f'{"batch":>5} {"side":8} {"tokens/s":>8} {"least":>7} {"most":>7} {"GB/s":>5} {"ratio":>6} {"of best":>7}',
@@ -82,46 +87,6 @@ def _compare(workers):
     worker.close()
 
 
-class _Worker:
-  """A process that decodes a batch when asked: {'seconds', 'peak'} in JSON, a line each way; first a line of facts."""
-
-  def __init__(self, side, model):
-    command = [sys.executable, '-m', 'scripts.bench_decode', f'--worker={side}', f'--model={model}',
-               f'--prompt_length={_PROMPT.value}', f'--max_new={_MAX_NEW.value}',
-               f'--temperature={_TEMPERATURE.value}']
-    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                     env=os.environ | {'JAX_PLATFORMS': 'cpu'})
-    self.facts = self._line()
-
-  def ask(self, batch):
-    self._process.stdin.write(f'{batch}\n')
-    self._process.stdin.flush()
-    return self._line()
-
-  def _line(self):
-    try:
-      return json.loads(self._process.stdout.readline())
-    except ValueError as error:
-      raise Error(f'{" ".join(self._process.args)}: the worker died; its error is above; the torch side needs '
-                  'pip install -e .[oracle]') from error
-
-  def close(self):
-    self._process.stdin.close()
-    self._process.wait()
-
-
-def _serve(side):
-  facts, run = side
-  print(json.dumps(facts), flush=True)
-  for line in sys.stdin:
-    start = time.perf_counter()
-    if int(line):
-      run(int(line))
-    seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({'seconds': seconds, 'peak': peak}), flush=True)
-
-
 def _ids(batch, vocab):
   import numpy as np
 
@@ -138,15 +103,10 @@ def _lm():
   p, model, key = decode.prepare(p, _WORKER.value), decode.of(decoder, c), jax.random.key(0)
   s = decode.Sampling(_MAX_NEW.value, _TEMPERATURE.value)
   read = sum(x.nbytes for x in jax.tree.leaves((p['blocks'], p['unembed'])))
-  run = lambda batch: decode.generate(model, p, _ids(batch, c.vocab).tolist(), s, key).tokens_BT.block_until_ready()
+
+  def run(batch):
+    jax.block_until_ready(decode.generate(model, p, _ids(batch, c.vocab).tolist(), s, key))
   return {'threads': len(os.sched_getaffinity(0)), 'weights': read}, run
-
-
-def _export(folder):
-  """The model as a Hugging Face folder; in a process of its own, whose memory is gone afterwards."""
-  command = [sys.executable, '-m', 'scripts.convert', f'--from={_MODEL.value}', f'--out={folder}']
-  if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-    raise Error(f'{" ".join(command)}: failed; its error is above')
 
 
 def _torch():
@@ -176,7 +136,7 @@ def _read():
 
   x = np.ones(2**27, np.float32)
   pool = futures.ThreadPoolExecutor(2)
-  return {}, lambda threads: list(pool.map(np.max, np.array_split(x, threads)))
+  return {}, lambda threads: {'largest': float(max(pool.map(np.max, np.array_split(x, threads))))}
 
 
 if __name__ == '__main__':

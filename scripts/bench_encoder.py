@@ -7,14 +7,11 @@ time, and answers with a line of JSON: {'seconds', 'peak' (bytes), 'tokens' (of 
 """
 
 import dataclasses
-import json
-import resource
-import sys
-import time
 
 from absl import flags
 
 from experiments import cli
+from lm import bench
 
 _SIDE = flags.DEFINE_enum('side', 'lm', ['lm', 'torch'], 'Whose steps.')
 _MODEL = flags.DEFINE_enum('model', 'bert', ['bert', 'electra', 'deberta', 'minilm'], 'What is trained.')
@@ -28,12 +25,7 @@ def main(_: list[str]) -> None:
   c = _config(_MODEL.value, _SET.value)
   flops = (classification if _MODEL.value == 'minilm' else pretrain_encoder).task(c).flops.total
   run = {'lm': _ours, 'torch': _theirs}[_SIDE.value](_MODEL.value, c)
-  tokens = c.data.batch * c.data.length
-  for line in sys.stdin:
-    start = time.perf_counter()
-    run(int(line))
-    print(json.dumps({'seconds': time.perf_counter() - start, 'tokens': tokens, 'flops': flops,
-                      'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+  bench.serve(run, tokens=c.data.batch * c.data.length, flops=flops)
 
 
 def _config(model, changes):
@@ -59,24 +51,7 @@ def _config(model, changes):
 
 def _ours(model, c):
   """run(n): n steps of this package."""
-  import jax
-
-  from lm import run as run_lib, sharding, train
-
-  task, batch = (_labelled if model == 'minilm' else _pretraining)(c)
-  parts = run_lib.build(c, task)
-  with sharding.use(parts.mesh):
-    state = jax.jit(lambda k: train.init(task.specs, parts.tx, parts.trainable, k), out_shardings=parts.state)(
-        jax.random.key(0))
-  key = jax.random.key(1)
-
-  def run(n):
-    nonlocal state
-    with sharding.use(parts.mesh):
-      for _ in range(n):
-        state, _ = parts.step(state, batch, key)
-      jax.block_until_ready(state)
-  return run
+  return bench.steps(c, *(_labelled if model == 'minilm' else _pretraining)(c))
 
 
 def _pretraining(c):

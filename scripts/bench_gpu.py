@@ -20,11 +20,9 @@ import time
 
 from absl import flags
 import jax
-import jax.numpy as jnp
 
 from experiments import cli, gpt2
-from lm import budget, config, optim, pretrain, run as run_lib, sharding, train
-from lm.data import packing
+from lm import bench, budget, config, optim, pretrain
 from lm.errors import ConfigError
 
 SHAPES = {'12x768': (12, 768, 12), '24x1024': (24, 1024, 16), '36x1280': (36, 1280, 20)}
@@ -81,21 +79,7 @@ def _lm(layers, embed, heads, batch):
                      model__kv_heads=heads, model__mlp=4 * embed, model__vocab=V, data__batch=batch)
   c = config.override(config.replace(c, optim=optim.Config(lr=1e-4, schedule='constant')), *_SET.value)
   task = pretrain.task(c)
-  parts = run_lib.build(c, task)
-  ids_BT = jax.random.randint(jax.random.key(0), (batch, c.data.length + 1), 0, c.model.vocab)
-  positions_BT = jnp.broadcast_to(jnp.arange(c.data.length + 1)[None], ids_BT.shape)
-  rows = packing.Batch(ids_BT, jnp.ones_like(ids_BT), positions_BT, jnp.ones(ids_BT.shape, bool))
-  key = jax.random.key(1)
-  with sharding.use(parts.mesh):
-    state = jax.jit(lambda k: train.init(task.specs, parts.tx, parts.trainable, k), out_shardings=parts.state)(
-        jax.random.key(0))
-
-  def run(steps):
-    nonlocal state
-    with sharding.use(parts.mesh):
-      for _ in range(steps):
-        state, _ = parts.step(state, rows, key)
-      jax.block_until_ready(state)
+  run = bench.steps(c, task, bench.rows(batch, c.data.length, c.model.vocab))
   return run, lambda: jax.devices()[0].memory_stats()['peak_bytes_in_use'], task.flops.total
 
 

@@ -8,15 +8,12 @@ time, and answers with a line of JSON: {'seconds', 'peak' (bytes), 'tokens' (of 
 """
 
 import dataclasses
-import json
 import re
-import resource
-import sys
-import time
 
 from absl import flags
 
 from experiments import cli
+from lm import bench
 from lm.errors import ConfigError
 
 _SIDE = flags.DEFINE_enum('side', 'lm', ['lm', 'peft'], 'Whose steps.')
@@ -34,12 +31,7 @@ def main(_: list[str]) -> None:
   if not _FULL.value:  # of a frozen weight no gradient is formed: 4 N instead of 6 N
     flops = dataclasses.replace(flops, matmul=flops.matmul * 2 / 3)
   run = {'lm': _ours, 'peft': _theirs}[_SIDE.value](c)
-  tokens = c.data.batch * c.data.length
-  for line in sys.stdin:
-    start = time.perf_counter()
-    run(int(line))
-    print(json.dumps({'seconds': time.perf_counter() - start, 'tokens': tokens, 'flops': flops.total,
-                      'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+  bench.serve(run, tokens=c.data.batch * c.data.length, flops=flops.total)
 
 
 def make_config(changes, full: bool):
@@ -64,29 +56,9 @@ def modules(targets: str) -> list[str]:
 
 def _ours(c):
   """run(n): n steps of this package."""
-  import jax
-  import jax.numpy as jnp
+  from lm import instruct
 
-  from lm import instruct, run as run_lib, sharding, train
-  from lm.data import packing
-
-  task = instruct.task(c)
-  parts = run_lib.build(c, task)
-  ids_BT = jax.random.randint(jax.random.key(0), (c.data.batch, c.data.length + 1), 0, c.model.vocab)
-  positions_BT = jnp.broadcast_to(jnp.arange(c.data.length + 1)[None], ids_BT.shape)
-  batch = packing.Batch(ids_BT, jnp.ones_like(ids_BT), positions_BT, jnp.ones(ids_BT.shape, bool))
-  with sharding.use(parts.mesh):
-    state = jax.jit(lambda k: train.init(task.specs, parts.tx, parts.trainable, k), out_shardings=parts.state)(
-        jax.random.key(0))
-  key = jax.random.key(1)
-
-  def run(n):
-    nonlocal state
-    with sharding.use(parts.mesh):
-      for _ in range(n):
-        state, _ = parts.step(state, batch, key)
-      jax.block_until_ready(state)
-  return run
+  return bench.steps(c, instruct.task(c), bench.rows(c.data.batch, c.data.length, c.model.vocab))
 
 
 def _theirs(c):

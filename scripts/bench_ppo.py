@@ -21,10 +21,7 @@ decoder of --shape to --model.
 import contextlib
 import dataclasses
 import io
-import json
 import os
-import resource
-import sys
 import tempfile
 import time
 import warnings
@@ -33,6 +30,7 @@ from absl import flags
 import numpy as np
 
 from experiments import cli
+from lm import bench
 from lm.errors import ConfigError
 
 _SIDE = flags.DEFINE_enum('side', 'lm', ['lm', 'trl', 'random'], 'Whose iterations.')
@@ -53,12 +51,7 @@ def main(_: list[str]) -> None:
     return
   with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
     iterate = {'lm': _ours, 'trl': _theirs}[_SIDE.value](folder, stack)
-    print('{}', flush=True)
-    for line in sys.stdin:
-      start = time.perf_counter()
-      drawn = sum(iterate() for _ in range(int(line)))
-      print(json.dumps({'seconds': time.perf_counter() - start, 'drawn': drawn,
-                        'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
+    bench.serve(lambda n: {'drawn': sum(iterate() for _ in range(n))})
 
 
 class Numbers:
@@ -128,10 +121,11 @@ def _ours(folder, stack):
                       records=tuple(prompts.Record(words.decode(row)) for row in ids_BP.tolist()))
   stack.enter_context(sharding.use(parts.mesh))
   rows = jax.device_put(rows, sharding.batch_sharding(parts.mesh))
-  begin = lambda p, key: train.state_of(task.graft(p, task.specs, key), parts.tx, parts.trainable, task.carry)
+  grown = lambda p, key: task.base.graft(p, task.specs, key)
+  begin = lambda p, key: train.state_of(grown(p, key), parts.tx, parts.trainable, task.around.carry)
   state = jax.jit(begin, out_shardings=parts.state)(p, jax.random.key(0))
   bare = loop.Program(*(None for _ in dataclasses.fields(loop.Program)))  # a policy's run has a step of its own
-  step, key = stack.enter_context(task.around(bare, parts, data, folder, 0)).step, jax.random.key(1)
+  step, key = stack.enter_context(task.around.program(bare, parts, data, folder, 0)).step, jax.random.key(1)
 
   def iterate():
     nonlocal state

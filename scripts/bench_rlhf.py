@@ -21,12 +21,8 @@ rounds' ratios and their range. Of ppo also seconds an iteration, episodes/s, an
 until all responses are there.
 """
 
-import json
-import os
 import pathlib
-import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +30,8 @@ import time
 from absl import flags
 
 from experiments import cli
-from lm.errors import ConfigError, Error
+from lm import bench
+from lm.errors import ConfigError
 
 _PART = flags.DEFINE_enum('part', 'rollout', ['rollout', 'ppo'], 'What is timed.')
 _MODEL = flags.DEFINE_string('model', '', 'A workdir, a Hugging Face folder or a .gguf file.')
@@ -58,17 +55,17 @@ def main(_: list[str]) -> None:
   if not all(b.isdecimal() and int(b) for b in _BATCHES.value):
     raise ConfigError(f'--batches={",".join(_BATCHES.value)}; expected positive numbers')
   if _WORKER.value:
-    _serve(_rollout())
+    bench.serve(_rollout())
     return
   with tempfile.TemporaryDirectory() as folder:
     {'rollout': _compare_rollouts, 'ppo': _compare_ppo}[_PART.value](folder)
 
 
 def _compare_rollouts(folder):
-  workers = {'lm': _Worker('bench_rlhf', '--worker', f'--model={_MODEL.value}')}
+  workers = {'lm': _side('bench_rlhf', '--worker', f'--model={_MODEL.value}')}
   if _PEER.value == 'torch':
-    _run('convert', f'--from={_MODEL.value}', f'--out={folder}')
-    workers['torch'] = _Worker('bench_decode', '--worker=torch', '--temperature=1', f'--model={folder}')
+    bench.alone('scripts.convert', f'--from={_MODEL.value}', f'--out={folder}')
+    workers['torch'] = _side('bench_decode', '--worker=torch', '--temperature=1', f'--model={folder}')
   print(f'{"part":8} {"batch":>5} {"side":6} {"tokens/s":>8} {"least":>7} {"most":>7} {"peak MiB":>8}', flush=True)
   for batch in map(int, _BATCHES.value):
     said = _rounds(workers, batch)
@@ -87,14 +84,14 @@ def _compare_ppo(folder):
   if batch % _MINIBATCHES.value:
     raise ConfigError(f'--ppo_batch={batch}: expected a multiple of --minibatches={_MINIBATCHES.value}')
   if not model:
-    _run('bench_ppo', '--side=random', f'--shape={_SHAPE.value}', f'--model={exported}')
+    bench.alone('scripts.bench_ppo', '--side=random', f'--shape={_SHAPE.value}', f'--model={exported}')
     model = exported
   elif _PEER.value == 'torch':
-    _run('convert', f'--from={model}', f'--out={exported}')
+    bench.alone('scripts.convert', f'--from={model}', f'--out={exported}')
   sizes = [f'--batch={batch}', f'--epochs={_EPOCHS.value}', f'--minibatches={_MINIBATCHES.value}']
-  workers = {'lm': _Worker('bench_ppo', '--side=lm', f'--model={model}', *sizes, *(f'--set={x}' for x in _SET.value))}
+  workers = {'lm': _side('bench_ppo', '--side=lm', f'--model={model}', *sizes, *(f'--set={x}' for x in _SET.value))}
   if _PEER.value == 'torch':
-    workers['trl'] = _Worker('bench_ppo', '--side=trl', f'--model={exported}', *sizes, packages=packages)
+    workers['trl'] = _side('bench_ppo', '--side=trl', f'--model={exported}', *sizes, packages=packages)
   said = _rounds(workers, 1)
   print(f'{"part":8} {"batch":>5} {"side":6} {"tokens/s":>8} {"least":>7} {"most":>7} {"peak MiB":>8} {"s/iter.":>8} '
         f'{"episodes/s":>10} {"drawing":>7}', flush=True)
@@ -105,6 +102,11 @@ def _compare_ppo(folder):
           f'{batch / seconds:10.2f} {drawing:7.0%}', flush=True)
   _ratio(batch, said)
   _close(workers)
+
+
+def _side(module, *arguments, packages=None):
+  return bench.Side([sys.executable, '-m', f'scripts.{module}', *arguments, f'--prompt_length={_PROMPT.value}',
+                     f'--max_new={_max_new()}'], packages)
 
 
 def _rounds(workers, asked):
@@ -131,60 +133,13 @@ def _rates(own, batch):
 def _ratio(batch, said):
   """Prints how many times the peer's speed this package has."""
   if len(said) > 1:
-    ours, theirs = said.values()
-    ratios = [b['seconds'] / a['seconds'] for a, b in zip(ours, theirs, strict=True)]
-    print(f'{_PART.value:8} {batch:5} {" / ".join(said)}: {statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to '
-          f'{max(ratios):.2f})', flush=True)
+    speeds = ([1 / one['seconds'] for one in own] for own in said.values())
+    print(f'{_PART.value:8} {batch:5} {" / ".join(said)}: {bench.ratio(*speeds)}', flush=True)
 
 
 def _close(workers):
   for worker in workers.values():
     worker.close()
-
-
-class _Worker:
-  """A process that takes a batch, or so many iterations, when asked: {'seconds', 'peak', ...} in JSON, a line each way;
-  first a line of facts. It alone looks into `packages`."""
-
-  def __init__(self, module, *arguments, packages=None):
-    command = [sys.executable, '-m', f'scripts.{module}', *arguments, f'--prompt_length={_PROMPT.value}',
-               f'--max_new={_max_new()}']
-    path = os.pathsep.join(str(x) for x in (packages, os.environ.get('PYTHONPATH')) if x)
-    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                     env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path})
-    self._line()
-
-  def ask(self, what):
-    self._process.stdin.write(f'{what}\n')
-    self._process.stdin.flush()
-    return self._line()
-
-  def _line(self):
-    try:
-      return json.loads(self._process.stdout.readline())
-    except ValueError as error:
-      raise Error(f'{" ".join(self._process.args)}: the worker died; its error is above; the torch side needs '
-                  'pip install -e .[oracle]') from error
-
-  def close(self):
-    self._process.stdin.close()
-    self._process.wait()
-
-
-def _serve(run):
-  print('{}', flush=True)
-  for line in sys.stdin:
-    start = time.perf_counter()
-    run(int(line))
-    print(json.dumps({'seconds': time.perf_counter() - start,
-                      'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}), flush=True)
-
-
-def _run(module, *arguments):
-  """A script that writes a model; in a process of its own, whose memory is gone afterwards."""
-  command = [sys.executable, '-m', f'scripts.{module}', *arguments]
-  if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
-    raise Error(f'{" ".join(command)}: failed; its error is above')
 
 
 def _rollout():

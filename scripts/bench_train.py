@@ -23,18 +23,14 @@ PEFT on the same shape, rank and targets, which --set changes for both. With --f
 the share of that step's time that LoRA's takes is printed for each.
 """
 
-import json
-import os
-import resource
 import statistics
-import subprocess
 import sys
-import time
 
 from absl import flags
 
 from experiments import cli
-from lm.errors import ConfigError, Error
+from lm import bench
+from lm.errors import ConfigError
 
 SHAPES = {  # layers, embed, heads, T, B, V
     '4x128': (4, 128, 4, 64, 12, 65),
@@ -57,7 +53,7 @@ def main(argv: list[str]) -> None:
   del argv
   check_flags()
   if _WORKER.value:
-    _serve({'lm': _lm, 'torch': _torch, 'matmul': _matmul}[_WORKER.value](*SHAPES[_SHAPES.value[0]]))
+    bench.serve({'lm': _lm, 'torch': _torch, 'matmul': _matmul}[_WORKER.value](*SHAPES[_SHAPES.value[0]]))
     return
   print(f'{"shape":8} {"side":9} {"tokens/s":>9} {"min":>7} {"max":>7} {"peak MiB":>9} {"of matmul":>9}')
   if _PEFT.value != 'none' or _MODEL.value != 'gpt':
@@ -85,9 +81,11 @@ def _compare(shape, tokens=None, flops=None):
   """tokens: of a step. flops: of a training token. None = as the workers count them."""
   sides = ['lm'] + ([_PEER.value] if _PEER.value != 'none' else [])
   sides += [f'{side} full' for side in sides] if _FULL.value else []
-  workers = {side: _Worker(side, shape) for side in [*sides, 'matmul']}
+  workers = {side: bench.Side(command(side, shape)) for side in [*sides, 'matmul']}
+  for worker in workers.values():
+    worker.ask(2)  # compiles
   steps = _STEPS.value or max(1, round(10 / max(w.ask(1)['seconds'] for s, w in workers.items() if s in sides)))
-  said = {side: {'tokens': tokens, 'flops': flops} | workers[side].ask(0) for side in sides}
+  said = {side: {'tokens': tokens, 'flops': flops} | workers[side].facts for side in sides}
   rates = {side: [] for side in workers}
   for _ in range(_ROUNDS.value):
     for side in sides:
@@ -101,19 +99,13 @@ def _compare(shape, tokens=None, flops=None):
           f'{median * said[side]["flops"] / peak:9.2f}', flush=True)
   if _PEER.value != 'none':
     for a, b in zip(sides[::2], sides[1::2], strict=True):
-      print(f'{shape:8} {a} / {b}: {_ratio(rates[a], rates[b])}; {steps} steps a turn; matmul 2048^3 f32 '
+      print(f'{shape:8} {a} / {b}: {bench.ratio(rates[a], rates[b])}; {steps} steps a turn; matmul 2048^3 f32 '
             f'{peak / 1e9:.0f} GF/s', flush=True)
   for side in sides if _FULL.value else ():
     if f'{side} full' in rates:
-      print(f'{shape:8} {side}: step time / in full {_ratio(rates[f"{side} full"], rates[side])}', flush=True)
+      print(f'{shape:8} {side}: step time / in full {bench.ratio(rates[f"{side} full"], rates[side])}', flush=True)
   for worker in workers.values():
     worker.close()
-
-
-def _ratio(rates, others):
-  """The median over the rounds, and their range."""
-  ratios = [a / b for a, b in zip(rates, others, strict=True)]
-  return f'{statistics.median(ratios):.3f} (rounds {min(ratios):.3f} to {max(ratios):.3f})'
 
 
 def command(side: str, shape: str) -> list[str]:
@@ -130,37 +122,6 @@ def command(side: str, shape: str) -> list[str]:
   return [*module, 'scripts.bench_train', f'--worker={who}', *shapes, *changes]
 
 
-class _Worker:
-  """A process that runs steps when asked: {'seconds', 'peak', ...} in JSON, a line each way."""
-
-  def __init__(self, side, shape):
-    self._process = subprocess.Popen(command(side, shape), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                     env=os.environ | {'JAX_PLATFORMS': 'cpu'})
-    self.ask(2)  # compile and warm up
-
-  def ask(self, steps):
-    try:
-      self._process.stdin.write(f'{steps}\n')
-      self._process.stdin.flush()
-      return json.loads(self._process.stdout.readline())
-    except (OSError, ValueError) as error:
-      raise Error(f'{self._process.args}: the worker died ({error}); its error is above; the torch side needs '
-                  'pip install -e .[oracle]') from error
-
-  def close(self):
-    self._process.stdin.close()
-    self._process.wait()
-
-
-def _serve(run):
-  for line in sys.stdin:
-    start = time.perf_counter()
-    run(int(line))
-    seconds = time.perf_counter() - start
-    print(json.dumps({'seconds': seconds, 'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}),
-          flush=True)
-
-
 def _matmul(*unused):
   import jax
   import jax.numpy as jnp
@@ -175,11 +136,8 @@ def _matmul(*unused):
 
 
 def _lm(layers, embed, heads, T, B, V):
-  import jax
-  import jax.numpy as jnp
-
-  from lm import config, optim, pretrain, run as run_lib, sharding, train
-  from lm.data import loader, packing
+  from lm import config, optim, pretrain
+  from lm.data import loader
   from lm.models import decoder
 
   model = decoder.Config(vocab=V, length=T, layers=layers, embed=embed, heads=heads, kv_heads=heads,
@@ -187,23 +145,7 @@ def _lm(layers, embed, heads, T, B, V):
   c = pretrain.Config(model=model, data=loader.Config(length=T, batch=B),
                       optim=optim.Config(lr=1e-4, schedule='constant'))
   c = config.override(c, *_SET.value)
-  task = pretrain.task(c)
-  parts = run_lib.build(c, task)
-  ids_BT = jax.random.randint(jax.random.key(0), (B, T + 1), 0, V)
-  positions_BT = jnp.broadcast_to(jnp.arange(T + 1)[None], ids_BT.shape)
-  batch = packing.Batch(ids_BT, jnp.ones_like(ids_BT), positions_BT, jnp.ones(ids_BT.shape, bool))
-  with sharding.use(parts.mesh):
-    state = jax.jit(lambda k: train.init(task.specs, parts.tx, parts.trainable, k), out_shardings=parts.state)(
-        jax.random.key(0))
-  key = jax.random.key(1)
-
-  def run(n):
-    nonlocal state
-    with sharding.use(parts.mesh):
-      for _ in range(n):
-        state, metrics = parts.step(state, batch, key)
-      jax.block_until_ready(state)
-  return run
+  return bench.steps(c, pretrain.task(c), bench.rows(B, T, V))
 
 
 def _torch(layers, embed, heads, T, B, V):

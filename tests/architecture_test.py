@@ -12,9 +12,9 @@ FLOORS = (
     'errors hosts config params sharding nn kernels',
     'models text data rewards',
     'losses logprobs metrics peft peft_hf peft_nodes mixout optim ema budget scaling hlo hlo_module targets',
-    'host train parallel pipeline checkpoint seal weights decode rollout loop logs evaluate samples run summary '
+    'host train parallel pipeline checkpoint seal weights decode rollout loop logs evaluate samples run start summary '
     'pictures monitor pretrain pretrain_encoder instruct preference classification reward_model plan '
-    'plan_search plan_tasks policy experience reinforce',
+    'plan_search plan_tasks policy experience reinforce bench',
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 FILES = sorted(p.relative_to(ROOT).as_posix() for top in ('lm', 'experiments', 'scripts')

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import hlo, params, pretrain, run, sharding
+from lm import hlo, params, pretrain, run, sharding, start
 from lm.data import loader
 from lm.data.packing import Batch
 from lm.losses import ar
@@ -27,7 +27,7 @@ def compiled(mesh, microbatches=1, **model):
   task = pretrain.task(c)
   parts = run.build(c, task)
   with sharding.use(parts.mesh, c.mesh.sequence):
-    state = run.abstract_state(task, parts)
+    state = start.abstract(task, parts)
     row = jax.ShapeDtypeStruct((B, T + 1), jnp.int32, sharding=sharding.batch_sharding(parts.mesh))
     batch = Batch(row, row, row, jax.ShapeDtypeStruct(row.shape, bool, sharding=row.sharding))
     text = parts.step.lower(state, batch, jax.random.key(0)).compile().as_text()

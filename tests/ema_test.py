@@ -25,6 +25,7 @@ from lm import (
   pretrain,
   run,
   sharding,
+  start,
   train,
   weights,
 )
@@ -147,7 +148,7 @@ def tiny_batch(mesh):
 
 def state_at(c, task, workdir):
   parts = run.build(c, task)
-  abstract = run.abstract_state(task, parts)
+  abstract = start.abstract(task, parts)
   return jax.device_get(checkpoint.restore(workdir / 'checkpoints', abstract.replace(
       frozen=jax.tree.map(lambda x: None, abstract.frozen)))[1])
 
@@ -226,7 +227,7 @@ def test_training_goes_on_from_the_average(corpus, tmp_path, monkeypatch):
 def test_its_bytes_are_counted():
   c = config.replace(GPT, optim__ema=0.9)
   task = pretrain.task(c)
-  size = [plan.bytes_of(run.abstract_state(task, parts).opt_state, parts.state.opt_state)
+  size = [plan.bytes_of(start.abstract(task, parts).opt_state, parts.state.opt_state)
           for parts in (run.build(GPT, pretrain.task(GPT)), run.build(c, task))]
   assert size[1] - size[0] == 4 * params.count(task.specs)
   assert 'bytes, f32 with AdamW and an average' in run.describe(c, task)

@@ -9,7 +9,20 @@ import pytest
 import tiny
 
 from experiments import bert, deberta, electra
-from lm import checkpoint, classification, config, ema, loop, optim, params, peft, pretrain_encoder, run, weights
+from lm import (
+  checkpoint,
+  classification,
+  config,
+  ema,
+  loop,
+  optim,
+  params,
+  peft,
+  pretrain_encoder,
+  run,
+  start,
+  weights,
+)
 from lm.data import labelled
 from lm.errors import ConfigError
 from lm.models import deberta as deberta_model, deberta_pair, electra as electra_model
@@ -132,7 +145,7 @@ def test_from_pretraining_to_predictions(root, tmp_path):
   tuned = films(root, c.model, tmp_path / 'run', pooling='pooler', peft=peft.Config('lora', rank=2),
                 data__tokenizer=str(tmp_path / 'run/tokenizer'))
   run.run(tuned, classification.task(tuned), tmp_path / 'tuned')
-  abstract = run.abstract_state(task, run.build(c, task))
+  abstract = start.abstract(task, run.build(c, task))
   average = ema.of(checkpoint.restore(tmp_path / 'run/checkpoints', abstract.replace(
       frozen=jax.tree.map(lambda x: None, abstract.frozen)))[1].opt_state)
   base, whole = classification._specs(tuned)

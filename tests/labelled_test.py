@@ -115,7 +115,7 @@ def task_config(kind, data, steps=60):
 
 
 def parameters(c):
-  return jax.jit(lambda key: params.init(classification.task(c).base, key))(jax.random.key(1))
+  return jax.jit(lambda key: params.init(classification.task(c).base.specs, key))(jax.random.key(1))
 
 
 @pytest.mark.parametrize('kind', [classification.Encoder, classification.Disentangled])

@@ -23,6 +23,7 @@ from lm import (
   run,
   seal,
   sharding,
+  start,
   train,
   weights,
 )
@@ -125,7 +126,7 @@ def test_only_matrices_of_the_blocks_are_mixed(root):
   assert nodes == MIXED
   inputs = {path: task.specs['blocks'][path.split('/')[1]][path.split('/')[2]].inputs for path in nodes}
   assert inputs == dict.fromkeys(MIXED, 1) | {'blocks/attn/o': 2}
-  trainable = optim.trainable_mask(optim.Config(freeze=task.freeze), task.specs)
+  trainable = optim.trainable_mask(optim.Config(freeze=task.base.freeze), task.specs)
   assert {path for path, yes in params.flatten(trainable).items() if not yes} == {f'{path}/base' for path in MIXED}
 
 
@@ -169,7 +170,7 @@ def test_microbatches_and_meshes_draw_the_same(root):
     data = task.source.prepare(c.data, '', seed=0)
     batches = task.source.train_batches(data, sharding.batch_sharding(parts.mesh), 0)
     with sharding.use(parts.mesh):
-      state = run._first(c, task, parts)
+      state = start.first(c, task, parts)
       for _ in range(4):
         state, metrics = parts.step(state, next(batches), jax.random.key(1))
     batches.close()
@@ -183,8 +184,8 @@ def test_evaluation_draws_nothing(root):
   for few in (peft.Config(train='', mixout=0.6), peft.Config('lora', train='', rank=2, rate=0.5)):
     c = chat(root, peft=few)
     task = instruct.task(c)
-    start = peft.graft(hf.load(root / 'base')[1], task.specs, jax.random.key(0))
-    p = params.map_with_path(lambda path, x: x if path.endswith('/base') else x + 0.1, start)
+    given = peft.graft(hf.load(root / 'base')[1], task.specs, jax.random.key(0))
+    p = params.map_with_path(lambda path, x: x if path.endswith('/base') else x + 0.1, given)
     data = task.source.prepare(c.data, '', seed=0)
     batches = task.source.eval_batches(data, 'validation', 8, sharding.batch_sharding(sharding.make_mesh(c.mesh)))
     batch = next(batches)
@@ -192,7 +193,7 @@ def test_evaluation_draws_nothing(root):
     evaluate, loss = jax.jit(train.make_eval(task.eval_loss)), jax.jit(train.make_eval(task.loss))
     totals = [float(evaluate(p, batch, key)['loss'].total) for key in (None, jax.random.key(1), jax.random.key(2))]
     assert totals[0] == totals[1] == totals[2] != float(loss(p, batch, jax.random.key(1))['loss'].total)
-    same = [float(f(start, batch, jax.random.key(1))['loss'].total) for f in (evaluate, loss)]
+    same = [float(f(given, batch, jax.random.key(1))['loss'].total) for f in (evaluate, loss)]
     assert same[0] == pytest.approx(same[1], rel=1e-5)  # until a weight has moved there is nothing to mix
 
 

@@ -182,7 +182,7 @@ def test_the_better_answers_are_learned(root, tmp_path):
 def test_without_a_reference_all_answers_are_alike_to_it(root, tmp_path):
   c = make(root, reference='none', optim__lr=1e-9, optim__steps=1, loop__eval_every=1)
   task = preference.task(c)
-  assert task.extend is None
+  assert task.around.data is None
   run.run(c, task, tmp_path)
   assert not (tmp_path / preference.REFERENCE).exists()
   rows = preferences.prepare(c.data, '').splits['validation']

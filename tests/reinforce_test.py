@@ -27,6 +27,7 @@ from lm import (
   run,
   samples,
   sharding,
+  start,
   train,
   weights,
 )
@@ -80,7 +81,7 @@ def rows_of(workdir):
 
 def state_of(c, task, workdir):
   parts = run.build(c, task)
-  abstract = run.abstract_state(task, parts)
+  abstract = start.abstract(task, parts)
   kept = abstract.replace(frozen=jax.tree.map(lambda x: None, abstract.frozen))
   step, state, _ = checkpoint.restore(workdir / 'checkpoints', kept, log=lambda line: None)
   return step, params.flatten(state.params) | {'carry': state.carry['kl_coef']}
@@ -278,5 +279,5 @@ def test_what_a_step_hands_on_is_kept_in_checkpoints_alone(root):
   c = make(root)
   task = reinforce.task(c, low)
   state = jax.eval_shape(lambda: train.init(task.specs, run.build(c, task).tx, jax.tree.map(lambda s: True, task.specs),
-                                            jax.random.key(0), task.carry))
-  assert state.carry['kl_coef'].shape == () and reinforce.task(make(root, policy.GRPO), low).carry is None
+                                            jax.random.key(0), task.around.carry))
+  assert state.carry['kl_coef'].shape == () and reinforce.task(make(root, policy.GRPO), low).around.carry is None

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import cli, reward as experiment
-from lm import checkpoint, config, loop, nn, optim, params, peft, reward_model, run, sharding, train
+from lm import checkpoint, config, loop, nn, optim, params, peft, reward_model, run, sharding, start, train
 from lm.data import packing, preferences, prompts
 from lm.errors import CheckpointError, ConfigError
 from lm.losses import reward
@@ -139,7 +139,7 @@ def test_every_method_trains_its_part_and_the_head(kind, method, root):
   assert any(moved[path] for path in moved if learned in path)
   assert metrics['skipped'] == 0 and np.isfinite(metrics['loss'])
   if method in ('lora', 'prompt', 'prefix', 'pfeiffer'):
-    plain = set(params.flatten(a_task.base)) - {'embed/tokens'}
+    plain = set(params.flatten(a_task.base.specs)) - {'embed/tokens'}
     assert plain.isdisjoint(moved)
 
 
@@ -196,7 +196,7 @@ def test_what_is_loaded_is_what_was_trained(trained):
   model = reward_model.load(workdir)
   assert dataclasses.replace(model.config, mesh=c.mesh) == c
   parts = run.build(c, reward_model.task(c))
-  _, state, _ = checkpoint.restore(workdir / 'checkpoints', run.abstract_state(reward_model.task(c), parts))
+  _, state, _ = checkpoint.restore(workdir / 'checkpoints', start.abstract(reward_model.task(c), parts))
   jax.tree.map(np.testing.assert_array_equal, model.params, train.averaged(state))
   data = preferences.prepare(c.data, workdir, encoder=True)
   ranked = data.splits['validation']

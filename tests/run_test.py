@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lm import checkpoint, config, logs, params, run
+from lm import checkpoint, config, logs, params, run, start
 from lm.data import loader
 from lm.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted, Preempted
 from lm.text import tokenizer
@@ -294,7 +294,7 @@ def test_parameters_that_are_not_finite_are_never_saved(straight, tmp_path, monk
   with pytest.raises(Diverged, match='a parameter is not finite'):
     run.run(config.replace(c, loop__max_skipped=100, checkpoint__every=1, loop__eval_every=0), TASK, tmp_path)
   monkeypatch.setattr(run, 'build', build)
-  step, state, _ = checkpoint.restore(tmp_path / 'checkpoints', run.abstract_state(TASK, build(c, TASK)), log=print)
+  step, state, _ = checkpoint.restore(tmp_path / 'checkpoints', start.abstract(TASK, build(c, TASK)), log=print)
   assert step >= 1
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 

@@ -70,7 +70,7 @@ def test_what_trains_is_counted(module, make):
   c = make()
   a_task = task(c)
   assert f'{params.count(a_task.specs):,}' in run.describe(c, a_task)
-  mask = optim.trainable_mask(optim.Config(freeze=a_task.freeze), a_task.specs)
+  mask = optim.trainable_mask(optim.Config(freeze=a_task.base.freeze), a_task.specs)
   trained = params.count(params.split(a_task.specs, mask)[0])
   assert 0 < trained <= params.count(a_task.specs)
   assert trained == TRAINED.get(make.__name__, trained)

@@ -1,0 +1,100 @@
+"""Sides of a benchmark, each a process of its own with all cores, that take turns on the same machine.
+
+scripts/bench_* are made of it: one process asks, a round at a time, so that drift of the machine's speed hits all
+sides; the others serve. They speak JSON, a line each way.
+"""
+
+from collections.abc import Callable, Sequence
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lm import run as run_lib, sharding, train
+from lm.data.packing import Batch
+from lm.errors import Error
+
+
+class Side:
+  """A process that does so much as it is asked to; `facts` are what `serve` was given.
+
+  Args:
+    command: of a program that calls `serve`.
+    packages: a folder that this process alone looks into for packages.
+  """
+
+  def __init__(self, command: Sequence[str], packages: str | os.PathLike | None = None):
+    path = os.pathsep.join(str(x) for x in (packages, os.environ.get('PYTHONPATH')) if x)
+    self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+                                     env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path})
+    self.facts = self._said()
+
+  def ask(self, n: int) -> dict[str, Any]:
+    """{'seconds', 'peak' (bytes), ...} of `n` times the work; 0: nothing is done."""
+    return self._said(f'{n}\n')
+
+  def _said(self, question=''):
+    try:
+      self._process.stdin.write(question)
+      self._process.stdin.flush()
+      return json.loads(self._process.stdout.readline())
+    except (OSError, ValueError) as error:
+      raise Error(f'{" ".join(self._process.args)}: the worker died; its error is above; the torch side needs '
+                  'pip install -e .[oracle]') from error
+
+  def close(self) -> None:
+    self._process.stdin.close()
+    self._process.wait()
+
+
+def serve(run: Callable[[int], dict[str, Any] | None], **facts: Any) -> None:
+  """Does `run(n)` for each number n on stdin, and answers how long it took, with what it returns."""
+  print(json.dumps(facts), flush=True)
+  for line in sys.stdin:
+    start = time.perf_counter()
+    more = (run(int(line)) if int(line) else None) or {}
+    print(json.dumps({'seconds': time.perf_counter() - start,
+                      'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | more), flush=True)
+
+
+def ratio(rates: Sequence[float], others: Sequence[float]) -> str:
+  """The median over the rounds, and their range."""
+  ratios = [a / b for a, b in zip(rates, others, strict=True)]
+  return f'{statistics.median(ratios):.2f} (rounds {min(ratios):.2f} to {max(ratios):.2f})'
+
+
+def alone(*arguments: str) -> None:
+  """Runs a script that writes a model in a process of its own, whose memory is gone afterwards."""
+  command = [sys.executable, '-m', *arguments]
+  if subprocess.run(command, stdout=subprocess.DEVNULL, check=False).returncode:
+    raise Error(f'{" ".join(command)}: failed; its error is above')
+
+
+def steps(c: run_lib.Config, task: run_lib.Task, batch: Any) -> Callable[[int], None]:
+  """run(n): n steps of a training run on the same batch, from random weights."""
+  parts, key = run_lib.build(c, task), jax.random.key(1)
+  make = lambda key: train.init(task.specs, parts.tx, parts.trainable, key)
+  with sharding.use(parts.mesh):
+    state = jax.jit(make, out_shardings=parts.state)(jax.random.key(0))
+
+  def run(n):
+    nonlocal state
+    with sharding.use(parts.mesh):
+      for _ in range(n):
+        state, _ = parts.step(state, batch, key)
+      jax.block_until_ready(state)
+  return run
+
+
+def rows(B: int, T: int, V: int) -> Batch:
+  """Random ids without padding, all of them targets: [B, T + 1]."""
+  ids_BT = jax.random.randint(jax.random.key(0), (B, T + 1), 0, V)
+  positions_BT = jnp.broadcast_to(jnp.arange(T + 1)[None], ids_BT.shape)
+  return Batch(ids_BT, jnp.ones_like(ids_BT), positions_BT, jnp.ones(ids_BT.shape, bool))
