@@ -36,13 +36,13 @@ def sample(keys_B: jax.Array, x_BTD: jax.Array, w_VD: jax.Array, bias_V: jax.Arr
 
   Each draw depends on the key of its row and its place there, not on the chunk.
   """
-  def draw(x_BCD, index_BC, _):
+  def draw(x_BCD, index_BC):
     noise = lambda key, index: jax.random.gumbel(jax.random.fold_in(key, index), w_VD.shape[:1])
     noise_BCV = jax.vmap(jax.vmap(noise, (None, 0)))(keys_B, index_BC)
     return (), (_logits(x_BCD, w_VD, bias_V) + noise_BCV).argmax(-1)
   x_BTD, w_VD, bias_V = jax.lax.stop_gradient((x_BTD, w_VD, bias_V))
   index_BT = jnp.broadcast_to(jnp.arange(x_BTD.shape[1])[None], x_BTD.shape[:2])
-  return sum_chunks(draw, _columns(x_BTD, chunk), x_BTD, index_BT, index_BT, stacked=True)[1]
+  return _over_chunks(draw, _columns(x_BTD, chunk), x_BTD, index_BT)[1]
 
 
 def token_logprobs(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, chunk: int = 1024,
@@ -74,8 +74,8 @@ def _columns(x_BTD, chunk):
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _nll(x_BTD, w_VD, bias_V, targets_BT, weights_BT, columns, extra):
   """Without a gradient wanted: one matmul a chunk. extra: (z, smoothing)."""
-  return sum_chunks(lambda *xs: _sums(_logits(xs[0], w_VD, bias_V), *xs[1:], *extra)[0], columns, x_BTD, targets_BT,
-                    weights_BT)
+  chunk = lambda x_BCD, *targets: (_sums(_logits(x_BCD, w_VD, bias_V), *targets, *extra)[0], ())
+  return _over_chunks(chunk, columns, x_BTD, targets_BT, weights_BT)[0]
 
 
 def _forward(x_BTD, w_VD, bias_V, targets_BT, weights_BT, columns, extra):
@@ -92,7 +92,7 @@ def _forward(x_BTD, w_VD, bias_V, targets_BT, weights_BT, columns, extra):
     dx_BCD = jnp.einsum('BCV,VD->BCD', g_BCV, w_VD)
     dw_VD = jnp.einsum('BCV,BCD->VD', g_BCV, x_BCD, preferred_element_type=jnp.float32)
     return (sums, dw_VD, db_V), dx_BCD
-  (sums, dw_VD, db_V), dx_BTD = sum_chunks(chunk, columns, x_BTD, targets_BT, weights_BT, stacked=True)
+  (sums, dw_VD, db_V), dx_BTD = _over_chunks(chunk, columns, x_BTD, targets_BT, weights_BT)
   return sums, (dx_BTD, dw_VD.astype(w_VD.dtype), None if bias_V is None else db_V.astype(bias_V.dtype))
 
 
@@ -128,35 +128,6 @@ def _sums(logits_BCV, targets_BC, weights_BC, z, smoothing):
   return (total, nll, correct), (lse_BC, hit_BCV)
 
 
-def sum_chunks(f, columns, x_BTD, targets_BT, weights_BT, stacked=False):
-  """Sums f over chunks of the length; with `stacked`, f returns (summed, per-chunk) and the latter is laid end to end.
-
-  A remainder is padded with weight 0, so a prime length costs one partly empty chunk.
-  """
-  B, T = targets_BT.shape
-  n = -(-T // columns)
-  pad = n * columns - T
-  if pad:
-    x_BTD = jnp.pad(x_BTD, ((0, 0), (0, pad), (0, 0)))
-    targets_BT, weights_BT = (jnp.pad(a, ((0, 0), (0, pad))) for a in (targets_BT, weights_BT))
-  cut = lambda a: jnp.moveaxis(a.reshape(B, n, columns, *a.shape[2:]), 1, 0)
-  xs = tuple(map(cut, (x_BTD, targets_BT, weights_BT)))
-  if n == 1:
-    out = f(*(a[0] for a in xs))
-    summed, rows = out if stacked else (out, None)
-    rows = None if rows is None else rows[None]
-  else:
-    def body(carry, chunk):
-      summed, rows = f(*chunk) if stacked else (f(*chunk), None)
-      return jax.tree.map(jnp.add, carry, summed), rows
-    shapes = jax.eval_shape(f, *(a[0] for a in xs))
-    zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes[0] if stacked else shapes)
-    summed, rows = jax.lax.scan(body, zero, xs)
-  if not stacked:
-    return summed
-  return summed, jnp.moveaxis(rows, 0, 1).reshape(B, n * columns, *rows.shape[3:])[:, :T]
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _token_logprobs(x_BTD, w_VD, bias_V, targets_BT, columns, temperature, entropy):
   def chunk(x_BCD, targets_BC):
@@ -166,7 +137,7 @@ def _token_logprobs(x_BTD, w_VD, bias_V, targets_BT, columns, temperature, entro
     # Not an index: where the vocabulary is divided, reading one logit would gather them all.
     target_BC = jnp.where(hit_BCV, shifted_BCV, 0.0).sum(-1)
     return (), (target_BC - jnp.log(sum_BC), entropy_BC)
-  return _over_chunks(chunk, columns, (), x_BTD, targets_BT)[1]
+  return _over_chunks(chunk, columns, x_BTD, targets_BT)[1]
 
 
 def _token_forward(x_BTD, w_VD, bias_V, targets_BT, columns, temperature, entropy):
@@ -189,8 +160,7 @@ def _token_backward(columns, temperature, entropy, residuals, cotangents):
     dx_BCD = jnp.einsum('BCV,VD->BCD', g_BCV, w_VD).astype(x_BCD.dtype)
     dw_VD = jnp.einsum('BCV,BCD->VD', g_BCV, x_BCD, preferred_element_type=jnp.float32)
     return (dw_VD, db_V), dx_BCD
-  zero = jax.tree.map(lambda a: jnp.zeros(a.shape, jnp.float32), (w_VD, bias_V))
-  (dw_VD, db_V), dx_BTD = _over_chunks(chunk, columns, zero, x_BTD, targets_BT, *cotangents[:1 + entropy])
+  (dw_VD, db_V), dx_BTD = _over_chunks(chunk, columns, x_BTD, targets_BT, *cotangents[:1 + entropy])
   return dx_BTD, dw_VD.astype(w_VD.dtype), None if bias_V is None else db_V.astype(bias_V.dtype), None
 
 
@@ -206,12 +176,15 @@ def _softmax(logits_BCV, entropy):
   return p_BCV, shifted_BCV, sum_BC, jnp.log(sum_BC) - (p_BCV * shifted_BCV).sum(-1) if entropy else None
 
 
-def _over_chunks(f, columns, zero, *arrays):
-  """(sums, rows) of f(chunks [B, C, ...]) -> (tree to sum, from `zero` on; tree of rows [B, C, ...], laid end to end).
+def _over_chunks(f, columns, *arrays):
+  """(sums, rows) of f(chunks [B, C, ...]) -> (tree to sum, tree of rows [B, C, ...], laid end to end).
 
-  A remainder is padded with zeros; what f makes of them must not count.
+  A remainder is padded with zeros, so a prime length costs one partly empty chunk; what f makes of it must not count.
   """
   B, T = arrays[0].shape[:2]
+  if columns == T:
+    return f(*arrays)
+
   def cut(a):
     padded = jnp.pad(a, ((0, 0), (0, -T % columns), *((0, 0),) * (a.ndim - 2)))
     return jnp.moveaxis(padded.reshape(B, -1, columns, *a.shape[2:]), 1, 0)
@@ -219,5 +192,7 @@ def _over_chunks(f, columns, zero, *arrays):
   def body(sums, chunks):
     more, rows = f(*chunks)
     return jax.tree.map(jnp.add, sums, more), rows
-  sums, rows = jax.lax.scan(body, zero, tuple(map(cut, arrays)))
+  chunks = tuple(map(cut, arrays))
+  zero = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(f, *(a[0] for a in chunks))[0])
+  sums, rows = jax.lax.scan(body, zero, chunks)
   return sums, jax.tree.map(lambda r: jnp.moveaxis(r, 0, 1).reshape(B, -1, *r.shape[3:])[:, :T], rows)
