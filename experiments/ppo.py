@@ -45,7 +45,8 @@ def ziegler_124m() -> Config:
                       missing_eos_mode='replace'),
       peft=peft.Config('full', train=''),
       rollout=policy.Rollout(new_tokens=24, end=False, cut='.', cut_after=16, epochs=4),
-      optim=optim.Config(lr=1e-5, schedule='linear', steps=4 * 1953, b2=0.999, eps=1e-5, weight_decay=0.0, clip=0.0),
+      optim=optim.Config('adam_tf', lr=1e-5, schedule='linear', steps=4 * 1953, b2=0.999, eps=1e-5, weight_decay=0.0,
+                         clip=0.0),
       loop=loop.Config(eval_every=100, eval_first=True), checkpoint=dataclasses.replace(BEST, every=100))
 
 

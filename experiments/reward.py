@@ -77,7 +77,8 @@ def ziegler_124m() -> reward_model.Decoder:
   return reward_model.Decoder(
       model=published.gpt2(12, 768), loss=reward.Config(kind='best'),
       data=preferences.Config(template='none', length=87, batch=32, answers=4),
-      optim=optim.Config(lr=5e-5, schedule='linear', steps=4_992 // 32, b2=0.999, weight_decay=0.0, clip=0.0),
+      optim=optim.Config('adam_tf', lr=5e-5, schedule='linear', steps=4_992 // 32, b2=0.999, eps=1e-5, weight_decay=0.0,
+                         clip=0.0),
       loop=loop.Config(eval_every=39), checkpoint=ACCURACY)
 
 

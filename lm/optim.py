@@ -28,8 +28,9 @@ class Config:
   """One optimizer and its learning rate over the run. Patterns are regular expressions searched for in the path.
 
   Attributes:
-    name: 'adam_no_bias_correction' is BERT's and ELECTRA's Adam (weight decay decoupled as in AdamW). 'muon' takes the
-      matrices of stacked blocks by Muon, at update sizes that match AdamW's (arXiv:2502.16982), the rest by AdamW.
+    name: 'adam_no_bias_correction' is BERT's and ELECTRA's Adam, 'adam_tf' that of TensorFlow 1, whose eps is added to
+      the uncorrected sqrt(v) (both decay as AdamW does). 'muon' takes the matrices of stacked blocks by Muon, at update
+      sizes that match AdamW's (arXiv:2502.16982), the rest by AdamW.
     lr: the peak; a multiplier of `multipliers` scales it.
     schedule: see `schedule`.
     steps: updates in the whole run.
@@ -50,7 +51,7 @@ class Config:
       0 = no average.
   """
 
-  name: Literal['adamw', 'adam_no_bias_correction', 'muon'] = 'adamw'
+  name: Literal['adamw', 'adam_no_bias_correction', 'adam_tf', 'muon'] = 'adamw'
   lr: float = 1e-3
   schedule: Literal['constant', 'linear', 'cosine', 'wsd', 'inverse_sqrt', 'bert_linear', 'electra_linear'] = 'cosine'
   steps: int = 1000
@@ -92,8 +93,7 @@ class Config:
     if self.thaw and self.name == 'muon':
       raise ConfigError("optim.thaw: 'muon' moves all of its leaves; set optim.thaw=() or another optim.name")
     if self.networks and self.name == 'muon':
-      raise ConfigError("optim.networks: 'muon' clips all leaves by one norm; set optim.networks=() or another "
-                        'optim.name')
+      raise ConfigError("optim.networks: 'muon' clips by one norm; set optim.networks=() or another optim.name")
     for _, factor in self.multipliers:
       for f in factor if isinstance(factor, tuple) else (factor,):
         _check('multipliers', f, 0 <= f < math.inf, 'finite factors, at least 0')
@@ -182,8 +182,8 @@ def make(c: Config, specs: params.Tree) -> optax.GradientTransformationExtraArgs
     if not any(re.search(pattern, path) for path in leaves):
       raise ConfigError(f'optim.{name}: {pattern!r} matches no parameter; expected part of a path such as '
                         f'{next(iter(leaves))!r}')
-  tx = _adam(c, factors, thaws)
-  tx = tx if c.name != 'muon' else _muon(c, factors, _matrices(leaves), tx)
+  adam = _adam(c, factors, thaws)
+  tx = _muon(c, factors, _matrices(leaves), adam) if c.name == 'muon' else adam
   return ema.wrap(tx, c.ema) if c.ema else tx
 
 
@@ -233,9 +233,10 @@ def _adam(c: Config, factors: dict[str, Any], thaws: dict[str, Any]) -> optax.Gr
   def update(grads, state, tree, *, norm=None, ok=None):
     keep = lambda new, old: new if ok is None else jnp.where(ok, new, old)
     clip, rate, count = _clip(c, grads, norm), rate_at(state.count), state.count + 1
-    # Scalars, so that the loops below hold one multiplication each for clipping and bias correction.
+    # Scalars: the loops below then multiply once for clipping and once for bias correction.
     unbias1, unbias2 = (1.0, 1.0) if c.name == 'adam_no_bias_correction' else (
         1 / (1 - c.b1**count), 1 / (1 - c.b2**count))
+    eps = c.eps * jnp.sqrt(unbias2) if c.name == 'adam_tf' else c.eps
     awake = lambda path, x: jnp.where(state.count >= thaws[path], x, jnp.zeros_like(x)) if c.thaw else x
     scaled = lambda path, g: awake(path, clip(path) * g)
     mu = params.map_with_path(lambda path, m, g: keep(c.b1 * m + (1 - c.b1) * scaled(path, g), m), state.mu, grads)
@@ -244,7 +245,7 @@ def _adam(c: Config, factors: dict[str, Any], thaws: dict[str, Any]) -> optax.Gr
                               state.nu, grads)
 
     def step(path, p, m, v):
-      direction = m * unbias1 / (jnp.sqrt(v * unbias2) + c.eps) + _decay(c, path) * p
+      direction = m * unbias1 / (jnp.sqrt(v * unbias2) + eps) + _decay(c, path) * p
       return keep(awake(path, -rate * factors[path] * direction), jnp.zeros_like(p))
     return params.map_with_path(step, tree, mu, nu), optax.ScaleByAdamState(keep(count, state.count), mu, nu)
   return optax.GradientTransformationExtraArgs(init, update)

@@ -145,6 +145,20 @@ def test_adam_without_bias_correction_is_berts():
   np.testing.assert_allclose(got['norm']['bias'], p['bias'], rtol=1e-5)
 
 
+def test_adam_of_tensorflow_adds_eps_before_the_correction():
+  """lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps): with a large eps, first updates smaller than AdamW's."""
+  c = optim.Config('adam_tf', schedule='constant', lr=1e-2, b2=0.999, eps=1e-2, weight_decay=0.0, clip=0.0)
+  tree, p, m, v = {'kernel': jnp.array([1.0, -2.0])}, np.array([1.0, -2.0]), 0, 0
+  for t, g in enumerate(np.array([[0.3, 0.4], [-0.1, 0.2], [0.05, 0.0]]), 1):
+    m, v = 0.9 * m + 0.1 * g, 0.999 * v + 0.001 * g * g
+    p = p - 1e-2 * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-2)
+  grads = [{'kernel': jnp.array(g)} for g in ([0.3, 0.4], [-0.1, 0.2], [0.05, 0.0])]
+  np.testing.assert_allclose(run(optim.make(c, tree), tree, grads)[0]['kernel'], p, rtol=1e-5)
+  moved = [abs(run(optim.make(dataclasses.replace(c, name=name), tree), tree, grads[:1])[0]['kernel'] - tree['kernel'])
+           for name in ('adam_tf', 'adamw')]
+  assert (moved[0] < 0.6 * moved[1]).all()
+
+
 def test_defaults_decay_no_norm_and_no_bias():
   c = optim.Config(lr=0.1, schedule='constant', weight_decay=0.5)
   tree = jax.tree.map(jnp.ones_like, random_tree())
@@ -176,7 +190,7 @@ def test_a_given_norm_is_used():
 
 # --- holes, bad steps, sharding: for every optimizer
 
-ALL = pytest.mark.parametrize('name', ['adamw', 'adam_no_bias_correction', 'muon'])
+ALL = pytest.mark.parametrize('name', ['adamw', 'adam_no_bias_correction', 'adam_tf', 'muon'])
 
 
 @ALL
