@@ -19,7 +19,7 @@ from lm.models import blocks
 
 
 class Layout(NamedTuple):
-  """How a gradient is taken where its rows are spread over devices; `ALONE` is one device.
+  """How a gradient is taken where its rows are spread over devices; `ALONE` is where they are not.
 
   Attributes:
     gather: parameters as stored -> what a loss takes; whole, but for the blocks, which `stack` gathers.
@@ -46,7 +46,7 @@ ALONE = Layout(lambda p: p, lambda x: x, lambda g: g, lambda g: g, _alone)
 
 def layout(mesh: Mesh, c: sharding.Config, specs: params.Tree, trainable: params.Tree) -> Layout:
   """The layout of `c` on its mesh for parameters of `specs`, of which `trainable` (a tree of bools) have gradients."""
-  if mesh.size == 1:
+  if mesh.size == mesh.shape['tensor']:
     return ALONE
   stored = jax.tree.map(lambda s: manual(s, c.zero == 3), specs)
   divided = jax.tree.map(lambda s: manual(s, True), specs)
