@@ -81,4 +81,4 @@ def test_a_config_is_its_papers(root):
   c = grpo.deepseekmath_7b()
   assert (c.rows, c.updates, c.loss.beta, c.rollout.group) == (1024, 1, 0.04, 64)
   assert grpo.dr_grpo_7b().loss == grpo_loss.Config(mean='constant', length=1024, std=False, beta=0.0)
-  assert reinforce.task(grpo.cpu(), lambda records, texts: []).updates == 1
+  assert reinforce.task(grpo.cpu(), lambda records, texts: []).around.updates == 1

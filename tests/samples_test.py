@@ -143,7 +143,7 @@ def test_a_mesh_says_the_same(root, tmp_path):
 
 
 def test_none_are_asked_for_or_can_be_told(root, tmp_path, capsys):
-  assert instruct.task(make(root, samples__count=0)).around is None
+  assert instruct.task(make(root, samples__count=0)).around.program is None
   c = make(root, data__loss='all', optim__steps=4)
   run.run(c, instruct.task(c), tmp_path)
   assert 'samples: no validation row tells a prompt from its reply' in capsys.readouterr().out
