@@ -3,7 +3,7 @@
 
 Pretraining at base width, B 4 rows of T 256 tokens, 12 layers of 768; `minilm` is fine-tuned to two labels in full, 32
 rows of 64 tokens, 6 layers of 384. f32, dropout .1, clip 1, AdamW. Reads how many steps to take from stdin, a line each
-time, and answers with a line of JSON: {'seconds', 'peak' (bytes), 'tokens' (of a step), 'flops' (of a token)}.
+time, and answers with a line of JSON (`lm.bench.serve`); first a line: {'tokens' (of a step), 'flops' (of a token)}.
 """
 
 import dataclasses

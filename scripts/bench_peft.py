@@ -4,7 +4,7 @@
 The config is `smollm2` of experiments/lora.py: SmolLM2-135M's shape, rank 8 on every matrix of the blocks; with 4 rows
 of 256 tokens, all of them targets. Weights are random; f32, no dropout, clip 1, AdamW. Changes by --set (peft.targets,
 peft.rank, model.layers, data.batch, ...) hold for both sides. Reads how many steps to take from stdin, a line each
-time, and answers with a line of JSON: {'seconds', 'peak' (bytes), 'tokens' (of a step), 'flops' (of a token)}.
+time, and answers with a line of JSON (`lm.bench.serve`); first a line: {'tokens' (of a step), 'flops' (of a token)}.
 """
 
 import dataclasses
