@@ -21,6 +21,8 @@ from lm import run as run_lib, sharding, train
 from lm.data.packing import Batch
 from lm.errors import Error
 
+_PLATFORMS = {'cpu': 'cpu', 'gpu': 'cuda'}  # by the name that JAX has for it
+
 
 class Side:
   """A process that does so much as it is asked to; `facts` are what `serve` was given.
@@ -28,12 +30,14 @@ class Side:
   Args:
     command: of a program that calls `serve`.
     packages: a folder that this process alone looks into for packages.
+    device: 'cpu', or 'gpu' for an NVIDIA GPU, whose memory the sides share.
   """
 
-  def __init__(self, command: Sequence[str], packages: str | os.PathLike | None = None):
+  def __init__(self, command: Sequence[str], packages: str | os.PathLike | None = None, device: str = 'cpu'):
+    own = {'JAX_PLATFORMS': _PLATFORMS[device], 'XLA_PYTHON_CLIENT_PREALLOCATE': 'false'}
     path = os.pathsep.join(str(x) for x in (packages, os.environ.get('PYTHONPATH')) if x)
     self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                     env=os.environ | {'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': path})
+                                     env=os.environ | own | {'PYTHONPATH': path})
     self.facts = self._said()
 
   def ask(self, n: int) -> dict[str, Any]:
@@ -55,13 +59,38 @@ class Side:
 
 
 def serve(run: Callable[[int], dict[str, Any] | None], **facts: Any) -> None:
-  """Does `run(n)` for each number n on stdin, and answers how long it took, with what it returns."""
+  """Does `run(n)` for each number n on stdin, and answers how long it took, with what it returns.
+
+  The peak is of the process, on a GPU of what its framework allocated there.
+  """
   print(json.dumps(facts), flush=True)
   for line in sys.stdin:
     start = time.perf_counter()
     more = (run(int(line)) if int(line) else None) or {}
-    print(json.dumps({'seconds': time.perf_counter() - start,
-                      'peak': resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024} | more), flush=True)
+    torch = sys.modules.get('torch')
+    if on_gpu() and torch:
+      torch.cuda.synchronize()
+    print(json.dumps({'seconds': time.perf_counter() - start, 'peak': _peak(torch)} | more), flush=True)
+
+
+def _peak(torch):
+  if not on_gpu():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+  return torch.cuda.max_memory_allocated() if torch else jax.devices()[0].memory_stats()['peak_bytes_in_use']
+
+
+def on_gpu() -> bool:
+  """Is this the process of a side that works on a GPU?"""
+  return os.environ.get('JAX_PLATFORMS') == _PLATFORMS['gpu']
+
+
+def start_torch() -> str:
+  """To call before PyTorch's side makes anything: its device. On a GPU f32 products may take TF32, as XLA's do."""
+  import torch
+
+  torch.manual_seed(0)
+  torch.set_float32_matmul_precision('high' if on_gpu() else 'highest')
+  return 'cuda' if on_gpu() else 'cpu'
 
 
 def ratio(rates: Sequence[float], others: Sequence[float]) -> str:

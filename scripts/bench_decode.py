@@ -34,6 +34,7 @@ _PROMPT = flags.DEFINE_integer('prompt_length', 32, 'Tokens of each prompt.', lo
 _MAX_NEW = flags.DEFINE_integer('max_new', 64, 'New tokens of each prompt.', lower_bound=2)
 _TEMPERATURE = flags.DEFINE_float('temperature', 0, 'Of the sampler; 0 takes the most likely token.', lower_bound=0)
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
+_DEVICE = flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu'], 'Where all sides work; on a GPU f32 products take TF32.')
 _WORKER = flags.DEFINE_string('worker', '', 'Internal: which side this process is.')
 
 
@@ -57,7 +58,7 @@ def main(_: list[str]) -> None:
 def _side(kind, model):
   return bench.Side([sys.executable, '-m', 'scripts.bench_decode', f'--worker={kind}', f'--model={model}',
                      f'--prompt_length={_PROMPT.value}', f'--max_new={_MAX_NEW.value}',
-                     f'--temperature={_TEMPERATURE.value}'])
+                     f'--temperature={_TEMPERATURE.value}'], device=_DEVICE.value)
 
 
 def _compare(workers):
@@ -113,7 +114,8 @@ def _torch():
   import torch
   import transformers
 
-  model = transformers.AutoModelForCausalLM.from_pretrained(_MODEL.value, dtype=torch.float32).eval()
+  device = bench.start_torch()
+  model = transformers.AutoModelForCausalLM.from_pretrained(_MODEL.value, dtype=torch.float32).eval().to(device)
   vocab = model.config.vocab_size
   embedding = 0 if model.config.tie_word_embeddings else model.get_input_embeddings().weight.numel()
   draw = {'do_sample': True, 'temperature': _TEMPERATURE.value, 'top_k': 0, 'top_p': 1.0} if _TEMPERATURE.value else {
@@ -121,7 +123,7 @@ def _torch():
   read = 4 * (sum(p.numel() for p in model.parameters()) - embedding)
 
   def run(batch):
-    ids = torch.from_numpy(_ids(batch, vocab))
+    ids = torch.from_numpy(_ids(batch, vocab)).to(device)
     with torch.inference_mode():
       out = model.generate(ids, attention_mask=torch.ones_like(ids), pad_token_id=0, max_new_tokens=_MAX_NEW.value,
                            min_new_tokens=_MAX_NEW.value, **draw)

@@ -87,7 +87,7 @@ def _theirs(model, c):
   import torch
   import transformers as hf
 
-  torch.manual_seed(0)
+  torch.set_default_device(bench.start_torch())
   ids = torch.randint(1000, V, (c.data.batch, c.data.length))
   if model == 'electra':
     size = dict(vocab_size=V, embedding_size=768, num_hidden_layers=12)

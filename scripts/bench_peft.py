@@ -3,8 +3,9 @@
 
 The config is `smollm2` of experiments/lora.py: SmolLM2-135M's shape, rank 8 on every matrix of the blocks; with 4 rows
 of 256 tokens, all of them targets. Weights are random; f32, no dropout, clip 1, AdamW. Changes by --set (peft.targets,
-peft.rank, model.layers, data.batch, ...) hold for both sides. Reads how many steps to take from stdin, a line each
-time, and answers with a line of JSON (`lm.bench.serve`); first a line: {'tokens' (of a step), 'flops' (of a token)}.
+peft.rank, model.layers, data.batch, ...) hold for both sides; PyTorch takes bfloat16 by autocast. Reads how many
+steps to take from stdin, a line each time, and answers with a line of JSON (`lm.bench.serve`); first a line: {'tokens'
+(of a step), 'flops' (of a token)}.
 """
 
 import dataclasses
@@ -67,7 +68,7 @@ def _theirs(c):
   import torch
   import transformers as hf
 
-  torch.manual_seed(0)
+  torch.set_default_device(bench.start_torch())
   m = c.model
   model = hf.LlamaForCausalLM(hf.LlamaConfig(
       vocab_size=m.vocab, hidden_size=m.embed, intermediate_size=m.mlp, num_hidden_layers=m.layers,
@@ -85,8 +86,10 @@ def _theirs(c):
 
   def run(n):
     for _ in range(n):
-      logits = model(input_ids=ids[:, :-1]).logits
-      torch.nn.functional.cross_entropy(logits.view(-1, m.vocab), ids[:, 1:].reshape(-1)).backward()
+      with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=m.dtype == 'bfloat16'):
+        logits = model(input_ids=ids[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.view(-1, m.vocab), ids[:, 1:].reshape(-1))
+      loss.backward()
       torch.nn.utils.clip_grad_norm_(trained, 1.0)
       tx.step()
       tx.zero_grad(set_to_none=True)

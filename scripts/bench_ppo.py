@@ -170,7 +170,7 @@ def _theirs(folder, stack):
   warnings.simplefilter('ignore')
   hf.logging.set_verbosity_error()
   hf.logging.disable_progress_bar()
-  torch.manual_seed(0)
+  bench.start_torch()
   load = lambda kind, **sizes: kind.from_pretrained(_MODEL.value, dtype=torch.float32, **sizes)
   policy, reference = (load(hf.AutoModelForCausalLM) for _ in range(2))
   value, scorer = (load(hf.AutoModelForSequenceClassification, num_labels=1) for _ in range(2))
@@ -189,8 +189,8 @@ def _theirs(folder, stack):
       output_dir=folder, per_device_train_batch_size=batch, gradient_accumulation_steps=1, total_episodes=batch,
       local_rollout_forward_batch_size=batch, num_ppo_epochs=_EPOCHS.value, num_mini_batches=_MINIBATCHES.value,
       response_length=_MAX_NEW.value, temperature=1.0, num_sample_generations=0, learning_rate=_LR, weight_decay=0.0,
-      lr_scheduler_type='constant', gradient_checkpointing=False, bf16=False, use_cpu=True, report_to='none',
-      save_strategy='no', disable_tqdm=True)
+      lr_scheduler_type='constant', gradient_checkpointing=False, bf16=False, use_cpu=not bench.on_gpu(),
+      report_to='none', save_strategy='no', disable_tqdm=True)
   nothing = type('Nothing', (), {'pad_token_id': vocab, 'eos_token_id': vocab})()  # ids that are never drawn
   trainer = ppo.PPOTrainer(
       args, nothing, policy, reference, scorer, [{'input_ids': row} for row in _ids(vocab).tolist()], value,

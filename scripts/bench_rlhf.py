@@ -46,6 +46,7 @@ _EPOCHS = flags.DEFINE_integer('epochs', 2, 'Of ppo: passes over the responses.'
 _MINIBATCHES = flags.DEFINE_integer('minibatches', 2, 'Of ppo: updates in a pass.', lower_bound=1)
 _SET = flags.DEFINE_multi_string('set', [], 'Of ppo: changes to this package\'s config, e.g. model.scan_layers=True.')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
+_DEVICE = flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu'], 'Where all sides work; on a GPU f32 products take TF32.')
 _WORKER = flags.DEFINE_bool('worker', False, 'Internal: this process is a side.')
 
 
@@ -106,7 +107,7 @@ def _compare_ppo(folder):
 
 def _side(module, *arguments, packages=None):
   return bench.Side([sys.executable, '-m', f'scripts.{module}', *arguments, f'--prompt_length={_PROMPT.value}',
-                     f'--max_new={_max_new()}'], packages)
+                     f'--max_new={_max_new()}'], packages, _DEVICE.value)
 
 
 def _rounds(workers, asked):

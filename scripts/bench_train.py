@@ -46,6 +46,7 @@ _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1
 _STEPS = flags.DEFINE_integer('steps', 0, 'Steps a turn; 0 = about ten seconds.', lower_bound=0)
 _SET = flags.DEFINE_multi_string('set', [], 'Changes to this package\'s config, e.g. --set model.scan_layers=True; '
                                  'with --peft, to what both sides train.')
+_DEVICE = flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu'], 'Where all sides work; on a GPU f32 products take TF32.')
 _WORKER = flags.DEFINE_string('worker', '', 'Internal: which side this process is.')
 
 
@@ -53,7 +54,10 @@ def main(argv: list[str]) -> None:
   del argv
   check_flags()
   if _WORKER.value:
-    bench.serve({'lm': _lm, 'torch': _torch, 'matmul': _matmul}[_WORKER.value](*SHAPES[_SHAPES.value[0]]))
+    if _WORKER.value == 'matmul':
+      _serve_matmul()
+    else:
+      bench.serve({'lm': _lm, 'torch': _torch}[_WORKER.value](*SHAPES[_SHAPES.value[0]]))
     return
   print(f'{"shape":8} {"side":9} {"tokens/s":>9} {"min":>7} {"max":>7} {"peak MiB":>9} {"of matmul":>9}')
   if _PEFT.value != 'none' or _MODEL.value != 'gpt':
@@ -81,7 +85,7 @@ def _compare(shape, tokens=None, flops=None):
   """tokens: of a step. flops: of a training token. None = as the workers count them."""
   sides = ['lm'] + ([_PEER.value] if _PEER.value != 'none' else [])
   sides += [f'{side} full' for side in sides] if _FULL.value else []
-  workers = {side: bench.Side(command(side, shape)) for side in [*sides, 'matmul']}
+  workers = {side: bench.Side(command(side, shape), device=_DEVICE.value) for side in [*sides, 'matmul']}
   for worker in workers.values():
     worker.ask(2)  # compiles
   steps = _STEPS.value or max(1, round(10 / max(w.ask(1)['seconds'] for s, w in workers.items() if s in sides)))
@@ -91,7 +95,8 @@ def _compare(shape, tokens=None, flops=None):
     for side in sides:
       rates[side].append(steps * said[side]['tokens'] / workers[side].ask(steps)['seconds'])
     rates['matmul'].append(3 / workers['matmul'].ask(3)['seconds'])
-  peak = 2 * 2048**3 * statistics.median(rates['matmul'])
+  width = workers['matmul'].facts['width']
+  peak = 2 * width**3 * statistics.median(rates['matmul'])
   for side in sides:
     median = statistics.median(rates[side])
     memory = workers[side].ask(0)['peak'] / 2**20
@@ -99,7 +104,7 @@ def _compare(shape, tokens=None, flops=None):
           f'{median * said[side]["flops"] / peak:9.2f}', flush=True)
   if _PEER.value != 'none':
     for a, b in zip(sides[::2], sides[1::2], strict=True):
-      print(f'{shape:8} {a} / {b}: {bench.ratio(rates[a], rates[b])}; {steps} steps a turn; matmul 2048^3 f32 '
+      print(f'{shape:8} {a} / {b}: {bench.ratio(rates[a], rates[b])}; {steps} steps a turn; matmul {width}^3 f32 '
             f'{peak / 1e9:.0f} GF/s', flush=True)
   for side in sides if _FULL.value else ():
     if f'{side} full' in rates:
@@ -122,17 +127,18 @@ def command(side: str, shape: str) -> list[str]:
   return [*module, 'scripts.bench_train', f'--worker={who}', *shapes, *changes]
 
 
-def _matmul(*unused):
+def _serve_matmul():
   import jax
   import jax.numpy as jnp
 
-  x = jnp.ones((2048, 2048), jnp.float32)
+  width = 16384 if bench.on_gpu() else 2048
+  x = jnp.ones((width, width), jnp.float32)
   f = jax.jit(lambda a: a @ a)
 
   def run(n):
     for _ in range(n):
       f(x).block_until_ready()
-  return run
+  bench.serve(run, width=width)
 
 
 def _lm(layers, embed, heads, T, B, V):
@@ -173,12 +179,12 @@ def _torch(layers, embed, heads, T, B, V):
       self.blocks, self.norm = nn.ModuleList(Block() for _ in range(layers)), nn.LayerNorm(embed, bias=False)
 
     def forward(self, ids):
-      x = self.tokens(ids) + self.positions(torch.arange(T))
+      x = self.tokens(ids) + self.positions(torch.arange(T, device=ids.device))
       for block in self.blocks:
         x = block(x)
       return self.norm(x) @ self.tokens.weight.T
 
-  torch.manual_seed(0)
+  torch.set_default_device(bench.start_torch())
   model = GPT()
   matrices = [p for p in model.parameters() if p.dim() >= 2]
   vectors = [p for p in model.parameters() if p.dim() < 2]

@@ -35,8 +35,8 @@ from lm.errors import Error
 from scripts import bench_train
 
 class Instant:
-  facts = {'tokens': 8, 'flops': 1.0}
-  def __init__(self, command):
+  facts = {'tokens': 8, 'flops': 1.0, 'width': 2048}
+  def __init__(self, command, device):
     started.append(' '.join(command[2:]))
   def ask(self, steps):
     return {'seconds': 1.0, 'peak': 2**20}
