@@ -56,6 +56,20 @@ def flatten(config: Any, prefix: str = '') -> dict[str, Any]:
   return out
 
 
+def check(config: Any, prefix: str = '') -> None:
+  """Whether each field holds what it declares, in a config that was written in Python, where nothing asks.
+
+  Raises:
+    ConfigError: a value of the wrong type or none of the choices, naming the field.
+  """
+  hints = typing.get_type_hints(type(config))
+  for field in dataclasses.fields(config):
+    value, name = getattr(config, field.name), prefix + field.name
+    _check(value, hints[field.name], name)
+    if dataclasses.is_dataclass(value):
+      check(value, f'{name}.')
+
+
 def diff(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
   """{'optim.lr': (old, new)} of every leaf that differs between two configs (a missing side is None)."""
   a, b = flatten(old), flatten(new)

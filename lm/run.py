@@ -145,6 +145,7 @@ class Parts:
 
 def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Parts:
   """Mesh, optimizer, shardings, and the jitted step and evaluation; compiles nothing yet."""
+  config.check(c)
   mesh = sharding.make_mesh(c.mesh, devices)
   tx = optim_lib.make(c.optim, task.specs)
   freeze = task.base and task.base.freeze or c.optim.freeze

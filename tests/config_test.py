@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 from typing import Literal
 
 import pytest
@@ -158,3 +159,12 @@ def test_every_field_of_the_library_can_be_set_from_its_own_text():
   for c in optim.Config(), sharding.Config(), decoder.Config():
     for path, value in config.flatten(c).items():
       assert config.override(c, f'{path}={value}') == c, path
+
+
+def test_a_config_written_in_python_is_checked():
+  config.check(Outer())
+  for c, part in ((optim.Config(name='adma'), "name: 'adma' is not a choice; did you mean 'adamw'?"),
+                  (Outer(inner=Inner(steps=10.5)), 'inner.steps: 10.5 is float; expected int'),
+                  (Outer(inner=optim.Config()), 'is Config; expected Inner')):
+    with pytest.raises(ConfigError, match=re.escape(part)):
+      config.check(c)
