@@ -10,14 +10,15 @@ r"""Group-relative policy optimisation, with rewards that can be checked; and re
 Sources: DeepSeekMath (Shao et al. 2024, arXiv:2402.03300): 7B, GSM8K 82.9 to 88.2, MATH 46.8 to 51.7; Dr. GRPO
 (arXiv:2503.20783); DAPO (arXiv:2503.14476); rejection sampling as in Llama 2 (arXiv:2307.09288 §3.2.3). `reward` is
 'arithmetic' (is the last number right?), 'formatted' (that, and a tenth for '#### 25'), 'sentiment', or 'model', that
-of `reward_from`, a workdir of experiments.reward. Writes samples.jsonl and rl.png besides what every run writes.
+of `reward_from`, a workdir of experiments.reward; `held_out_from` names another one, which is only looked at. Writes
+samples.jsonl and rl.png besides what every run writes.
 """
 
 import dataclasses
 from typing import Any, Literal
 
-from experiments import cli
-from lm import checkpoint, config, loop, monitor, optim, peft, policy, reinforce, reward_model, rewards, run
+from experiments import cli, ppo
+from lm import checkpoint, config, loop, monitor, optim, peft, policy, rewards, run
 from lm.data import prompts
 from lm.losses import ar, grpo
 from lm.models import decoder, published
@@ -30,12 +31,22 @@ Reward = Literal['arithmetic', 'formatted', 'sentiment', 'model']
 class Config(policy.GRPO):
   reward: Reward = 'arithmetic'
   reward_from: str = ''
+  held_out_from: str = ''
+
+  def __post_init__(self):
+    super().__post_init__()
+    ppo.check_judge(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class BestOf(policy.BestOf):
   reward: Reward = 'arithmetic'
   reward_from: str = ''
+  held_out_from: str = ''
+
+  def __post_init__(self):
+    super().__post_init__()
+    ppo.check_judge(self)
 
 
 def deepseekmath_7b() -> Config:
@@ -56,8 +67,9 @@ def dr_grpo_7b() -> Config:
 
 
 def dapo_7b() -> Config:
-  """As deepseekmath_7b with DAPO's clip up to 1.28, mean over tokens, and no reference."""
-  return config.replace(deepseekmath_7b(), loss=grpo.Config(mean='token', clip_high=0.28, beta=0.0))
+  """As deepseekmath_7b with DAPO's clip up to 1.28, mean over tokens, no reference; 512 x 16 answers, 16 updates."""
+  return config.replace(deepseekmath_7b(), loss=grpo.Config(mean='token', clip_high=0.28, beta=0.0), data__batch=512,
+                        rollout__group=16, rollout__minibatches=16, optim__warmup=16 * 20, optim__steps=16 * 560)
 
 
 def cpu() -> Config:
@@ -82,10 +94,8 @@ CONFIGS = (cpu, cpu_best_of, deepseekmath_7b, dr_grpo_7b, dapo_7b)
 
 
 def task(c: Config | BestOf) -> run.Task:
-  by = {'arithmetic': lambda: rewards.arithmetic, 'sentiment': lambda: rewards.sentiment,
-        'formatted': lambda: rewards.combine({rewards.arithmetic: 1.0, rewards.formatted: 0.1}),
-        'model': lambda: reward_model.reward(c.reward_from)}
-  return reinforce.task(c, by[c.reward]())
+  both = rewards.combine({rewards.arithmetic: 1.0, rewards.formatted: 0.1})
+  return ppo.judged(c, {'arithmetic': rewards.arithmetic, 'formatted': both, 'sentiment': rewards.sentiment})
 
 
 def after(c: Config | BestOf, workdir: str) -> dict[str, Any]:

@@ -13,17 +13,21 @@ trained by: 'sentiment' (VADER's lexicon), or 'model', that of `reward_from`, a 
 `held_out_from` names another reward model, which is only looked at: if it falls while the reward rises, the policy is
 fooling the reward, and the run says so. Writes samples.jsonl and rl.png besides what every run writes.
 
-`critic_from` names a decoder's run of experiments.reward, where a separate value trunk starts, as those of tldr_1b and
-instructgpt_1b did. InstructGPT's final learning rate was not published (2.55e-6 to 2.55e-5 were tried; here 9.65e-6);
-its warm-up began at a tenth, here at 0. Pythia's blocks are approximated as in experiments/reward.py.
+`critic_from` names a decoder's run of experiments.reward, where a separate value trunk starts, as that of tldr_1b did.
+Differences: InstructGPT's critic began as its 6B reward model, here a critic has the policy's shape; its final learning
+rate was not published (2.55e-6 to 2.55e-5 were tried; here 9.65e-6), and its warm-up began at a tenth, here at 0.
+Pythia's blocks are approximated as in experiments/reward.py. Ziegler's code has the score at the last of the 24 tokens
+and learns from those behind the cut, too; here responses end at it. Evaluations draw at the temperature of training.
 """
 
+from collections.abc import Mapping
 import dataclasses
 from typing import Any, Literal
 
 from experiments import cli
 from lm import checkpoint, loop, monitor, optim, peft, policy, reinforce, reward_model, rewards, run
 from lm.data import loader, prompts
+from lm.errors import ConfigError
 from lm.losses import ppo
 from lm.models import decoder, published
 
@@ -35,6 +39,24 @@ class Config(policy.PPO):
   reward: Literal['sentiment', 'model'] = 'sentiment'
   reward_from: str = ''
   held_out_from: str = ''
+
+  def __post_init__(self):
+    super().__post_init__()
+    check_judge(self)
+
+
+def check_judge(c: policy.Config) -> None:
+  """Raises ConfigError for a reward model that nobody asks."""
+  if c.reward_from and c.reward != 'model':
+    raise ConfigError(f"reward_from={c.reward_from} with reward={c.reward!r}; expected reward='model'; set it, or "
+                      'held_out_from to look on only')
+
+
+def judged(c: policy.Config, rules: Mapping[str, rewards.Reward]) -> run.Task:
+  """The task whose reward is the rule that `c.reward` names, or a model."""
+  reward = reward_model.reward(c.reward_from, 'reward_from') if c.reward == 'model' else rules[c.reward]
+  held_out = reward_model.reward(c.held_out_from, 'held_out_from') if c.held_out_from else None
+  return reinforce.task(c, reward, held_out)
 
 
 def ziegler_124m() -> Config:
@@ -51,19 +73,20 @@ def ziegler_124m() -> Config:
 
 
 def tldr_1b() -> Config:
-  """Huang et al.: 1B, TL;DR; 1M episodes, batch 512, 4 epochs, lr 3e-6, KL .05, T 0.7, 53 tokens, separate value."""
+  """Huang et al.: Pythia 1B, TL;DR; 1M episodes, batch 512, 4 epochs, lr 3e-6, KL .05, T 0.7, 53 tokens."""
   return Config(
       model=decoder.Config(vocab=50304, length=2048, layers=16, embed=2048, heads=8, kv_heads=8, head_dim=256, mlp=8192,
-                           parallel=True, positions='rotary', tied=False, dtype='bfloat16', remat='full'),
+                           parallel=True, positions='rotary', activation='gelu_erf', tied=False, dtype='bfloat16',
+                           remat='full'),
       reward='model', value='separate', data=prompts.Config(template='none', length=512, batch=512),
       loss=ppo.Config(kl=ppo.KL(coef=0.05), temperature=0.7, missing_eos=1.0, missing_eos_mode='replace'),
       peft=peft.Config('full', train=''), rollout=policy.Rollout(new_tokens=53, epochs=4),
-      optim=optim.Config(lr=3e-6, schedule='linear', steps=4 * 1953, b2=0.999, eps=1e-5, weight_decay=0.0, clip=0.0),
+      optim=optim.Config(lr=3e-6, schedule='linear', steps=4 * 1953, b2=0.999, eps=1e-5, weight_decay=0.01, clip=0.0),
       loop=loop.Config(eval_every=100, eval_first=True), checkpoint=dataclasses.replace(BEST, every=100))
 
 
 def instructgpt_1b() -> Config:
-  """GPT-3 1.3B: 256k episodes, batch 512 in 8 minibatches, 1 epoch, KL .02, PPO-ptx 27.8, average .992."""
+  """GPT-3 1.3B: 256k episodes, batch 512 in 8 minibatches, 1 epoch, KL .02, PPO-ptx 27.8, average .992, value 9e-6."""
   updates = 8 * 500
   return Config(
       model=decoder.Config(vocab=50257, length=2048, layers=24, embed=2048, heads=32, kv_heads=32, head_dim=64,
@@ -73,7 +96,7 @@ def instructgpt_1b() -> Config:
       rollout=policy.Rollout(new_tokens=1024, epochs=1, minibatches=8),
       text=loader.Config(length=1024, batch=8 * 64), text_weight=27.8,
       optim=optim.Config(lr=9.65e-6, schedule='constant', warmup=80, steps=updates, b2=0.95, weight_decay=0.0,
-                         ema=0.992),
+                         multipliers=(('^critic/', 9 / 9.65),), ema=0.992),
       loop=loop.Config(eval_every=50, eval_first=True), checkpoint=dataclasses.replace(BEST, every=50))
 
 
@@ -93,8 +116,7 @@ CONFIGS = (cpu, ziegler_124m, tldr_1b, instructgpt_1b)
 
 
 def task(c: Config) -> run.Task:
-  by = {'sentiment': lambda: rewards.sentiment, 'model': lambda: reward_model.reward(c.reward_from)}
-  return reinforce.task(c, by[c.reward](), reward_model.reward(c.held_out_from) if c.held_out_from else None)
+  return judged(c, {'sentiment': rewards.sentiment})
 
 
 def after(c: Config, workdir: str) -> dict[str, Any]:

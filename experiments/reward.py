@@ -20,6 +20,8 @@ normaliser.json brings scores to mean 0, and summary.json has the calibration un
 (arXiv:2009.01325), Huang et al. 2024 (arXiv:2403.17031), Ziegler et al. 2019 (arXiv:1909.08593), whose loss is a
 softmax over four answers. Differences: Pythia rotates a quarter of each head and has two norms in a parallel block,
 here all of it is rotated and there is one; InstructGPT and Stiennon do not say how they regularise, here not at all.
+Set `reference` to what gets mean 0, as theirs: the demonstrations, or summaries that people wrote; without it all
+held-out answers do. Ziegler normalised on what the policy wrote, before training and after it, here once, after it.
 """
 
 from experiments import cli
@@ -39,14 +41,14 @@ def gpt3(layers: int, embed: int, heads: int) -> decoder.Config:
 
 
 def tldr(model: decoder.Config, optimizer: optim.Config) -> reward_model.Decoder:
-  """Posts of Reddit and two summaries: 64 pairs, one epoch; summaries people wrote get mean 0."""
+  """Posts of Reddit and two summaries: 64 pairs, one epoch; what `reference` names gets mean 0 (people's summaries)."""
   return reward_model.Decoder(
       model=model, data=preferences.Config(template='none', length=639, batch=64), optim=optimizer, normalise='mean',
       loop=loop.Config(eval_every=100), checkpoint=ACCURACY)
 
 
 def instructgpt_6b() -> reward_model.Decoder:
-  """6B GPT-3: lr 9e-6, cosine to a tenth, 64 prompts of 4 to 9 answers, one epoch of 33,207; demonstrations: mean 0."""
+  """6B GPT-3: lr 9e-6, cosine to a tenth, 64 prompts of 4 to 9 answers, one epoch of 33,207."""
   return reward_model.Decoder(
       model=gpt3(32, 4096, 32), data=preferences.Config(template='none', length=2047, batch=64, answers=9),
       optim=optim.Config(lr=9e-6, min_lr=9e-7, schedule='cosine', steps=33_207 // 64, weight_decay=0.0),

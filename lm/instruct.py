@@ -56,6 +56,9 @@ def check(c: Config) -> None:
   if c.mesh.pipe > 1 and (c.peft.method == 'top' or c.peft.method == 'prefix' and c.peft.hidden):
     raise ConfigError(f'mesh.pipe={c.mesh.pipe}: peft.method={c.peft.method!r} keeps its layers together; set '
                       'mesh.pipe=1' + (' or peft.hidden=0' if c.peft.method == 'prefix' else ''))
+  if c.optim.freeze and c.peft.method != 'full':
+    raise ConfigError(f'optim.freeze={c.optim.freeze!r} with peft.method={c.peft.method!r}, which says itself what '
+                      "trains; expected one of them; set optim.freeze=''")
   if c.peft.mixout and (not c.init_from or c.optim.freeze):
     raise ConfigError(f'peft.mixout={c.peft.mixout} with init_from={c.init_from!r}, optim.freeze={c.optim.freeze!r}; '
                       "expected a pretrained model, all of which trains; set init_from and optim.freeze=''")

@@ -129,7 +129,7 @@ class Program:
     poll: raises the error of a save that failed in the background, and never waits; wait: returns when all is saved.
     steps: train up to this step.
     key: base key; the step folds its number in.
-    learning_rate: updates made before -> float.
+    learning_rate: updates made before -> float; a step's own metric of this name goes before it.
     elapsed: seconds that the run has taken so far, over all its restarts.
     tokens_per_step, flops_per_step, peak_flops: for tokens/s and MFU (peak over all devices; 0 = unknown).
     save_every: steps between saves. The end, and an evaluation better than all before, are saved too.
@@ -235,8 +235,8 @@ class _Report:
       if self._in_a_row == self._c.max_skipped:
         hopeless = n
     n, metrics = rows[-1]
-    row = {k: float(v) for k, v in metrics.items()} | self._rates(n)
-    row |= {'learning_rate': self._program.learning_rate(n - 1 - before), 'elapsed_s': self._program.elapsed()}
+    row = {'learning_rate': self._program.learning_rate(n - 1 - before)} | {k: float(v) for k, v in metrics.items()}
+    row |= self._rates(n) | {'elapsed_s': self._program.elapsed()}
     with self.paused():
       found = {} if hopeless else more()
     self._logs.row(n, row | found)

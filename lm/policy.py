@@ -67,7 +67,7 @@ class Rollout:
 class Config(run.Config):
   """`init_from` names the model, whose shape `model` must have; data.batch is the prompts of one iteration.
 
-  An iteration is a step of the run and rollout.epochs x rollout.minibatches of `optim.steps`. There is no dropout.
+  An iteration is a step of the run and rollout.epochs x rollout.minibatches of `optim.steps`.
   """
 
   data: prompts.Config = prompts.Config()
@@ -90,10 +90,13 @@ class Config(run.Config):
                         f'= {self.updates} updates an iteration')
     if r.stop_kl and not isinstance(self, PPO):
       raise ConfigError(f'rollout.stop_kl={r.stop_kl}; expected 0: PPO alone tells how far it has moved; set it so')
+    for name, value, none in (('model.dropout', self.model.dropout, nn.Dropout()), ('peft.rate', self.peft.rate, 0),
+                              ('optim.freeze', self.optim.freeze, '')):
+      if value != none:
+        raise ConfigError(f'{name}={value}; expected {none!r}: a ratio bears no noise, and peft says what trains')
     if self.peft.method == 'prompt' or self.peft.mixout or self.mesh.pipe > 1:
-      raise ConfigError(f'peft.method={self.peft.method!r}, peft.mixout={self.peft.mixout}, mesh.pipe='
-                        f'{self.mesh.pipe}: a policy has neither a learned prompt nor mixout nor stages; choose '
-                        'another method, set peft.mixout=0 and mesh.pipe=1')
+      raise ConfigError(f'peft.method={self.peft.method!r}, peft.mixout={self.peft.mixout}, mesh.pipe={self.mesh.pipe}:'
+                        " a policy has no learned prompt, mixout or stages; choose another method, set 0 and 1")
     pretrain.check_mesh(self, self.model)
     instruct.check(self)
 
@@ -110,6 +113,11 @@ class Config(run.Config):
   @property
   def updates(self) -> int:
     return self.rollout.epochs * self.rollout.minibatches
+
+  @property
+  def passes(self) -> tuple[int, int]:
+    """(forward passes over an iteration's rows, drawing them among these; models that learn from those kept)."""
+    return 1, 1
 
   @property
   def temperature(self) -> float:
@@ -134,8 +142,9 @@ class PPO(Config):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.value not in ('shared', 'separate'):
-      raise ConfigError(f"value={self.value!r}; expected 'shared' or 'separate'")
+    if self.loss.missing_eos and not (self.rollout.end or self.rollout.cut):
+      raise ConfigError(f'loss.missing_eos={self.loss.missing_eos} with rollout.end=False; expected responses that can '
+                        'end; set rollout.end=True, rollout.cut or loss.missing_eos=0')
     if self.critic_from and self.value == 'shared':
       raise ConfigError(f"critic_from={self.critic_from} with value='shared'; expected a trunk of its own; set "
                         "value='separate'")
@@ -147,6 +156,10 @@ class PPO(Config):
                         f'mesh.fsdp = {self.optim.microbatches * self.mesh.rows}')
     if not 0 <= self.text_weight < math.inf:
       raise ConfigError(f'text_weight={self.text_weight}; expected a finite number, at least 0')
+
+  @property
+  def passes(self) -> tuple[int, int]:
+    return (3, 1) if self.value == 'shared' else (4, 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,6 +175,10 @@ class GRPO(Config):
     if self.loss.mean == 'constant' and self.loss.length < self.rollout.new_tokens:
       raise ConfigError(f'loss.length={self.loss.length}; expected at least rollout.new_tokens='
                         f'{self.rollout.new_tokens}')
+
+  @property
+  def passes(self) -> tuple[int, int]:
+    return 1 + (self.updates > 1) + (self.loss.beta > 0), 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,23 +285,16 @@ def sampling(c: Config, stop: tuple[int, ...] = ()) -> decode.Sampling:
   return decode.Sampling(c.rollout.new_tokens, c.temperature, stop=stop)
 
 
-def quiet(c: Config) -> decoder.Config:
-  """The model without dropout, which a ratio to what drew does not bear."""
-  return dataclasses.replace(c.model, dropout=nn.Dropout())
-
-
 def bind(c: Config, attend: Callable[..., jax.Array], stack: Any = blocks.LOCAL
          ) -> tuple[Callable[..., jax.Array], Callable[..., tuple[jax.Array, jax.Array]], Callable[..., jax.Array]]:
   """(apply, valued, head): hidden states x_BTD of the policy; the pair of them and values_BT; w_VD."""
-  model = quiet(c)
-
   def apply(p, ids_BT, *, positions_BT, segments_BT, key=None):
     del key
-    return decoder.apply(peft_lib.materialise(policy(p)), model, ids_BT, positions_BT=positions_BT,
+    return decoder.apply(peft_lib.materialise(policy(p)), c.model, ids_BT, positions_BT=positions_BT,
                          segments_BT=segments_BT, attend=attend, stack=stack)
 
   def valued(p, ids_BT, **rows):
     x_BTD = apply(p, ids_BT, **rows)
     w, y_BTD = (p['critic']['value'], apply(p['critic'], ids_BT, **rows)) if 'critic' in p else (p['value'], x_BTD)
     return x_BTD, y_BTD.astype(jnp.float32) @ w['kernel'] + w['bias']
-  return apply, valued, lambda p: decoder.head(p, model)
+  return apply, valued, lambda p: decoder.head(p, c.model)

@@ -62,15 +62,17 @@ def task(c: policy.Config, reward: Callable[..., Any], held_out: Callable[..., A
   """The policy of `c.model` under `c.loss`.
 
   Args:
-    reward: (records, responses) -> a number each, see `lm.rewards`.
+    reward: (records, responses) -> a number each, see `lm.rewards`. If it has a `load`, that is called first.
     held_out: another such function, which is only looked at: does it rise as well?
   """
   tree = policy.specs(c)
   flops = budget.training_flops(policy.base_specs(c), c.model.heads * c.model.head_dim, c.model.layers,
                                 c.data.length + c.rollout.new_tokens)
-  # Drawing and two models' scores are a forward pass each, a third of a training step's FLOPs.
-  flops = dataclasses.replace(flops, matmul=flops.matmul * (1 + c.rollout.epochs),
-                              attention=flops.attention * (1 + c.rollout.epochs))
+  forward, learnt = c.passes
+  times = forward / 3 + learnt * c.rollout.epochs * c.kept / c.rows  # a forward pass is a third of a training step
+  if isinstance(c, policy.PPO) and c.text.corpus:
+    times += c.updates * c.text.batch * c.text.length / (c.rows * (c.data.length + c.rollout.new_tokens))
+  flops = dataclasses.replace(flops, matmul=flops.matmul * times, attention=flops.attention * times)
   critic = functools.partial(policy.critic, c) if getattr(c, 'critic_from', '') else None
   base = run.Base(policy.base_specs(c), policy.freeze(c), policy.graft, critic, policy.policy)
   around = run.Around(
@@ -87,11 +89,13 @@ def _around(c, learn, judge, reward, held_out):
   @contextlib.contextmanager
   def wrapped(program: loop.Program, parts: Any, data: prompts.Data, workdir: str | os.PathLike, start: int
               ) -> Iterator[loop.Program]:
+    for function in (reward, held_out):
+      getattr(function, 'load', lambda: None)()  # before anything is drawn
     draw = _draw(c, parts.mesh, data)
     with contextlib.ExitStack() as stack:
       texts = _texts(c, parts, workdir, stack)
       book = stack.enter_context(contextlib.closing(samples.Book(workdir, start)))
-      step = _iteration(c, parts, data, draw, learn, reward, texts)
+      step = _iteration(c, parts, data, draw, learn, reward, texts, program.learning_rate)
       evaluate, shown = _evaluation(c, parts, data, draw, judge, reward, held_out)
       watch = _watch(c, workdir, book, shown)
       yield dataclasses.replace(program, step=step, evaluate=evaluate, watch=watch)
@@ -101,7 +105,7 @@ def _around(c, learn, judge, reward, held_out):
 def _draw(c, mesh, data):
   """(params, prompts, key, group) -> (the rollout, divided over the mesh; `Drawn`, on the host)."""
   stop = chat.stop_ids(c.data.written, data.tokenizer) if c.rollout.end else ()
-  model, s, cut = decode.of(decoder, policy.quiet(c)), policy.sampling(c, stop), c.rollout.cut
+  model, s, cut = decode.of(decoder, c.model), policy.sampling(c, stop), c.rollout.cut
   # Behind other text: some tokenizers put a space before what begins a text.
   cuts = data.tokenizer.encode(f'0{cut}').tolist()[len(data.tokenizer.encode('0')):] if cut else []
   if cut and len(cuts) != 1:
@@ -119,20 +123,20 @@ def _draw(c, mesh, data):
   def drawn(p, prompts, key, group=1):
     r, seen = draw(p, prompts, key, group)
     ids_BN, ended_B, lengths_B, index_B = jax.device_get(seen)
-    said = [chat.parse(c.data.written, ids[:n], data.tokenizer)[0] if stop else data.tokenizer.decode(ids[:n])
+    said = [chat.parse(c.data.written, ids[:n], data.tokenizer)[0] if stop else chat.continued(ids[:n], data.tokenizer)
             for ids, n in zip(ids_BN, lengths_B, strict=True)]
     return r, Drawn(said, ended_B, lengths_B, index_B)
   return drawn
 
 
-def _iteration(c, parts, data, draw, learn, reward, texts):
-  """(state, prompts, key) -> (state, metrics): of the rollout, and means over the updates."""
+def _iteration(c, parts, data, draw, learn, reward, texts, rate):
+  """(state, prompts, key) -> (state, metrics): of the rollout, and means over the updates; the first one's rate."""
   rows, same = sharding.batch_sharding(parts.mesh), sharding.replicated(parts.mesh)
   learn = jax.jit(learn, out_shardings=(rows, same, same))
   take = jax.jit(lambda made, chosen: jax.tree.map(lambda x: x[chosen], made), out_shardings=rows)
 
   def iteration(state, prompts, key):
-    n, p = int(state.step), train.whole(state)
+    n, skipped, p = int(state.step), int(state.skipped), train.whole(state)
     mixed = texts(n)
     r, seen = draw(p, prompts, jax.random.fold_in(jax.random.fold_in(key, _DRAWN), n), c.rollout.group)
     scores_B = rewards.checked(reward, [data.records[i] for i in seen.index_B], seen.texts)
@@ -148,7 +152,7 @@ def _iteration(c, parts, data, draw, learn, reward, texts):
         break
     means = {k: sum(m[k] for m in updates) / len(updates) for k in updates[0]}
     return state, means | stats | {'score_std': scores_B.std(), 'updates': len(updates),
-                                   'skipped': updates[-1]['skipped']}
+                                   'learning_rate': rate(n - skipped), 'skipped': updates[-1]['skipped']}
   return iteration
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import functools
 import json
+import math
 import os
 import pathlib
 import types
@@ -76,11 +77,9 @@ class _Config(run.Config):
                         f'positions{f" less peft.length={virtual}" if virtual else ""}; lower data.length')
     if (self.pooling == 'last') != isinstance(self.model, decoder.Config):
       raise ConfigError(f"pooling={self.pooling!r}; expected 'last' of a decoder, and of a decoder only")
-    if self.margin < 0 or self.margin and self.loss.kind == 'best':
-      raise ConfigError(f'margin={self.margin} with loss.kind={self.loss.kind!r}; expected at least 0, and 0 where the '
-                        "best answer alone counts; set margin=0 or loss.kind='pairs'")
-    if self.normalise not in ('none', 'mean', 'mean_std'):
-      raise ConfigError(f"normalise={self.normalise!r}; expected 'none', 'mean' or 'mean_std'")
+    if not 0 <= self.margin < math.inf or self.margin and self.loss.kind == 'best':
+      raise ConfigError(f'margin={self.margin} with loss.kind={self.loss.kind!r}; expected a finite number, 0 where '
+                        "the best answer alone counts; set margin=0 or loss.kind='pairs'")
     if self.mesh.sequence:
       raise ConfigError('mesh.sequence=True: rows have data.length + 1 tokens, to the last of which all come; set '
                         'mesh.sequence=False')
@@ -208,16 +207,27 @@ def load(workdir: str | os.PathLike) -> RewardModel:
                      tokenizers.load(workdir / 'tokenizer'), affine)
 
 
-def reward(workdir: str | os.PathLike) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
-  """The reward function, see `lm.rewards`, that the model in `workdir` is; it is loaded when first asked.
+def reward(workdir: str | os.PathLike, field: str) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
+  """The reward function, see `lm.rewards`, that the model in `workdir` is; it is loaded by its `load`, or when asked.
 
   Of records (`lm.data.prompts.Record`) that are the beginning of a text it scores the text, without a prompt.
+
+  Args:
+    field: of the config that names `workdir`, for errors: of `load`, which are a ConfigError.
   """
-  loaded = functools.cache(functools.partial(load, workdir))
+  @functools.cache
+  def loaded():
+    if not workdir:
+      raise ConfigError(f"{field}='': expected the workdir of a finished run of experiments.reward; set it")
+    try:
+      return load(workdir)
+    except CheckpointError as error:
+      raise ConfigError(f'{field}={error}') from error
 
   def scores(records, responses):
     return loaded().scores(((), record.prompt + said) if record.text is not None else (record.messages, said)
                            for record, said in zip(records, responses, strict=True))
+  scores.load = loaded
   return scores
 
 

@@ -125,6 +125,7 @@ def _ours(folder, stack):
   begin = lambda p, key: train.state_of(grown(p, key), parts.tx, parts.trainable, task.around.carry)
   state = jax.jit(begin, out_shardings=parts.state)(p, jax.random.key(0))
   bare = loop.Program(*(None for _ in dataclasses.fields(loop.Program)))  # a policy's run has a step of its own
+  bare = dataclasses.replace(bare, learning_rate=lambda updates: _LR)
   step, key = stack.enter_context(task.around.program(bare, parts, data, folder, 0)).step, jax.random.key(1)
 
   def iterate():

@@ -106,7 +106,7 @@ def test_every_number_against_a_loop(p, settings):
   batch = batch_of(temperature=c.temperature)
   terms, metrics = jax.jit(bound(c))(p, batch, None)
   logp = log_softmax(c.temperature)
-  policy, kl, every = [], [], dict.fromkeys(('kl', 'entropy', 'clipped', 'n'), 0.0)
+  policy, kl, every = [], [], dict.fromkeys(('token_kl', 'entropy', 'clip_fraction', 'n'), 0.0)
   for b in range(B):
     losses, kls = [], []
     for t in np.flatnonzero(batch.rows.mask_BT[b]) - 1:
@@ -116,8 +116,8 @@ def test_every_number_against_a_loop(p, settings):
       gap = float(batch.reference_BT[b, t]) - own
       kls.append(np.exp(gap) - gap - 1)
       every['entropy'] -= (np.exp(logp[b, t]) * logp[b, t]).sum()
-      every['clipped'] += (a > 0 and ratio > 1 + c.clip_high) or (a < 0 and ratio < 1 - c.clip)
-    every['kl'] += sum(kls)
+      every['clip_fraction'] += (a > 0 and ratio > 1 + c.clip_high) or (a < 0 and ratio < 1 - c.clip)
+    every['token_kl'] += sum(kls)
     every['n'] += len(kls)
     if losses:
       policy.append(losses)
@@ -129,11 +129,11 @@ def test_every_number_against_a_loop(p, settings):
     return np.mean([np.mean(row) if c.mean == 'sequence' else np.sum(row) / T for row in rows])
   assert value(terms) == pytest.approx(mean(policy) + c.beta * mean(kl), rel=1e-4)
   assert float(metrics['policy'].total / metrics['policy'].weight) == pytest.approx(mean(policy), rel=1e-4)
-  assert set(metrics) == {'policy', 'kl', 'entropy', 'clipped'}
-  for name in ('kl', 'entropy', 'clipped'):
+  assert set(metrics) == {'policy', 'token_kl', 'entropy', 'clip_fraction'}
+  for name in ('token_kl', 'entropy', 'clip_fraction'):
     assert metrics[name].weight == every['n'] == sum(ANSWER)
     assert float(metrics[name].total) == pytest.approx(every[name], rel=1e-4), name
-  assert every['clipped'] > 0
+  assert every['clip_fraction'] > 0
 
 
 @pytest.mark.parametrize('settings', [{}, DR, DAPO])
@@ -142,7 +142,7 @@ def test_a_first_update_is_the_policy_gradient(p, settings):
   c = grpo.Config(chunk=40, **settings)
   batch = batch_of(reference=False, old=False)
   terms, metrics = jax.jit(bound(c))(p, batch, None)
-  assert metrics['clipped'].total == 0
+  assert metrics['clip_fraction'].total == 0
   counted = np.asarray(batch.rows.mask_BT[:, 1:], np.float32)
   n, rows = counted.sum(1, keepdims=True), (counted.any(1)).sum()
   shares = {'sequence': counted / np.maximum(n, 1) / rows, 'token': counted / n.sum(), 'constant': counted / T / rows}

@@ -164,6 +164,6 @@ def test_grpo(kind, settings):
   assert value(terms) == pytest.approx(float(want.detach()), rel=1e-4)
   np.testing.assert_allclose(gradient(ours, batch), logits.grad.numpy(), atol=1e-5)
   assert of(metrics['entropy']) == pytest.approx(theirs._metrics['eval']['entropy'][0], rel=1e-4)
-  assert of(metrics['clipped']) == pytest.approx(theirs._metrics['eval']['clip_ratio/region_mean'][0], rel=1e-4)
+  assert of(metrics['clip_fraction']) == pytest.approx(theirs._metrics['eval']['clip_ratio/region_mean'][0], rel=1e-4)
   if c.beta:
-    assert of(metrics['kl']) == pytest.approx(theirs._metrics['eval']['kl'][0], rel=1e-4)
+    assert of(metrics['token_kl']) == pytest.approx(theirs._metrics['eval']['kl'][0], rel=1e-4)

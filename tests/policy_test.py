@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import config, decode, experience, optim, params, peft, policy, rollout
+from lm import config, decode, experience, nn, optim, params, peft, policy, rollout
 from lm.data import prompts
 from lm.errors import ConfigError
 from lm.kernels import attention
@@ -145,7 +145,10 @@ def test_what_a_prompt_says_is_not_scored(kind):
 @pytest.mark.parametrize(('changes', 'named'), [
     ({'rollout__new_tokens': 41}, 'rollout.new_tokens=41'), ({'rollout__minibatches': 3}, 'data.batch=4'),
     ({'optim__steps': 7}, 'optim.steps=7'), ({'peft': peft.Config('prompt', train='')}, "peft.method='prompt'"),
-    ({'value': 'both'}, "value='both'"), ({'value': 'separate', 'peft': METHODS['top']}, "value='separate'"),
+    ({'model__dropout': nn.Dropout(hidden=0.1)}, 'model.dropout='), ({'optim__freeze': 'embed'}, 'optim.freeze=embed'),
+    ({'peft': peft.Config('lora', train='', targets='attn/q', rate=0.1)}, 'peft.rate=0.1'),
+    ({'loss': ppo.Config(missing_eos=1.0), 'rollout__end': False}, 'loss.missing_eos=1.0 with rollout.end=False'),
+    ({'value': 'separate', 'peft': METHODS['top']}, "value='separate'"),
     ({'rollout__epochs': 0}, 'rollout.epochs=0'), ({'text_weight': -1.0}, 'text_weight=-1.0')])
 def test_what_cannot_be_is_refused(changes, named):
   with pytest.raises(ConfigError, match=named.replace('.', r'\.').replace('(', r'\(')):

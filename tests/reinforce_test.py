@@ -14,6 +14,7 @@ import pytest
 import tiny
 
 from lm import (
+  budget,
   checkpoint,
   config,
   logs,
@@ -88,7 +89,7 @@ def state_of(c, task, workdir):
 
 
 @pytest.mark.parametrize('kind', [policy.PPO, *(pytest.param(k, marks=pytest.mark.slow) for k in list(KINDS)[1:])])
-def test_the_score_rises(kind, root, tmp_path):
+def test_the_score_rises(kind, root, tmp_path, capsys):
   c = make(root, kind, data__batch=16, optim__steps=40, loop__eval_every=20, optim__lr=0.02)
   summary = run.run(c, reinforce.task(c, low, held_out=lambda records, texts: [-x for x in low(records, texts)]),
                     tmp_path)
@@ -97,6 +98,7 @@ def test_the_score_rises(kind, root, tmp_path):
   assert summary['val_score'] > first['val_score'] + 0.1 and summary['val_held_out'] == -summary['val_score']
   assert summary['val_kl'] > 0.1 and summary['steps'] == 20 and summary['best']['step'] == 20
   assert summary['tokens'] == 20 * c.rows * 20
+  assert capsys.readouterr().out.count('alarm: ') >= 1  # what nobody trains for fell
   shown = samples.read(tmp_path)
   assert [row['step'] for row in shown] == [0] * 3 + [20] * 3
   assert all(math.isclose(row['score'], low(None, [row['reply']])[0], abs_tol=1e-6) for row in shown)
@@ -210,6 +212,24 @@ def test_no_further_pass_once_the_policy_has_moved_enough(root, tmp_path):
   run.run(c, reinforce.task(c, low), tmp_path)
   rows = [row for row in logs.read(tmp_path) if row['step']]
   assert [row['updates'] for row in rows] == [2, 2]  # the first moves nothing before it, the second stops
+
+
+def test_the_logged_rate_is_that_of_an_iterations_first_update(root, tmp_path):
+  c = make(root, optim__schedule='linear')
+  run.run(c, reinforce.task(c, low), tmp_path)
+  rates = [row['learning_rate'] for row in logs.read(tmp_path) if row['step']]
+  assert rates == pytest.approx([float(optim.schedule(c.optim)(2 * i)) for i in range(6)]) and rates[0] > rates[-1] > 0
+
+
+@pytest.mark.parametrize(('kind', 'changes', 'steps'), [
+    (policy.PPO, {}, 3), (policy.PPO, {'value': 'separate'}, 16 / 3), (policy.GRPO, {}, 3),
+    (policy.GRPO, {'loss__beta': 0.0, 'rollout__epochs': 1}, 4 / 3), (policy.BestOf, {}, 1 / 3 + 2 / 4),
+    (policy.PPO, {'text': loader.Config('x', length=20, batch=4)}, 3 + 2 * 4 / 8)])
+def test_flops_are_those_of_every_pass(kind, changes, steps, root):
+  """In training steps on an iteration's rows: a forward pass is a third of one."""
+  c = make(root, kind, **changes)
+  plain = budget.training_flops(decoder.specs(MODEL), 16, 2, 20)
+  assert reinforce.task(c, low).flops.total == pytest.approx(steps * plain.total)
 
 
 def test_updates_see_every_row_once_a_pass(root, tmp_path, monkeypatch):

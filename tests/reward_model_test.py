@@ -221,7 +221,7 @@ def test_a_loaded_model_scores_texts(trained):
 
 def test_a_policy_can_be_rewarded_by_it(trained):
   """Of a text that is continued, the whole is scored; no answer at all has a score too; more texts than a batch."""
-  model, by = reward_model.load(trained[1]), reward_model.reward(trained[1])
+  model, by = reward_model.load(trained[1]), reward_model.reward(trained[1], 'reward_from')
   ask = (chat.Message('user', 'say 1'),)
   asked = prompts.Record('say 1', ask)
   begun = prompts.Record('good', (chat.Message('user', 'good'),), text='good film')
@@ -229,7 +229,7 @@ def test_a_policy_can_be_rewarded_by_it(trained):
   rows = model.rows([(ask, 'good 好电影'), ((), 'good 好电影'), (ask, '')] * 5)
   assert len(found) == 15 > trained[0].data.batch * trained[0].data.answers
   np.testing.assert_allclose(found, model.score(model.params, rows), rtol=1e-4, atol=1e-5)
-  reward_model.reward('')  # nothing is read before it is asked
+  reward_model.reward('', 'reward_from')  # nothing is read before it is asked
   with pytest.raises(CheckpointError, match='expected the workdir'):
     reward_model.reward('')([asked], ['a'])
 
@@ -287,7 +287,7 @@ def test_what_a_config_has_beside_the_body(make):
 @pytest.mark.parametrize('changes, part', [
     ({'pooling': 'first'}, "pooling='first'; expected 'last' of a decoder"), ({'margin': -1.0}, 'margin=-1'),
     ({'margin': 1.0, 'loss': reward.Config(kind='best')}, "margin=1.0 with loss.kind='best'"),
-    ({'normalise': 'std'}, "normalise='std'"), ({'data__length': 48}, 'data.length=48 and one is more'),
+    ({'data__length': 48}, 'data.length=48 and one is more'),
     ({'data__length': 45, 'peft': peft.Config('prefix', length=3)}, 'less peft.length=3'),
     ({'mesh__sequence': True}, 'mesh.sequence=True')])
 def test_a_config_out_of_range(changes, part):

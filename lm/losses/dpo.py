@@ -6,6 +6,7 @@ eq. 17). Log-probabilities of an answer are sums over its tokens. Shapes: B pair
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Literal
 
 from flax import struct
@@ -55,7 +56,7 @@ class Config:
   def __post_init__(self):
     if self.kind not in ('dpo', 'ipo'):
       raise ConfigError(f"loss.kind={self.kind!r}; expected 'dpo' or 'ipo'")
-    if not self.beta > 0:
+    if not 0 < self.beta < math.inf:
       raise ConfigError(f'loss.beta={self.beta}; expected more than 0')
     if not 0 <= self.smoothing < 0.5:
       raise ConfigError(f'loss.smoothing={self.smoothing}; expected 0 <= smoothing < 0.5')

@@ -68,10 +68,10 @@ class Config:
   def __post_init__(self):
     if not 0 < self.clip <= 1:
       raise ConfigError(f'loss.clip={self.clip}; expected 0 < clip <= 1')
-    if not self.clip_high > 0:
-      raise ConfigError(f'loss.clip_high={self.clip_high}; expected more than 0')
-    if not self.beta >= 0:
-      raise ConfigError(f'loss.beta={self.beta}; expected at least 0')
+    if not 0 < self.clip_high < math.inf:
+      raise ConfigError(f'loss.clip_high={self.clip_high}; expected a finite number above 0')
+    if not 0 <= self.beta < math.inf:
+      raise ConfigError(f'loss.beta={self.beta}; expected a finite number, at least 0')
     if self.mean not in ('sequence', 'token', 'constant'):
       raise ConfigError(f"loss.mean={self.mean!r}; expected 'sequence', 'token' or 'constant'")
     if self.length < 0 or (self.length > 0) != (self.mean == 'constant'):
@@ -104,8 +104,8 @@ def loss(p: params.Tree, batch: Batch, key: nn.Key | None, *, apply: Callable[..
          head: Callable[[params.Tree], jax.Array], c: Config) -> tuple[dict[str, Term], dict[str, Term]]:
   """Terms {'policy'} and, with a reference, {'kl'}, averaged as c.mean says; an answer without targets does not count.
 
-  Metrics, means over tokens: 'entropy'; 'clipped', share whose gradient the clip stops; 'kl' to the reference. Also
-  'policy', which has only its gradient to tell: while the ratio is 1 it is the mean of -advantage.
+  Metrics, means over tokens: 'entropy'; 'clip_fraction', whose gradient the clip stops; 'token_kl' to the reference.
+  Also 'policy', which has only its gradient to tell: while the ratio is 1 it is the mean of -advantage.
 
   Args:
     apply, head: as for `lm.logprobs.score`.
@@ -117,10 +117,11 @@ def loss(p: params.Tree, batch: Batch, key: nn.Key | None, *, apply: Callable[..
   share_BT, weight = _shares(scores, c)
   over_tokens = lambda x_BT: Term((scores.weights_BT * x_BT).sum(), scores.weights_BT.sum())
   terms = {'policy': Term((share_BT * policy_BT).sum(), weight)}
-  metrics = {'policy': terms['policy'], 'entropy': over_tokens(scores.entropies_BT), 'clipped': over_tokens(stopped_BT)}
+  metrics = {'policy': terms['policy'], 'entropy': over_tokens(scores.entropies_BT),
+             'clip_fraction': over_tokens(stopped_BT)}
   if batch.reference_BT is not None:
     kl_BT = k3(_where(scores, batch.reference_BT - scores.logprobs_BT))
-    terms['kl'], metrics['kl'] = Term((share_BT * kl_BT).sum(), weight, c.beta), over_tokens(kl_BT)
+    terms['kl'], metrics['token_kl'] = Term((share_BT * kl_BT).sum(), weight, c.beta), over_tokens(kl_BT)
   return terms, metrics
 
 

@@ -13,6 +13,7 @@ expected are refused.
 
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any, Literal
 
 from flax import struct
@@ -47,8 +48,8 @@ class KL:
 
   def __post_init__(self):
     for name in ('coef', 'target'):
-      if getattr(self, name) < 0:
-        raise ConfigError(f'loss.kl.{name}={getattr(self, name)}; expected at least 0')
+      if not 0 <= getattr(self, name) < math.inf:
+        raise ConfigError(f'loss.kl.{name}={getattr(self, name)}; expected a finite number, at least 0')
     if self.horizon < 1:
       raise ConfigError(f'loss.kl.horizon={self.horizon}; expected at least 1 episode')
     if self.estimator not in ('k1', 'k2', 'k3'):
@@ -91,16 +92,16 @@ class Config:
       if not 0 <= getattr(self, name) <= 1:
         raise ConfigError(f'loss.{name}={getattr(self, name)}; expected 0 <= {name} <= 1')
     for name in ('missing_eos', 'value_clip', 'value_weight', 'entropy_weight'):
-      if getattr(self, name) < 0:
-        raise ConfigError(f'loss.{name}={getattr(self, name)}; expected at least 0')
+      if not 0 <= getattr(self, name) < math.inf:
+        raise ConfigError(f'loss.{name}={getattr(self, name)}; expected a finite number, at least 0')
     if self.missing_eos_mode not in ('subtract', 'replace'):
       raise ConfigError(f"loss.missing_eos_mode={self.missing_eos_mode!r}; expected 'subtract' or 'replace'")
     if not 0 < self.clip < 1:
       raise ConfigError(f'loss.clip={self.clip}; expected 0 < clip < 1')
     if self.chunk < 1:
       raise ConfigError(f'loss.chunk={self.chunk}; expected at least 1')
-    if not self.temperature > 0:
-      raise ConfigError(f'loss.temperature={self.temperature}; expected more than 0: at 0 nothing is drawn')
+    if not 0 < self.temperature < math.inf:
+      raise ConfigError(f'loss.temperature={self.temperature}; expected a finite number above 0')
 
 
 @struct.dataclass

@@ -6,6 +6,7 @@ BKK the first answer is the better one.
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 from flax import struct
@@ -34,8 +35,8 @@ class Config:
   def __post_init__(self):
     if self.kind not in ('pairs', 'best'):
       raise ConfigError(f"loss.kind={self.kind!r}; expected 'pairs' or 'best'")
-    if self.centre < 0:
-      raise ConfigError(f'loss.centre={self.centre}; expected at least 0 (0: scores may drift)')
+    if not 0 <= self.centre < math.inf:
+      raise ConfigError(f'loss.centre={self.centre}; expected a finite number, at least 0 (0: scores may drift)')
 
 
 def loss(scores_BK: jax.Array, ranks_BK: jax.Array, mask_BK: jax.Array, *, c: Config,

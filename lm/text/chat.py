@@ -184,11 +184,16 @@ def parse(template: Template, ids: Sequence[int] | np.ndarray, tokenizer: Tokeni
   ids = np.asarray(ids, np.int32).reshape(-1)
   ends = np.flatnonzero(np.isin(ids, stop_ids(template, tokenizer)))
   ids = ids[:ends[0]] if len(ends) else ids
-  text = tokenizer.decode(ids)
-  if _adds_space(tokenizer):  # as the text of `ids` stands after other text
-    text = tokenizer.decode([*tokenizer.encode(_ANCHORS[0]), *ids]).removeprefix(_ANCHORS[0])
+  text = continued(ids, tokenizer)
   before, after = next(piece.text for piece in template(_EXAMPLE) if piece.message == 2).split(_EXAMPLE[2].content)
   return _guard(template, tokenizer).restore(text.removeprefix(before).removesuffix(after)), len(ends) > 0
+
+
+def continued(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> str:
+  """The text of `ids` as it stands behind other text: of ids alone, some tokenizers drop the space at the start."""
+  if not _adds_space(tokenizer):
+    return tokenizer.decode(ids)
+  return tokenizer.decode([*tokenizer.encode(_ANCHORS[0]), *ids]).removeprefix(_ANCHORS[0])
 
 
 def tokenise(template: Template, messages: Sequence[Message], tokenizer: Tokenizer) -> list[tuple[Piece, np.ndarray]]:
