@@ -93,7 +93,7 @@ def _around(c, learn, judge, reward, held_out):
       getattr(function, 'load', lambda: None)()  # before anything is drawn
     draw = _draw(c, parts.mesh, data)
     with contextlib.ExitStack() as stack:
-      texts = _texts(c, parts, workdir, stack)
+      texts = _texts(c, parts, data.tokenizer, workdir, stack)
       book = stack.enter_context(contextlib.closing(samples.Book(workdir, start)))
       step = _iteration(c, parts, data, draw, learn, reward, texts, program.learning_rate)
       evaluate, shown = _evaluation(c, parts, data, draw, judge, reward, held_out)
@@ -212,12 +212,15 @@ def _watch(c, workdir, book, shown):
   return watch
 
 
-def _texts(c, parts, workdir, stack):
+def _texts(c, parts, tokenizer, workdir, stack):
   """n -> the batches of text for PPO-ptx from update n on, made once; None without."""
   text = getattr(c, 'text', None)
   if not (text and text.corpus):
     return lambda n: None
   data = loader.prepare(text, pathlib.Path(workdir) / 'text', seed=c.seed)
+  if data.tokenizer.sha256 != tokenizer.sha256:
+    raise ConfigError(f'text.tokenizer={text.tokenizer!r} is not data.tokenizer={c.data.tokenizer!r}; expected the '
+                      "policy's, whose ids it knows; set it so")
   loader.check(data, c.model.vocab)
   rows, made = sharding.batch_sharding(parts.mesh), []
 

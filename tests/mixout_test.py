@@ -132,6 +132,7 @@ def test_only_matrices_of_the_blocks_are_mixed(root):
 
 @pytest.mark.parametrize('changes, message', [
     (dict(init_from=''), "peft.mixout=0.6 with init_from=''"), (dict(optim__freeze='^embed/'), 'optim.freeze'),
+    (dict(optim__freeze='^embed/', peft=peft.Config('lora')), "optim.freeze='^embed/' with peft.method='lora'"),
     (dict(peft__method='lora'), 'peft.method'), (dict(peft__mixout=1.0), 'peft.mixout=1.0; expected 0 <= mixout < 1')])
 def test_mistakes_in_a_config(changes, message, root):
   with pytest.raises(ConfigError) as raised:

@@ -205,6 +205,9 @@ def test_a_mixture_with_text_learns_from_both_and_goes_on(root, tmp_path):
   run.run(c, reinforce.task(c, low), tmp_path / 'killed')
   rows = rows_of(tmp_path / 'straight')
   assert rows[-1]['ptx_loss'] < rows[1]['ptx_loss'] - 0.05 and rows == rows_of(tmp_path / 'killed')
+  c = config.replace(c, text__tokenizer='char')
+  with pytest.raises(ConfigError, match="text.tokenizer='char' is not data.tokenizer='byte'"):
+    run.run(c, reinforce.task(c, low), tmp_path / 'other')
 
 
 def test_no_further_pass_once_the_policy_has_moved_enough(root, tmp_path):
