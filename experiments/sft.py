@@ -16,6 +16,7 @@ from lm import checkpoint, config, instruct, loop, optim
 from lm.data import conversations
 from lm.models import decoder, published
 from lm.nn import Dropout
+from lm.text import chat
 
 
 def instructgpt_1b() -> instruct.Config:
@@ -40,16 +41,19 @@ def zephyr_7b() -> instruct.Config:
 
 
 def smollm2_recipe() -> instruct.Config:
-  """SmolLM2-135M as published: lr 1e-3, 2 epochs, rows of 8,192."""
+  """SmolLM2-135M as published: lr 1e-3, 2 epochs, rows of 8,192, 10% warm-up, a system turn where there is none.
+
+  As alignment-handbook, recipes/smollm2/sft/config.yaml (warmup_ratio 0.1, chat_template; that file is of the 1.7B).
+  """
   return instruct.Config(
       model=published.smollm2_135m(dtype='bfloat16', remat='full'),
-      data=conversations.Config(length=8191, batch=128),
-      optim=optim.Config(lr=1e-3, schedule='cosine', warmup=100, steps=2000, b2=0.999, weight_decay=0.0),
+      data=conversations.Config(system=chat.SMOLLM2, length=8191, batch=128),
+      optim=optim.Config(lr=1e-3, schedule='cosine', warmup=200, steps=2000, b2=0.999, weight_decay=0.0),
       loop=loop.Config(eval_every=100), checkpoint=checkpoint.Config(every=100))
 
 
 def smollm2() -> instruct.Config:
-  """SmolLM2-135M in full on a small set: lr 1e-4, 8 rows of 256, 100 steps; minutes on two CPU cores."""
+  """SmolLM2-135M in full on a small set, no system turn: lr 1e-4, 8 rows of 256, 100 steps; minutes on two cores."""
   return config.replace(
       smollm2_recipe(), model=published.smollm2_135m(scan_layers=False), data=conversations.Config(length=256, batch=8),
       optim=optim.Config(lr=1e-4, schedule='cosine', warmup=10, steps=100, weight_decay=0.0),

@@ -30,11 +30,13 @@ from lm import (
   train,
   weights,
 )
-from lm.data import labelled, memory
+from lm.data import examples, labelled, memory
 from lm.errors import ConfigError
 from lm.kernels import attention
 from lm.losses import classify
 from lm.models import deberta, decoder, encoder, heads
+
+Pooling = Literal['pooler', 'first', 'bare', 'mean', 'last']
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class _Config(run.Config):
   Attributes:
     classes: number of labels.
     pooling: what is classified: 'pooler' (BERT's, pretrained with it), the 'first' token with a dense layer of its own
-      (RoBERTa, ELECTRA, DeBERTa), the 'mean' of the tokens, or a decoder's 'last' token.
+      (RoBERTa, DeBERTa), the 'bare' first token (ELECTRA), the 'mean' of the tokens, or a decoder's 'last' token.
     smoothing: share of a label that is spread over all classes (arXiv:1512.00567 §7).
     consistency: R-Drop's alpha, see `losses.classify`; 0 = one pass.
   """
@@ -52,7 +54,7 @@ class _Config(run.Config):
   data: labelled.Config = labelled.Config()
   peft: peft_lib.Config = peft_lib.Config(train='^(classify|pooler)/')
   classes: int = 2
-  pooling: Literal['pooler', 'first', 'mean', 'last'] = 'first'
+  pooling: Pooling = 'first'
   smoothing: float = 0.0
   consistency: float = 0.0
 
@@ -99,7 +101,7 @@ class Decoder(_Config):
   """GPT-2, Llama."""
 
   model: decoder.Config = decoder.Config()
-  pooling: Literal['pooler', 'first', 'mean', 'last'] = 'last'
+  pooling: Pooling = 'last'
 
 
 Config = Encoder | Disentangled | Decoder
@@ -114,12 +116,30 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
   flops = budget.training_flops(body, c.model.heads * c.model.head_dim, c.model.layers, c.data.length, predicted=0.0)
   quiet = dataclasses.replace(c.model, dropout=nn.Dropout())
   source = types.SimpleNamespace(prepare=functools.partial(labelled.prepare, encoder=family is not decoder),
-                                 check=labelled.check, train_batches=labelled.train_batches,
+                                 check=functools.partial(_check, c), train_batches=labelled.train_batches,
                                  eval_batches=labelled.eval_batches)
   evaluated = _loss(c, quiet, family, specs, attend)
   return run.Task(specs, _loss(c, c.model, family, specs, attend, c.smoothing, c.consistency),
                   lambda p, batch, key: evaluated(p, batch, None), c.model.vocab, flops, source=source,
                   base=run.Base(base, peft_lib.freeze(c.peft, c.model.layers)))
+
+
+def names(c: labelled.Config) -> list[str]:
+  """Of the labels, in the order of the classes: `c.classes`, or those that the records for training have."""
+  if c.classes:
+    return list(c.classes)
+  found, _ = examples.read(c.corpus, 'classification', c.on_error)
+  pairs = any(e.text_pair is not None for e in found)
+  return sorted({e.label for e in found if (e.text_pair is not None) == pairs and e.split in (None, 'train')})
+
+
+def _check(c, data, vocab):
+  labelled.check(data, vocab)
+  found = len(data.config.classes) or 1 + max(int(rows.labels_B.max()) for rows in data.splits.values())
+  if found != c.classes:
+    some = names(data.config)
+    raise ConfigError(f'classes={c.classes}: the data has {found} labels, {", ".join(some[:8])}'
+                      f'{", ..." if len(some) > 8 else ""}; expected as many classes; set classes={found}')
 
 
 def accuracies(c: Config, p: params.Tree, data: memory.Data, seeds: int) -> list[float]:
@@ -180,7 +200,7 @@ def _specs(c):
 def pooled(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, examples: int) -> jax.Array:
   """One vector an example, before any layer of a head: [B, D], or [B, M, D] of rows that hold M `examples`, 0 = one.
 
-  pooling: as in the config; 'pooler' takes the first token.
+  pooling: as in the config; 'pooler' and 'bare' take the first token.
   """
   own_BMT = segments_BT[:, None] == jnp.arange(1, (examples or 1) + 1, dtype=segments_BT.dtype)[None, :, None]
   if pooling == 'mean':
@@ -199,7 +219,8 @@ def head(p: params.Tree, x_BTD: jax.Array, segments_BT: jax.Array, key: nn.Key |
   x_BD = pooled(x_BTD, segments_BT, pooling, examples)
   if pooling == 'pooler':
     x_BD = heads.pooler(p['pooler'], x_BD)
-  return heads.classify(p['classify'], x_BD, 'tanh', model.dropout.classifier, key)
+  rate, pool = model.dropout.classifier, isinstance(model, deberta.Config)  # its ContextPooler
+  return heads.classify(p['classify'], x_BD, 'gelu_erf' if pool else 'tanh', rate, key, 0.0 if pool else rate)
 
 
 def _bound(c, model, family, specs, attend):

@@ -92,30 +92,30 @@ def _rows(c, p):
 
 def _lora(p, few, rows):
   nodes = {path: node for path, node in _nodes(p) if isinstance(node, Lora)}
-  tensors, modules = {}, set()
+  tensors, modules, alphas = {}, set(), {}
   for row in rows:
     mine = [nodes.get(path) for path in row.paths]
     if not any(mine):
       continue
     modules.add(row.name.removesuffix('.weight').split('.')[-1])
+    scale = max(n.scale for n in mine if n is not None)  # one for a tensor: of several of ours, b takes the rest
     for layer in range(next(n for n in mine if n is not None).w.shape[0]):
-      a, b = _side_by_side([None if n is None else _matrices(jax.tree.map(lambda x, i=layer: x[i], n)) for n in mine])
-      name = _BASE + row.name.format(layer).removesuffix('.weight')
-      tensors |= {f'{name}.lora_A.weight': a, f'{name}.lora_B.weight': b}
+      a, b = _side_by_side([None if n is None else _matrices(jax.tree.map(lambda x, i=layer: x[i], n), scale)
+                            for n in mine])
+      module = row.name.format(layer).removesuffix('.weight')
+      tensors |= {f'{_BASE}{module}.lora_A.weight': a, f'{_BASE}{module}.lora_B.weight': b}
+      alphas[module] = len(a), scale * (len(a)**0.5 if few.rank_stabilised else len(a))
   left = nodes.keys() - {path for row in rows for path in row.paths}
   if left:
     raise ConfigError(f'peft.targets: {sorted(left)[0]} has no weight of its own in transformers; name others')
-  ranks = {len(t) for name, t in tensors.items() if name.endswith('lora_A.weight')}
   fused = any(len(row.paths) > 1 for row in rows)
-  rank = min(ranks)
-  keep = few.scale * (rank**0.5 if few.rank_stabilised else rank)
-  patterns = {re.escape(n.removeprefix(_BASE).removesuffix('.lora_A.weight')): len(t) for n, t in tensors.items()
-              if n.endswith('lora_A.weight') and len(t) != rank}
+  rank, keep = min(alphas.values())
+  patterns = {re.escape(module): found for module, found in alphas.items()}
   return tensors, {
       'peft_type': 'LORA', 'r': rank, 'lora_alpha': keep, 'lora_dropout': few.rate, 'bias': 'none',
       'target_modules': sorted(modules), 'fan_in_fan_out': fused, 'use_rslora': few.rank_stabilised,
-      'rank_pattern': patterns, 'alpha_pattern': {name: few.scale * (r**0.5 if few.rank_stabilised else r)
-                                                  for name, r in patterns.items()}}
+      'rank_pattern': {name: r for name, (r, _) in patterns.items() if r != rank},
+      'alpha_pattern': {name: alpha for name, (_, alpha) in patterns.items() if alpha != keep}}
 
 
 def _nodes(p):
@@ -123,11 +123,12 @@ def _nodes(p):
   return [(params.path_of(path), node) for path, node in flat]
 
 
-def _matrices(node):
-  """(A [R, inputs], B [outputs, R]) of one layer, as torch has them."""
+def _matrices(node, scale):
+  """(A [R, inputs], B [outputs, R]) of one layer, as torch has them, for a tensor with that `scale`."""
   rank = node.lora_a.shape[-1]
+  b = np.asarray(node.lora_b) * (1 if node.scale == scale else np.float32(node.scale / scale))
   return (np.ascontiguousarray(np.asarray(node.lora_a).reshape(-1, rank).T),
-          np.ascontiguousarray(np.asarray(node.lora_b).reshape(rank, -1).T))
+          np.ascontiguousarray(b.reshape(rank, -1).T))
 
 
 def _side_by_side(pairs):
@@ -178,9 +179,10 @@ def _read_lora(folder, fields, tensors, c, p):
                             ) from error
     known |= {name.format(which) for name in names for which in 'AB'}
     rank = a.shape[1]
-    module = row.name.format(0).removesuffix('.weight')
-    alpha = next((a for pattern, a in (fields.get('alpha_pattern') or {}).items()
-                  if re.fullmatch(rf'(.*\.)?({pattern})', module)), fields['lora_alpha'])
+    alpha, *others = {_alpha(fields, row.name.format(i).removesuffix('.weight')) for i in range(L)}
+    if others:
+      raise ConfigError(f'{folder}: alpha_pattern: {sorted([alpha, *others])} for {row.name}; expected one number for '
+                        'all layers; merge it there first')
     scale = alpha / (rank**0.5 if stabilised else rank)
     parts = np.split(b, len(row.paths), axis=1)
     for path, part in zip(row.paths, parts, strict=True):
@@ -193,11 +195,17 @@ def _read_lora(folder, fields, tensors, c, p):
       paths.append(path)
   if unknown := sorted(tensors.keys() - known):
     raise CheckpointError(f'{folder}: {unknown[0]} has no place in this model; expected LoRA of weights it has')
-  few = peft.Config('lora', train='', targets=f'^({"|".join(paths)})$', rank=rank, alpha=float(fields['lora_alpha']),
-                    rank_stabilised=stabilised, rate=float(fields.get('lora_dropout') or 0.0))
+  few = peft.Config('lora', train='', targets=f'^({"|".join(paths)})$', rank=fields.get('r', rank),
+                    alpha=float(fields['lora_alpha']), rank_stabilised=stabilised,
+                    rate=float(fields.get('lora_dropout') or 0.0))
   leaves = [dataclasses.replace(out[path], rate=few.rate) if isinstance(out[path], Lora) else out[path]
             for path in params.flatten(p)]
   return few, jax.tree.unflatten(jax.tree.structure(p), leaves)
+
+
+def _alpha(fields, module):
+  return next((alpha for pattern, alpha in (fields.get('alpha_pattern') or {}).items()
+               if re.fullmatch(rf'(.*\.)?({pattern})', module)), fields['lora_alpha'])
 
 
 def _same(folder, name, found, expected):

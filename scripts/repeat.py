@@ -6,13 +6,14 @@ r"""Fine-tunes again and again, over seeds and folds, and says how sure the mean
 
 Each run is a workdir of its own below --workdir and resumes there. Writes table.md (accuracy, macro F1 and MCC of every
 run, mean and 95% interval), results.json, confusion.png (all runs together) and curves.png. With folds the interval is
-Nadeau and Bengio's (2003), as training sets overlap. Chosen are the checkpoints that were best in validation, so the
-numbers are of a set that took part in a choice.
+Nadeau and Bengio's (2003), as training sets overlap; seeds of a fold train on one set, so their mean is one value.
+Chosen are the checkpoints that were best in validation, so the numbers are of a set that took part in a choice.
 """
 
 import json
 import pathlib
 import statistics
+from typing import Any
 
 from absl import flags
 import numpy as np
@@ -53,19 +54,26 @@ def main(_: list[str]) -> None:
   _report(base, workdir, results, counts)
 
 
+def estimate(results: list[dict[str, Any]], name: str, folds: int) -> metrics.Interval:
+  """Mean and interval of the score `name`, over the runs, or over `folds`, each the mean of its seeds."""
+  if not folds:
+    return metrics.interval([r[name] for r in results])
+  means = [statistics.fmean(r[name] for r in results if r['fold'] == fold) for fold in range(folds)]
+  return metrics.corrected_interval(means, 1 / (folds - 1))
+
+
 def _report(c, workdir, results, counts):
-  names = list(c.data.classes) or [str(i) for i in range(c.classes)]
   (workdir / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
   rows = {f'fold {r["fold"]}, seed {r["seed"]}': {name: r[name] for name in SCORES} for r in results}
   lines = [metrics.table(rows), '']
   for name in SCORES:
-    values = [r[name] for r in results]
-    if len(values) > 1:
-      found = (metrics.corrected_interval(values, 1 / (_FOLDS.value - 1)) if _FOLDS.value else metrics.interval(values))
-      lines.append(f'{name}: {found.value:.4f}, 95% interval {found.low:.4f} to {found.high:.4f} ({found.count} runs)')
+    if len(results) > 1:
+      found = estimate(results, name, _FOLDS.value)
+      count = f'{found.count} folds, {len(results)} runs' if _FOLDS.value else f'{found.count} runs'
+      lines.append(f'{name}: {found.value:.4f}, 95% interval {found.low:.4f} to {found.high:.4f} ({count})')
   lines.append(f'{statistics.median(r["wall_s"] for r in results):.0f} s a run')
   (workdir / 'table.md').write_text('\n'.join(lines) + '\n')
-  pictures.confusion(workdir / 'confusion.png', np.asarray(counts), names)
+  pictures.confusion(workdir / 'confusion.png', np.asarray(counts), classification.names(c.data))
   metric, curves = c.checkpoint.metric, []
   for r in results:
     rows = logs.read(workdir / f'fold{r["fold"]}_seed{r["seed"]}')

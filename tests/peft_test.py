@@ -1,6 +1,7 @@
 """Few parameters in place of all: the tree's surgery on every family of models."""
 
 import functools
+import json
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments import bert, gpt2, roberta
-from lm import hlo, nn, optim, params, peft, peft_nodes, train
+from lm import hlo, nn, optim, params, peft, peft_hf, peft_nodes, train
 from lm.data.packing import Batch
 from lm.errors import ConfigError
 from lm.losses import ar
@@ -251,3 +252,30 @@ def test_adapters_do_not_merge():
   *_, tree = tuned('bert', peft.Config('houlsby'))
   with pytest.raises(ConfigError, match='cannot be merged'):
     peft.merge(tree)
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'bert'])
+def test_each_weight_keeps_its_own_rank_and_scale(kind, tmp_path):
+  """Written and read again twice; GPT-2's q and v are one tensor there, of one scale."""
+  family, c, p = model(kind)
+  draw = lambda i, *shape: 0.3 * jax.random.normal(jax.random.key(i), shape)
+  attn = dict(p['blocks']['attn'])
+  for i, (name, rank, scale) in enumerate((('q', 2, 4.0), ('v', 4, 2.0), ('o', 4, 1.5))):
+    w = attn[name]
+    inputs = 2 if name == 'o' else 1
+    attn[name] = peft_nodes.Lora(w, draw(2 * i, *w.shape[:1 + inputs], rank),
+                                 draw(2 * i + 1, 3, rank, *w.shape[1 + inputs:]), scale)
+  tree = p | {'blocks': p['blocks'] | {'attn': attn}}
+  few, again = peft.Config('lora', train='', rank=2, alpha=8), tree
+  for turn in range(2):
+    peft_hf.save(tmp_path / f'{turn}', c, again, few)
+    few, again = peft_hf.load(tmp_path / f'{turn}', c, p)
+    np.testing.assert_allclose(hidden(family, c, again), hidden(family, c, tree), atol=2e-5)
+  if kind != 'gpt2':
+    assert [again['blocks']['attn'][name].scale for name in 'qvo'] == [4.0, 2.0, 1.5]
+  path = tmp_path / '1/adapter_config.json'
+  fields = json.loads(path.read_text())
+  name = next(n for n in fields['alpha_pattern'] if '0' in n)
+  path.write_text(json.dumps(fields | {'alpha_pattern': fields['alpha_pattern'] | {name: 7.0}}))
+  with pytest.raises(ConfigError, match='alpha_pattern: .*7.0.* expected one number for all layers'):
+    peft_hf.load(tmp_path / '1', c, p)

@@ -234,7 +234,10 @@ def test_order_of_rows_is_a_function_of_seed_and_epoch(root):
     (dict(data__tokenizer=''), ConfigError, 'data.tokenizer is empty'),
     (dict(model__vocab=100), ConfigError, 'model.vocab=100: the tokenizer has'),
     (dict(data__batch=512), DataError, 'less than one batch of data.batch=512'),
-    (dict(data__classes=('good', 'bad')), DataError, 'label')], ids=str)
+    (dict(data__classes=('good', 'bad')), DataError, 'label'),
+    (dict(classes=3), ConfigError, 'classes=3: the data has 2 labels, negative, positive; expected as many'),
+    (dict(data__classes=('negative', 'none', 'positive')), ConfigError, 'classes=2: the data has 3 labels'),
+    (dict(data__pack=True, classes=5), ConfigError, 'classes=5: the data has 2')], ids=str)
 def test_what_does_not_fit_is_refused_before_anything_is_compiled(change, error, message, root, tmp_path):
   c = films(root, **change)
   with pytest.raises(error) as raised:
@@ -300,5 +303,5 @@ def test_repeat_says_how_sure_the_mean_is(root, tmp_path):
           f'--workdir={tmp_path / "r"}', *(f'--set={k}={v}' for k, v in sets.items())]
   done = subprocess.run(argv, capture_output=True, text=True, check=True, cwd=pathlib.Path(__file__).parent.parent)
   assert len(json.loads((tmp_path / 'r/results.json').read_text())) == 4
-  assert 'accuracy: ' in done.stdout and '95% interval' in done.stdout and '(4 runs)' in done.stdout
+  assert 'accuracy: ' in done.stdout and '95% interval' in done.stdout and '(2 folds, 4 runs)' in done.stdout
   assert (tmp_path / 'r/confusion.png').stat().st_size > 1000 and (tmp_path / 'r/curves.png').stat().st_size > 1000

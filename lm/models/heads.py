@@ -82,13 +82,13 @@ def classify_specs(embed: int, classes: int, std: float = 0.02, dense: bool = Fa
 
 
 def classify(p: params.Tree, x_BD: jax.Array, activation: str = 'tanh', rate: float = 0.0,
-             key: nn.Key | None = None) -> jax.Array:
+             key: nn.Key | None = None, dense_rate: float | None = None) -> jax.Array:
   """Logits [B, C] of one vector a row, or [B, M, C] of M: BERT's pooled vector, the first token of ELECTRA
-  (google-research), or with 'dense' that of RoBERTa (tanh), HF's ELECTRA and DeBERTa (gelu). Dropout at `rate` before
-  each layer."""
+  (google-research), or with 'dense' that of RoBERTa (tanh), HF's ELECTRA and DeBERTa (gelu_erf). Dropout at `rate`
+  before the last layer, at `dense_rate` before 'dense': None = the same; DeBERTa has 0 (its pooling.py)."""
   rows = 'BM'[:x_BD.ndim - 1]
   if 'dense' in p:
-    x_BD = nn.dropout(x_BD, rate, nn.fold(key, 1))
+    x_BD = nn.dropout(x_BD, rate if dense_rate is None else dense_rate, nn.fold(key, 1))
     x_BD = blocks.activate(_dense(p, x_BD, f'{rows}D,DE->{rows}E'), activation)
   x_BD = nn.dropout(x_BD.astype(jnp.float32), rate, nn.fold(key, 0))
   return blocks.bias(nn.dot(p['out'], x_BD, f'{rows}D,DC->{rows}C'), p['out_bias'])
