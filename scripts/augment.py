@@ -5,14 +5,17 @@
   python -m scripts.augment --in=reviews.jsonl --out=more.jsonl --methods=synonyms_zh+clauses,homophones --copies=2
   python -m scripts.augment --in=reviews.jsonl --out=more.jsonl --methods=back_translation --translate=eng-spa,spa-eng
 
-A line of --in is {"text", "label", "split"}, any other fields are kept. A method is NAME or NAME:RATE, the share of
-words (sentences, marks) to change. Each copy is made by one of the methods between commas, drawn by chance; a plus sign
-applies several, one after the other. Numbers, URLs, e-mails, code, negations and the words of --protect never change.
+A line of --in is {"text", "label", "split"}, of pairs with "text_pair"; any other fields are kept. A method is NAME or
+NAME:RATE, the share of words (sentences, marks) to change. Each copy is made by one of the methods between commas,
+drawn by chance; a plus sign applies several, one after the other. Numbers, URLs, e-mails, code, negations and the words
+of --protect never change.
 
 Only examples of --split are copied, and --split must be a training split: held-out text is never augmented. Copies
-come after their original with its label, the id 'ID#N' and "origin": ID; those equal to a text that is there already
-are left out. The same input, flags and seed give the same file. To augment while training, give the same names to
-experiments.classify by data.augment: each epoch then reads other wordings.
+come after their original with its label, the id 'ID#N' and "origin": ID, by which data.folds keeps both on one side; an
+original without an id gets the number of its line as id. Copies equal to a text that is there already are left out,
+and those that differ from a held-out one only in case, width or space. The same input, flags and seed give the same
+file. To augment while training, give the same names to experiments.classify by data.augment: each epoch then reads
+other wordings.
 
 Exit status: 0 done, 2 a flag is wrong or a package missing, 3 the data.
 """
@@ -29,7 +32,7 @@ from absl import flags
 import numpy as np
 
 from experiments import cli
-from lm.data import corpora
+from lm.data import corpora, splits
 from lm.errors import ConfigError, DataError
 from lm.text import augment, methods, synonyms
 
@@ -46,13 +49,21 @@ _TRANSLATE = flags.DEFINE_list('translate', list(methods.SPANISH), 'Apertium pai
                                'back_translation.')
 _SHOW = flags.DEFINE_integer('show', 3, 'Pairs of original and copy to print.', lower_bound=0)
 
+TEXTS = ('text', 'text_pair')
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-  """A line of the file: `fields` as read, and what a copy has instead; `origin` is 'ID#N' of a copy, else empty."""
+  """A line of the file.
+
+  Attributes:
+    text: the text, or both of a pair.
+    fields: as read, with the id; `json` says what a copy has instead.
+    origin: 'ID#N' of a copy, else empty.
+  """
 
   id: str
-  text: str
+  text: tuple[str, ...]
   split: str
   fields: dict[str, Any]
   origin: str = ''
@@ -61,8 +72,12 @@ class Row:
   def original(self) -> str:
     return self.origin.rpartition('#')[0]
 
+  @property
+  def key(self) -> tuple[str, ...]:
+    return tuple(map(splits.duplicate_key, self.text))
+
   def json(self) -> str:
-    more = {'text': self.text, 'id': self.id, 'origin': self.original} if self.origin else {}
+    more = dict(zip(TEXTS, self.text, strict=False)) | {'id': self.id, 'origin': self.original} if self.origin else {}
     return json.dumps(self.fields | more, ensure_ascii=False)
 
 
@@ -82,9 +97,12 @@ def main(_: list[str]) -> None:
                       'eng-spa,spa-eng')
   rows = read(_IN.value)
   known = methods.known(_WORDNET.value, _TRANSLATE.value,
-                        lambda: [row.text for row in rows if row.split == _SPLIT.value])
+                        lambda: [text for row in rows if row.split == _SPLIT.value for text in row.text])
   one_of = methods.one_of(_METHODS.value, known, frozenset(_PROTECT.value))
-  made = augment.apply(rows, one_of, _SEED.value, _COPIES.value, _SPLIT.value)
+  made = augment.apply(rows, lambda texts, rng: tuple(one_of(text, rng) for text in texts), _SEED.value, _COPIES.value,
+                       _SPLIT.value)
+  held = {row.key for row in rows if row.split != _SPLIT.value}
+  made = [row for row in made if not row.origin or row.key not in held]
   out.parent.mkdir(parents=True, exist_ok=True)
   temporary = out.with_name(out.name + '.tmp')
   with open(temporary, 'w', encoding='utf-8', newline='\n') as f:
@@ -106,7 +124,12 @@ def read(path: str) -> list[Row]:
         if not isinstance(fields, dict) or not isinstance(fields.get(name), str):
           raise DataError(f'{path}:{number}: no {name}; expected {{"text": string, "label": ..., "split": string}}; '
                           'add the field')
-      rows.append(Row(str(fields.get('id', number)), fields['text'], fields['split'], fields))
+      texts = tuple(fields[name] for name in TEXTS if name in fields)
+      if not isinstance(texts[-1], str):
+        raise DataError(f'{path}:{number}: text_pair is no string; expected the second text; mend it or drop the field')
+      if fields.get('id') is None:
+        fields['id'] = str(number)
+      rows.append(Row(str(fields['id']), texts, fields['split'], fields))
   return rows
 
 
@@ -114,8 +137,8 @@ def report(rows: list[Row], made: list[Row]) -> None:
   """Prints how many copies there are of each split and label, how much they differ, and a few of them."""
   group = lambda row: (row.split, str(row.fields.get('label', '')))
   before, after = Counter(map(group, rows)), Counter(map(group, made))
-  originals = {(row.id, row.split): row.text for row in rows}
-  pairs = [(originals[row.original, row.split], row.text) for row in made if row.origin]
+  originals = {(row.id, row.split): ' / '.join(row.text) for row in rows}
+  pairs = [(originals[row.original, row.split], ' / '.join(row.text)) for row in made if row.origin]
   print(f'{"split":12} {"label":16} {"examples":>9} {"copies":>9} {"left out":>9}')
   for key in sorted(before):
     copies = after[key] - before[key]

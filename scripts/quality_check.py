@@ -8,7 +8,7 @@ r"""Tells what is wrong with fine-tuning data before a model learns it, and writ
 --in is a file or folder of JSON lines, JSON, CSV, TSV, Parquet, YAML or a saved Hugging Face dataset, in English,
 Chinese or both. What its records are (--kind) is told from the first of them:
 
-  classification  {"text", "label"}; any other field is metadata
+  classification  {"text", "label"}, of pairs with "text_pair"; any other field is metadata
   instruction     {"instruction", "input", "output"}
   chat            {"messages": [{"role", "content"}, ...]}, ShareGPT's "conversations", instructions with a history
   preference      {"prompt", "chosen", "rejected"}
@@ -42,7 +42,7 @@ import tqdm
 
 from experiments import cli
 from lm import config, pictures
-from lm.data import conversations, examples, memory, quality, tables_io, turns
+from lm.data import conversations, examples, labelled, memory, quality, tables_io, turns
 from lm.data.examples import Chat, Example, Instruction, Labelled, Preference
 from lm.data.json_io import Row
 from lm.errors import ConfigError, Error
@@ -126,7 +126,7 @@ def kind_of(path: str, encoding: str) -> str:
 def count(example: Example, tokenizer: Tokenizer) -> int:
   """Tokens of the example as training reads it; of a preference, with the longer answer."""
   if isinstance(example, Labelled):
-    return len(tokenizer.encode(example.text)) + _around(tokenizer)
+    return sum(len(tokenizer.encode(t)) for t in example.texts) + _around(tokenizer, example.text_pair is not None)
   talks = (example.as_chats() if isinstance(example, Preference) else
            (example.as_chat() if isinstance(example, Instruction) else example,))
   template = conversations.TEMPLATES[_TEMPLATE.value]
@@ -181,8 +181,8 @@ def reasons(report: quality.Report, drop: Sequence[str]) -> dict[int, str]:
 def record(example: Example) -> dict[str, Any]:
   """The example in the spelling that all readers here take; `examples.read` gives it back."""
   if isinstance(example, Labelled):
-    own = {'text': example.text, 'label': example.label}
-    clash = {'text', 'label', 'split', 'metadata'} & set(example.metadata)
+    own = dict(zip(('text', 'text_pair'), example.texts, strict=False)) | {'label': example.label}
+    clash = {'text', 'text_pair', 'label', 'split', 'metadata'} & set(example.metadata)
     out = own | ({'metadata': dict(example.metadata)} if clash else dict(example.metadata))
   elif isinstance(example, Instruction):
     out = {'instruction': example.instruction, 'input': example.input, 'output': example.output}
@@ -228,13 +228,13 @@ def _watched(items: Sequence[Any]) -> Iterable[Any]:
   return tqdm.tqdm(items, desc='checking', unit=' examples', disable=None, leave=False)
 
 
-def _around(tokenizer: Tokenizer) -> int:
-  """Tokens that a classifier's row has around the text: an encoder's two, or the end of text."""
+def _around(tokenizer: Tokenizer, pair: bool) -> int:
+  """Tokens that a classifier's row has around the text or texts: an encoder's, or a decoder's."""
   try:
     vocabulary.special_ids(tokenizer)
-    return 2
   except ConfigError:
-    return int(tokenizer.eos_id is not None)
+    return labelled.around(tokenizer, encoder=False, pairs=pair)
+  return labelled.around(tokenizer, encoder=True, pairs=pair)
 
 
 def _messages(some):

@@ -380,14 +380,30 @@ def test_the_script_writes_copies_of_training_examples(tmp_path):
                         timeout=120, check=False)
   assert done.returncode == 0, done.stderr
   out = [json.loads(line) for line in (tmp_path / 'new' / 'out.jsonl').read_text(encoding='utf-8').splitlines()]
-  assert [row for row in out if 'origin' not in row] == rows
+  assert [row for row in out if 'origin' not in row] == [
+      rows[0] | {'id': '1'}, rows[1], rows[2] | {'id': '3'}]  # so that copies can be told to be of them
   assert [(row['id'], row['origin']) for row in out if 'origin' in row] == [
       ('1#0', '1'), ('1#1', '1'), ('z#0', 'z'), ('z#1', 'z')]
   assert out[1] == rows[0] | {'id': '1#0', 'origin': '1', 'text': out[1]['text']} and 'staff' in out[1]['text']
   assert 'train        pos                      1         2         0' in done.stdout and '+ ' in done.stdout
 
 
+def test_both_texts_of_a_pair_are_reworded_and_no_copy_is_a_held_out_text(tmp_path):
+  rows = [{'text': ENGLISH, 'text_pair': CHINESE, 'split': 'train'}, {'text': 'ab', 'split': 'train'},
+          {'text': 'AB ', 'split': 'test'}, {'text': 'aB', 'split': 'validation'}]
+  (tmp_path / 'in.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows), encoding='utf-8')
+  flags = [f'--in={tmp_path}/in.jsonl', f'--out={tmp_path}/out.jsonl', '--methods=typos:0.3+homophones:0.3+case:1']
+  done = subprocess.run([sys.executable, '-c', DRIVER], cwd=ROOT, input=json.dumps([flags]), capture_output=True,
+                        text=True, timeout=120, check=False)
+  assert done.returncode == 0, done.stderr
+  out = [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text(encoding='utf-8').splitlines()]
+  assert [row['id'] for row in out] == ['1', '1#0', '2', '3', '4']
+  first, second = out[1]['text'], out[1]['text_pair']
+  assert first != ENGLISH and keeps(ENGLISH, first) and second != CHINESE and keeps(CHINESE, second)
+
+
 FAULTS = [
+    ('{"text": "a", "text_pair": 3, "split": "train"}', ['--methods=typos'], 3, '.jsonl:1: text_pair is no string'),
     ('{"text": "a", "split": "train"}', ['--methods=typo'], 2, 'did you mean typos?'),
     ('{"text": "a", "split": "train"}', ['--methods=typos:x'], 2, "'x' is no number"),
     ('{"text": "a", "split": "train"}', ['--methods=typos:2'], 2, 'expected 0 to 1'),

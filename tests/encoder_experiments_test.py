@@ -193,7 +193,7 @@ def test_encoders_are_compared_and_a_pretraining_is_not_done_again(prepared, tmp
   rng, rows = np.random.default_rng(0), []
   for i in range(96):
     label = 'yn'[i % 2]
-    rows.append({'text': f'{" ".join(rng.choice(["the", "fox", "棕色"], 3))} {"quick" if i % 2 else "lazy"}',
+    rows.append({'text': f'{" ".join(rng.choice(["the", "fox", "棕色"], 3))} {"quick" if i % 2 else "lazy"} {i}',
                  'label': label, 'split': 'train' if i % 3 else 'validation'})
   (tmp_path / 'reviews.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   argv = [sys.executable, '-m', 'experiments.encoders', f'--workdir={tmp_path}/w', f'--corpus={prepared}/text.jsonl',

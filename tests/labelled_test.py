@@ -50,7 +50,8 @@ def prepared(root, rows, encoder=True, seed=0, tokenizer='x.model', **fields):
 def films(n=64, split='train'):
   for i in range(n):
     good = i % 2 == 0
-    yield ('good film ' if good else 'bad film ') + '好坏'[not good] * (i % 3), 'py'[good], split
+    marks = '好坏'[not good] * (i % 3 + 3 * (split != 'train'))  # no text is in two splits
+    yield ('good film ' if good else 'bad film ') + marks, 'py'[good], split
 
 
 def place():
@@ -252,12 +253,118 @@ def test_a_pair_is_one_text_of_the_splits(c):
   """The same two texts, in whatever case and space, share a part; those that share the first alone need not."""
   found = [Labelled('The  Film', 'xy'[i % 2], text_pair=f'Number {i}') for i in range(60)]
   found += [Labelled('the film ', e.label, text_pair=e.text_pair.upper()) for e in found]
-  parts = labelled.assigned(found, c, 0)
+  parts = labelled.assigned(found, c)
   assert parts[:60] == parts[60:] and set(parts) == {'train', 'validation'}
   turned = [dataclasses.replace(e, text=e.text_pair, text_pair=e.text) for e in found]
-  assert c.split != 'hash' or c.folds or labelled.assigned(turned, c, 0) != parts
+  assert c.split != 'hash' or c.folds or labelled.assigned(turned, c) != parts
   key = splits.duplicate_key('\0'.join(('a b', 'c')))
   assert key != splits.duplicate_key('\0'.join(('a', 'b c')))
+
+
+def example(text, split=None, label='x', at='', **metadata):
+  return Labelled(text, label, metadata, split, at)
+
+
+EVERY_SPLIT = pytest.mark.parametrize('c', [labelled.Config(), labelled.Config(split='stratified'),
+                                            labelled.Config(folds=2)], ids=['hash', 'stratified', 'folds'])
+
+
+@EVERY_SPLIT
+@pytest.mark.parametrize('text, again', [('same text', 'Same  text'), ('同一句话', '同一 句话')])
+def test_a_text_whose_split_is_said_once_is_in_no_other(c, text, again):
+  more = [example(f'{i}', label='xy'[i % 2]) for i in range(60)]
+  for said in ('test', 'validation', 'train') if not c.folds else ('test',):
+    found = [example(again), example(text, said), example(again + ' '), *more]
+    parts = labelled.assigned(found, c)
+    assert parts[:3] == [said] * 3 and {'train', 'validation'} <= set(parts[3:])
+
+
+@EVERY_SPLIT
+def test_a_text_that_is_said_to_be_in_two_splits_is_named(c):
+  found = [example('Same  text', 'train', at='a.jsonl:3'), example('b', 'train'),
+           example('same text', 'test', at='b.jsonl:7')]
+  with pytest.raises(DataError, match="b.jsonl:7: split 'test', but the same text at a.jsonl:3 has split 'train'") as e:
+    labelled.assigned(found, c)
+  assert '\n' not in str(e.value)
+
+
+def test_splits_are_what_they_were_where_no_text_repeats():
+  found = [example(f'text {i}', (None, 'train', 'validation', 'test')[i % 4], 'xy'[i % 3 == 0]) for i in range(400)]
+  texts, open_ = [e.text for e in found], range(0, 400, 4)
+  for c, drawn in ((labelled.Config(), lambda texts, labels: splits.by_hash(texts, (0.9, 0.1))),
+                   (labelled.Config(split='stratified'), lambda texts, labels: splits.stratified(
+                       texts, labels, (0.9, 0.1)))):
+    parts = labelled.assigned(found, c)
+    held = drawn([texts[i] for i in open_], [found[i].label for i in open_]).validation
+    assert [i for i in open_ if parts[i] == 'validation'] == [4 * i for i in held]
+    assert all(part == e.split for e, part in zip(found, parts, strict=True) if e.split)
+
+
+def test_the_seed_of_a_run_moves_no_text(root):
+  rows = [(f'{"good" if i % 2 else "bad"} film {i}', 'xy'[i % 2], None) for i in range(40)]
+  for split in ('hash', 'stratified'):
+    one, other = (prepared(root, rows, seed=seed, split=split, length=40).splits for seed in (0, 7))
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_a_share_that_leaves_nothing_to_evaluate_is_named(root):
+  with pytest.raises(ConfigError, match='data.validation_fraction=0.0001: of 4 records none is left for validation'):
+    prepared(root, [(text, label, None) for text, label in zip('abcd', 'xyxy', strict=True)],
+             validation_fraction=0.0001)
+
+
+def test_copies_train_where_their_originals_do_and_validate_nowhere():
+  texts = [(ENGLISH, CHINESE)[i % 2] + f' {i}' for i in range(40)]
+  originals = [example(text, 'train', 'xy'[i % 4 < 2], id=str(i)) for i, text in enumerate(texts)]
+  originals.append(example('held', 'test', id='t'))
+  copies = [example(f'{e.text} {n}!', 'train', e.label, id=f'{e.metadata["id"]}#{n}', origin=e.metadata['id'])
+            for e in originals for n in range(3)]
+  copies += [example('a copy of a copy', 'train', copies[0].label, id='0#0#0', origin='0#0'),
+             example('of none', 'train', id='77#0', origin='77'),
+             example(originals[1].text.upper(), 'train', originals[0].label, id='0#5', origin='0')]
+  validated = 0
+  for fold in range(4):
+    c = labelled.Config(folds=4, fold=fold)
+    alone, parts = labelled.assigned(originals, c), labelled.assigned([*originals, *copies], c)
+    part_of = {e.metadata['id']: part for e, part in zip([*originals, *copies], parts, strict=True)}
+    assert parts[:41] == alone and set(parts[41:]) == {'train', None} and part_of['77#0'] is None
+    for e in copies[:-3]:
+      assert part_of[e.metadata['id']] == ('train' if part_of[e.metadata['origin']] == 'train' else None)
+    assert part_of['0#0#0'] == part_of['0#0'] and part_of['t#0'] is None
+    assert part_of['0#5'] == ('train' if part_of['0'] == part_of['1'] == 'train' else None)
+    validated += parts.count('validation')
+  assert validated == 40
+  country = [example(f'{i}', None, 'xy'[i % 2], id=i, origin='中国') for i in range(20)]  # a field of that name only
+  assert set(labelled.assigned(country, labelled.Config(folds=4))) == {'train', 'validation'}
+
+
+def test_copies_that_a_fold_leaves_out_are_told(root, capsys):
+  rows = [{'text': f'{"good" if i % 2 else "bad"} film {i}', 'label': 'xy'[i % 2], 'id': i} for i in range(8)]
+  rows += [row | {'text': row['text'] + '!', 'id': f'{row["id"]}#0', 'origin': str(row['id'])} for row in rows]
+  (root / 'copies.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  c = labelled.Config(str(root / 'copies.jsonl'), tokenizer='byte', folds=4, fold=1, batch=4)
+  data = labelled.prepare(c, '', encoder=False)
+  assert (data.rows('train'), data.rows('validation')) == (12, 2)
+  assert 'copies.jsonl: 2 copies left out' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('classes', [(), ('x', 'y')])
+@pytest.mark.parametrize('pairs', [False, True])
+def test_wrong_records_end_the_run_or_are_left_out_and_counted(root, capsys, classes, pairs):
+  row = lambda text, *rest: (text, '好电影', *rest) if pairs else (text, *rest)
+  rows = [row('good', 'x', 'train'), row('bad', 'y', 'train'), row('坏', 'maybe', 'validation'),
+          row('film', 'x', 'validation'), row('', 'x', 'validation')]
+  rows += [('of one text', None, 'z', 'train')] if pairs else []
+  data = prepared(root, rows, tokenizer='byte', encoder=False, on_error='skip', classes=classes)
+  assert (data.rows('train'), data.rows('validation')) == (2, 1)
+  printed = capsys.readouterr().out
+  assert f'kept                    3  {3 / len(rows):7.2%}' in printed and 'rows.jsonl:3: ' in printed
+  assert f'label                   {1 + (pairs and bool(classes))}' in printed
+  assert 'empty                   1' in printed
+  assert ('no field text_pair, which' in printed) == (pairs and not classes)
+  for bad in rows[2], rows[-1]:
+    with pytest.raises(DataError, match='rows.jsonl:3: '):
+      prepared(root, [*rows[:2], bad], classes=classes, tokenizer='byte', encoder=False)
 
 
 def test_a_pair_is_one_text_of_the_quality_check():
@@ -270,8 +377,9 @@ def test_a_pair_is_one_text_of_the_quality_check():
 
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_second_text_decides(root, kind):
-  rows = [(f'{"good" if i & 2 else "bad"} film', f'{"good" if i & 1 else "bad"} film', 'xy'[i & 1], split)
-          for split, n in (('train', 64), ('validation', 16)) for i in range(n)]
+  rows = [(f'{"good" if i & 2 else "bad"} film', f'{"good" if i & 1 else "bad"} film' + marks[i // 4 % len(marks)],
+           'xy'[i & 1], split) for split, n, marks in (('train', 64, ('', '!!', '!!!')), ('validation', 16, '!'))
+          for i in range(n)]
   data = prepared(root, rows, length=32, batch=16, encoder=kind is not classification.Decoder)
   c = config.replace(task_config(kind, data), optim__lr=1e-2)
   assert classification.accuracies(c, parameters(c), data, 1) == [1.0]
@@ -293,7 +401,7 @@ METHODS = ('typos:0.2+homophones:0.3', 'punctuation:0.9+case:0.5')
 
 
 def reworded(root, rows=REWORDED, seed=0, **fields):
-  held_out = [(*row[:-2], row[-2], 'validation') for row in rows[:7]]
+  held_out = [(row[0] + ' too', *row[1:-1], 'validation') for row in rows[:7]]
   return prepared(root, [*rows, *held_out], seed=seed, tokenizer='byte', encoder=False,
                   **{'length': 200, 'augment': METHODS, 'augment_share': 0.5} | fields)
 

@@ -201,7 +201,7 @@ def test_evaluation_draws_nothing(root):
 def test_an_encoder_is_classified_with_it(root, tmp_path):
   tokenizers.train_sentencepiece(['good film 好电影 bad film 坏电影 the a of'] * 20, root / 'x.model', vocab=282,
                                  control_symbols=('[CLS]', '[SEP]', '[MASK]'))
-  rows = [{'text': f'{"good" if i % 2 else "bad"} film', 'label': str(i % 2), 'split': 'train' if i % 5 else
+  rows = [{'text': f'{"good" if i % 2 else "bad"} film {i}', 'label': str(i % 2), 'split': 'train' if i % 5 else
            'validation'} for i in range(80)]
   (root / 'films.jsonl').write_text('\n'.join(map(json.dumps, rows)))
   model = encoder.Config(vocab=282, length=32, layers=2, embed=16, heads=2, head_dim=8, mlp=32)

@@ -102,6 +102,20 @@ def test_good_records_of_each_kind_pass_and_come_back(kind, check, tmp_path):
   assert examples.read(tmp_path / 'clean.jsonl', kind)[0] == examples.read(path, kind)[0]
 
 
+def test_pairs_come_back_with_both_texts_and_are_measured_with_both(check, tmp_path):
+  rows = [{'text': text, 'text_pair': other, 'label': label} for (text, label), (other, _) in zip(
+      GOOD, GOOD[1:] + GOOD[:1], strict=True)]
+  path = jsonl(tmp_path / 'in.jsonl', rows)
+  check(in_=path, clean=tmp_path / 'clean.jsonl', out=tmp_path / 'r.json', tokenizer='byte')
+  assert [json.loads(line) for line in (tmp_path / 'clean.jsonl').read_text(encoding='utf-8').splitlines()] == rows
+  sizes = [len((row['text'] + row['text_pair']).encode()) + 2 for row in rows]  # a newline, the end of text
+  tokens = json.loads((tmp_path / 'r.json').read_text())['tokens']
+  assert (tokens['0'], tokens['100']) == (min(sizes), max(sizes))
+  jsonl(path, [{'text': GOOD[0][0], 'label': 'pos', 'metadata': {'text_pair': 'not the second text'}}])
+  check(in_=path, clean=tmp_path / 'c.jsonl')
+  assert examples.read(tmp_path / 'c.jsonl', 'classification')[0] == examples.read(path, 'classification')[0]
+
+
 @pytest.mark.parametrize('fields, kind', [
     ({'conversations': [{'from': 'human', 'value': 'Name a river.'}, {'from': 'gpt', 'value': ANSWER}]}, 'chat'),
     ({'instruction': 'And in France?', 'output': 'The Loire.', 'history': [['In Italy?', ANSWER]]}, 'chat'),

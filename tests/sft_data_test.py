@@ -2,13 +2,14 @@
 
 import dataclasses
 import itertools
+import json
 
 import jax
 import numpy as np
 import pytest
 
 from lm import params, sharding
-from lm.data import conversations, memory, packing, sft
+from lm.data import conversations, memory, packing, sft, splits
 from lm.data.examples import Preference
 from lm.errors import ConfigError, DataError
 from lm.losses import ar
@@ -191,6 +192,68 @@ def test_an_epoch_has_whole_batches_and_an_evaluation_all_rows():
   assert sum(int(b.mask_BT.sum()) for b in evaluated) == report.targets
   np.testing.assert_array_equal(np.concatenate([b.ids_BT for b in evaluated])[:23], rows.ids_BT)
   assert len(evaluated) == 3 and not evaluated[-1].segments_BT[3:].any()
+
+
+def prepared(folder, *files, **fields):
+  """`conversations.prepare` of files of records, each a list of turns, or (turns, split), or a line as it stands."""
+  paths = [folder / f'{i}.jsonl' for i in range(len(files))]
+  for path, rows in zip(paths, files, strict=True):
+    rows = [row if isinstance(row, tuple) else (row, None) for row in rows]
+    path.write_text(''.join((turns if isinstance(turns, str) else json.dumps(
+        {'messages': turns} | ({'split': split} if split else {}))) + '\n' for turns, split in rows))
+  c = conversations.Config(**{'corpus': tuple(map(str, paths)), 'tokenizer': 'byte', 'template': 'plain', 'length': 40,
+                              'pack': False} | fields)
+  return conversations.prepare(c, folder)
+
+
+def said(data):
+  return {name: [show(ids) for ids, _, _ in rows_of(rows)] for name, rows in data.splits.items()}
+
+
+def test_files_are_split_as_one_set(tmp_path):
+  """A file so small that nothing of it validates; and who validates is by the text alone, whatever the file."""
+  many = [[f'question {i}', '是'] for i in range(60)]
+  one = said(prepared(tmp_path, many))
+  drawn = splits.by_hash([turns[0] for turns in many], (0.9, 0.1))
+  assert [text.split('\n')[0] for text in one['validation']] == [many[i][0] for i in drawn.validation]
+  few = [many[i] for i in drawn.train[:2]]
+  two = said(prepared(tmp_path, [row for row in many if row not in few], few))
+  assert {k: sorted(v) for k, v in two.items()} == {k: sorted(v) for k, v in one.items()}
+  for fraction, part in ((0.0001, 'validation'), (0.9999, 'train')):
+    with pytest.raises(ConfigError, match=f'data.validation_fraction={fraction}: of 2 records none is left for {part}'):
+      prepared(tmp_path, few, validation_fraction=fraction)
+  with pytest.raises(ConfigError, match='of 1 records none is left for validation'):
+    prepared(tmp_path, [(['q', 'a'], 'train')])
+  assert len(said(prepared(tmp_path, few, [(['q', 'a'], 'validation')], validation_fraction=0.0001))['validation']) == 1
+
+
+def test_a_conversation_whose_split_is_said_once_is_in_no_other(tmp_path):
+  rows = [[f'{i}', 'a'] for i in range(40)]
+  found = said(prepared(tmp_path, [['Same  text', 'b'], *rows], [(['same text', 'c'], 'test'), ['同 一', 'd']],
+                        [(['同一', 'e'], 'validation')]))
+  assert found['test'] == ['Same  text\nb$', 'same text\nc$'] and len(found['validation']) > 2
+  texts = [text.encode('latin1').decode() for text in found['validation']]
+  assert {'同 一\nd$', '同一\ne$'} <= set(texts)
+  # Some begin alike and go on otherwise, which is no leak of a conversation; one that is whole in two splits is.
+  found = said(prepared(tmp_path, [(['hi', 'a'], 'train'), (['hi', 'b'], 'test'), ['Hi', 'A'], ['hi', 'c'],
+                                    (['q', 'd'], 'validation')]))
+  assert found['train'] == ['hi\na$', 'Hi\nA$'] and found['test'] == ['hi\nb$', 'hi\nc$']
+  with pytest.raises(DataError, match=r"1.jsonl:2: split 'test', but the same text at .*0.jsonl:1 has split 'train'"):
+    prepared(tmp_path, [(['Hi', 'a'], 'train')], [['q', 'a'], (['hi', 'A'], 'test')])
+
+
+def test_wrong_conversations_and_cut_turns_are_told(tmp_path, capsys):
+  rows = [(['q', 'a'], 'train'), (['w', 'b'], 'validation')]
+  bad = ('{"messages": ["q", ""]}', None)
+  with pytest.raises(DataError, match='0.jsonl:3: '):
+    prepared(tmp_path, [*rows, bad])
+  capsys.readouterr()
+  assert said(prepared(tmp_path, [*rows, bad], on_error='skip')) == {'train': ['q\na$'], 'validation': ['w\nb$']}
+  assert 'kept                    2   66.67%' in capsys.readouterr().out
+  prepared(tmp_path, rows)
+  assert 'records' not in capsys.readouterr().out
+  found = said(prepared(tmp_path, [*rows, (['e', 'c', 'nobody answers'], 'train')]))
+  assert found['train'] == ['q\na$', 'e\nc$'] and 'last turn cut           1' in capsys.readouterr().out
 
 
 def pair(chosen, rejected, *prompt, system=None):

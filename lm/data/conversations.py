@@ -33,7 +33,8 @@ class Config:
     batch: rows of the global batch.
     loss: which tokens are targets: the 'assistant' turns, the 'last' of them, or 'all'.
     pack: several conversations in a row, isolated from each other.
-    validation_fraction: of conversations whose file does not say; by a hash of the first user turn.
+    validation_fraction: of conversations whose file does not say; by a hash of the first user turn, for every seed the
+      same.
     on_error: a record that is wrong ends the run ('stop') or is left out and counted ('skip').
     threads: batches built ahead, 0 = none.
   """
@@ -78,18 +79,23 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> memory.Data:
   """The rows of `c.corpus`; writes nothing, and prints what was cut or left out.
 
   Raises:
-    ConfigError, DataError: no corpus or tokenizer, a wrong record, nothing left.
+    ConfigError, DataError: no corpus or tokenizer, a wrong record, a conversation in two splits, nothing left.
   """
   del folder
   memory.check_paths(c)
-  tokenizer, parts = memory.read_tokenizer(c.tokenizer), {'train': [], 'validation': [], 'test': []}
+  tokenizer, found, parts = memory.read_tokenizer(c.tokenizer), [], {'train': [], 'validation': [], 'test': []}
   for path in (c.corpus,) if isinstance(c.corpus, str) else c.corpus:
-    found, report = examples.read(path, 'chat', c.on_error, unanswered='cut')
-    if report.kept < report.seen:
+    some, report = examples.read(path, 'chat', c.on_error, unanswered='cut')
+    if report.kept < report.seen or report.cut:
       print(f'{path}:\n{report.table()}', flush=True)
-    asked = [user_first(e.messages) for e in found]
-    for example, part in zip(found, assigned(found, asked, c.validation_fraction), strict=True):
-      parts[part].append(example.messages)
+    found += some
+  said = declared(found, ['\0'.join(splits.duplicate_key(m.content) for m in e.messages) for e in found])
+  found = [dataclasses.replace(e, split=part) for e, part in zip(found, said, strict=True)]
+  asked = [user_first(e.messages) for e in found]
+  chosen = assigned(found, asked, c.validation_fraction)
+  _check_parts(chosen, c.validation_fraction)
+  for example, part in zip(found, chosen, strict=True):
+    parts[part].append(example.messages)
   sets = {}
   for part, talks in parts.items():
     if talks or part != 'test':
@@ -104,22 +110,95 @@ def user_first(messages: Sequence[chat.Message], default: str = '') -> str:
   return next((m.content for m in messages if m.role == 'user'), default)
 
 
-def assigned(found: Sequence[Any], texts: Sequence[str], validation_fraction: float) -> list[str]:
-  """The split of each record: its own, or by a hash of its text, so that no text is in two.
+def declared(found: Sequence[Any], texts: Sequence[str]) -> list[str | None]:
+  """The split that each record says, else that of another record of the same text, None where none says one.
 
   Args:
     found: records with `split` (one of `examples.SPLITS`, or None) and `origin`.
 
   Raises:
-    DataError: another split.
+    DataError: another split; two splits of one text.
   """
+  keys, said = _keys(found, texts), {}
+  for e, key in zip(found, keys, strict=True):
+    other = e if e.split is None else said.setdefault(key, e)
+    if other.split != e.split:
+      raise DataError(f'{e.origin}: split {e.split!r}, but the same text at {other.origin} has split {other.split!r}; '
+                      'expected one split of a text, or what is held out is trained on; remove one of the two, as '
+                      'scripts.quality_check --clean does')
+  return [said[key].split if key in said else None for key in keys]
+
+
+def assigned(found: Sequence[Any], texts: Sequence[str], validation_fraction: float) -> list[str]:
+  """The split of each record: its own, else that of a record of the same text, else by a hash of the text.
+
+  No text is in two splits but where the records say so: then the others of this text are held out as any is.
+
+  Args:
+    found: records with `split` (one of `examples.SPLITS`, or None) and `origin`.
+
+  Raises:
+    DataError: another split. ConfigError: nothing to train on or to validate with, of all records.
+  """
+  keys = _keys(found, texts)
+  said = {key: part for part in examples.SPLITS for e, key in zip(found, keys, strict=True) if e.split == part}
+  parts = [e.split or said.get(key) for e, key in zip(found, keys, strict=True)]
+  if undecided := [i for i, part in enumerate(parts) if part is None]:
+    drawn = splits.hashed([keys[i] for i in undecided], (1 - validation_fraction, validation_fraction), 0, str)
+    for i, part in zip(undecided, drawn, strict=True):
+      parts[i] = examples.SPLITS[part]
+    _check_parts(parts, validation_fraction)
+  return parts
+
+
+def folded(found: Sequence[examples.Labelled], texts: Sequence[str], said: Sequence[str | None], k: int, fold: int
+           ) -> list[str | None]:
+  """The split of each record but those of the test split by k folds in equal shares of each class, seed 0.
+
+  Copies that scripts.augment wrote change nothing for the others: they train where their originals do, but not if what
+  is held out has their text, and are else left out, None.
+
+  Args:
+    said: of each record, by `declared`.
+  """
+  parts, copied = list(said), [_copied(e) for e in found]
+  pool = [i for i, part in enumerate(parts) if part != 'test' and copied[i] is None]
+  split = splits.folds([texts[i] for i in pool], k, 'stratified', labels=[found[i].label for i in pool], seed=0)[fold]
+  for name in ('train', 'validation'):
+    for i in getattr(split, name):
+      parts[pool[i]] = name
+  trains, held = {}, set()  # {id: whether all records of it train}; keys of texts that are held out
+  for e, text, part, of in zip(found, texts, parts, copied, strict=True):
+    if of is None:
+      trains[_id(e)] = part == 'train' and trains.get(_id(e), True)
+      held |= {splits.duplicate_key(text)} if part != 'train' else set()
+  for i, of in enumerate(copied):
+    if of is not None and parts[i] != 'test':
+      trains[_id(found[i])] = trains.get(of, False) and splits.duplicate_key(texts[i]) not in held
+      parts[i] = 'train' if trains[_id(found[i])] else None
+  return parts
+
+
+def _id(example):
+  return str(example.metadata.get('id'))
+
+
+def _copied(example):
+  """The id of the record that scripts.augment made this one of; None of what is no copy."""
+  origin = str(example.metadata.get('origin'))
+  return origin if _id(example).rpartition('#')[0] == origin else None
+
+
+def _check_parts(parts, validation_fraction):
+  for part in ('train', 'validation'):
+    if part not in parts:
+      raise ConfigError(f'data.validation_fraction={validation_fraction}: of {len(parts)} records none is left for '
+                        f'{part}; expected at least one; change the share, say the split of some, or add records')
+
+
+def _keys(found, texts):
+  """What records of one text have in common, after a look at the splits that they say."""
   for e in found:
     if e.split not in (None, *examples.SPLITS):
       raise DataError(f'{e.origin}: split {e.split!r}; expected {", ".join(examples.SPLITS)}')
-  parts, undecided = [e.split for e in found], [i for i, e in enumerate(found) if e.split is None]
-  if undecided:
-    drawn = splits.by_hash([texts[i] for i in undecided], (1 - validation_fraction, validation_fraction))
-    for name in ('train', 'validation'):
-      for i in getattr(drawn, name):
-        parts[undecided[i]] = name
-  return parts
+  return [splits.duplicate_key(text) for text in texts]

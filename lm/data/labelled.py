@@ -19,7 +19,8 @@ from flax import struct
 import jax
 import numpy as np
 
-from lm.data import examples, memory, packing, splits
+from lm.data import conversations, examples, memory, packing, splits
+from lm.data.json_io import Fault
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError, DataError
 from lm.text import methods, vocabulary
@@ -40,10 +41,12 @@ class Config:
     pack: several examples in a row, isolated from each other, so that little of a row is padding; `batch` still counts
       rows. They are packed once; an epoch shuffles the rows.
     longest: most tokens of an example, where it is to be less than a row; 0 = length.
-    split: how records that do not say are split: by a hash of their texts, or in equal shares of each class.
+    split: how records that do not say are split, for every seed the same: by a hash of their texts, or in equal shares
+      of each class.
     validation_fraction: of those.
     folds, fold: with folds > 1, cross-validation: all records but those of the test split are split anew into so many
-      folds in equal shares of each class, and fold number `fold` validates.
+      folds in equal shares of each class, and fold number `fold` validates. The copies that scripts.augment wrote train
+      where their originals do, and validate nowhere.
     augment: other wordings of training texts, each as `scripts.augment --methods` names it: ('typos:0.05',
       'clauses+homophones'). One of them, by chance, changes a row; every epoch draws anew.
     augment_share: of the rows of an epoch, how many are changed, in expectation.
@@ -112,6 +115,7 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   """The rows of `c.corpus`; writes nothing, and prints what was cut or left out.
 
   Args:
+    seed: of packing and of what is drawn in training; which records are held out does not depend on it.
     encoder: rows as encoders take them; else of a decoder.
 
   Raises:
@@ -119,23 +123,17 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   """
   del folder
   memory.check_paths(c)
-  found, report = examples.read(c.corpus, 'classification', c.on_error, classes=c.classes or None)
-  if report.kept < report.seen:
-    print(f'{c.corpus}:\n{report.table()}', flush=True)
-  pairs = any(e.text_pair is not None for e in found)
-  if alone := [e for e in found if pairs and e.text_pair is None]:
-    raise DataError(f'{alone[0].origin}: no field text_pair, which other records have; expected it in all or in none; '
-                    'add it, or take that record out')
-  names = list(c.classes) or sorted({e.label for e in found if e.label is not None and e.split in (None, 'train')})
-  if len(names) < 2:
-    raise DataError(f'{c.corpus}: labels {names}; expected at least two in the training split')
-  tokenizer = memory.read_tokenizer(c.tokenizer)
-  frame = _frame(tokenizer, encoder, pairs, c.room)
-  parts = {'train': [], 'validation': [], 'test': []}
-  for example, part in zip(found, assigned(found, c, seed), strict=True):
-    if example.label not in names:
-      raise DataError(f'{example.origin}: label {example.label!r} is not among those of the training split, {names}')
+  found, names = _read(c)
+  tokenizer, pairs = memory.read_tokenizer(c.tokenizer), found[0].text_pair is not None
+  frame = _frame(tokenizer, encoder, pairs)
+  least = frame.around + 1 + pairs
+  if c.room < least:
+    raise ConfigError(f'data.length={c.room}; expected at least {least}, so that a token of each text fits')
+  parts = {'train': [], 'validation': [], 'test': [], None: []}
+  for example, part in zip(found, assigned(found, c), strict=True):
     parts[part].append(example)
+  if copies := parts.pop(None):
+    print(f'{c.corpus}: {len(copies)} copies left out; their originals, or texts, do not train', flush=True)
   sets, again, by = {}, None, ''
   for part, chosen in parts.items():
     if chosen or part != 'test':
@@ -154,27 +152,46 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   return memory.Data(c, seed, tokenizer, sets, blank, again, by)
 
 
-def assigned(found: Sequence[examples.Labelled], c: Config, seed: int) -> list[str]:
-  """The split of each example: its own, or that of `c.split`; never one text, or one pair, in two."""
-  parts = [e.split for e in found]
-  if unknown := [e for e in found if e.split not in (None, 'train', 'validation', 'test')]:
-    raise DataError(f'{unknown[0].origin}: split {unknown[0].split!r}; expected train, validation or test')
+def _read(c):
+  """(the records that can be used, the names of their classes); prints what cannot."""
+  found, report = examples.read(c.corpus, 'classification', c.on_error, classes=c.classes or None)
+  faults, counts, messages = [], dict(report.faults), dict(report.messages)
+  if any(e.text_pair is not None for e in found):
+    faults += [Fault('missing', e.origin, 'no field text_pair, which other records have; expected it in all or in none',
+                     'add it, or take that record out') for e in found if e.text_pair is None]
+    found = [e for e in found if e.text_pair is not None]
+  names = list(c.classes) or sorted({e.label for e in found if e.split in (None, 'train')})
+  faults += [Fault('label', e.origin, f'label {e.label[:40]!r} is not among those of the training split, '
+                   f'{", ".join(names)[:200]}; expected one of them') for e in found if e.label not in names]
+  if faults and c.on_error == 'stop':
+    raise faults[0]
+  for fault in faults:
+    counts[fault.kind] = counts.get(fault.kind, 0) + 1
+    messages[fault.kind] = (*messages.get(fault.kind, ()), str(fault))[:examples.SHOWN]
+  report = dataclasses.replace(report, kept=report.kept - len(faults), faults=counts, messages=messages)
+  if report.kept < report.seen:
+    print(f'{c.corpus}:\n{report.table()}', flush=True)
+  if len(names) < 2:
+    raise DataError(f'{c.corpus}: labels {names}; expected at least two in the training split')
+  return [e for e in found if e.label in names], names
+
+
+def assigned(found: Sequence[examples.Labelled], c: Config) -> list[str | None]:
+  """The split of each example: its own, or that of `c.split`; never one text, or one pair, in two. None: left out."""
+  texts = [_whole(e) for e in found]
+  parts = conversations.declared(found, texts)
   if c.folds:
-    pool = [i for i, part in enumerate(parts) if part != 'test']
-    split = splits.folds([_whole(found[i]) for i in pool], c.folds, 'stratified',
-                         labels=[found[i].label for i in pool], seed=0)[c.fold]
-    for name in ('train', 'validation'):
-      for i in getattr(split, name):
-        parts[pool[i]] = name
-  open_ = [i for i, part in enumerate(parts) if part is None]
-  if open_:
-    texts, shares = [_whole(found[i]) for i in open_], (1 - c.validation_fraction, c.validation_fraction)
-    split = (splits.by_hash(texts, shares, seed) if c.split == 'hash' else
-             splits.stratified(texts, [found[i].label for i in open_], shares, seed))
-    for name in ('train', 'validation'):
-      for i in getattr(split, name):
-        parts[open_[i]] = name
-  return [part or 'train' for part in parts]
+    return conversations.folded(found, texts, parts, c.folds, c.fold)
+  if c.split == 'hash':
+    return conversations.assigned(found, texts, c.validation_fraction)
+  if open_ := [i for i, part in enumerate(parts) if part is None]:
+    split = splits.stratified([texts[i] for i in open_], [found[i].label for i in open_],
+                              (1 - c.validation_fraction, c.validation_fraction))
+    for i in open_:
+      parts[i] = 'train'
+    for i in split.validation:
+      parts[open_[i]] = 'validation'
+  return parts
 
 
 def _whole(example):
@@ -192,31 +209,34 @@ class _Frame:
   pad: int
   types: bool = False
 
+  @property
+  def around(self) -> int:
+    return len(self.before) + len(self.between) + len(self.after)
 
-def _frame(tokenizer: Tokenizer, encoder: bool, pairs: bool, length: int) -> _Frame:
+
+def around(tokenizer: Tokenizer, encoder: bool, pairs: bool) -> int:
+  """Tokens of a row that stand around its texts."""
+  return _frame(tokenizer, encoder, pairs).around
+
+
+def _frame(tokenizer: Tokenizer, encoder: bool, pairs: bool) -> _Frame:
   if encoder:
     special = vocabulary.special_ids(tokenizer)
     roberta = '[SEP]' not in tokenizer.control  # it closes the first text and opens the second, and has one type
-    frame = _Frame((special.cls,), (special.sep,) * (1 + roberta) * pairs, (special.sep,), special.pad,
-                   pairs and not roberta)
-  else:
-    first, both = tokenizer.encode('a'), tokenizer.encode('a\n')  # by itself some put a space before the newline
-    newline = tuple(both[len(first):].tolist()) if pairs else ()
-    if pairs and not newline:
-      raise ConfigError('data.tokenizer: it has no newline, which stands between the texts of a pair; expected one; '
-                        'name another tokenizer')
-    frame = _Frame((), newline, () if tokenizer.eos_id is None else (tokenizer.eos_id,), 0)
-  least = len(frame.before) + len(frame.between) + len(frame.after) + 1 + pairs
-  if length < least:
-    raise ConfigError(f'data.length={length}; expected at least {least}, so that a token of each text fits')
-  return frame
+    return _Frame((special.cls,), (special.sep,) * (1 + roberta) * pairs, (special.sep,), special.pad,
+                  pairs and not roberta)
+  # By itself some put a space before the newline.
+  newline = tuple(tokenizer.encode('a\n')[len(tokenizer.encode('a')):].tolist()) if pairs else ()
+  if pairs and not newline:
+    raise ConfigError('data.tokenizer: it has no newline, which stands between the texts of a pair; expected one; '
+                      'name another tokenizer')
+  return _Frame((), newline, () if tokenizer.eos_id is None else (tokenizer.eos_id,), 0)
 
 
 def _framed(ids_N: Sequence[Sequence[np.ndarray]], frame: _Frame, longest: int
             ) -> tuple[list[tuple[np.ndarray, int]], int]:
   """([(tokens of an example, where its second text begins)], how many were cut), of one text's ids each, or two's."""
-  room = longest - len(frame.before) - len(frame.between) - len(frame.after)
-  found, cut = [], 0
+  room, found, cut = longest - frame.around, [], 0
   for texts in ids_N:
     kept = _fit([len(ids) for ids in texts], room)
     first, *second = (ids[:n] for ids, n in zip(texts, kept, strict=True))

@@ -103,6 +103,11 @@ def by_hash(texts: Sequence[str], fractions: Sequence[float], seed: int = 0,
     seed: hashed before the text unless 0.
     key: what texts that belong together have in common; `str` tells texts apart by their exact characters.
   """
+  return _parts(hashed(texts, fractions, seed, key), len(fractions))
+
+
+def hashed(texts: Sequence[str], fractions: Sequence[float], seed: int, key: Callable[[str], str]) -> np.ndarray:
+  """int64 [N]: the part of each item in `by_hash`, 0 = train; a part may be empty."""
   _check_fractions(fractions)
   ends = np.cumsum(fractions[::-1])
   whole = [b for b in (10, 100, 1000, 10_000) if np.allclose(ends * b, np.round(ends * b), rtol=0, atol=1e-6)]
@@ -110,8 +115,7 @@ def by_hash(texts: Sequence[str], fractions: Sequence[float], seed: int = 0,
     raise ConfigError(f'fractions={tuple(fractions)}; expected multiples of 1/10000 where a hash decides; round them')
   salt, buckets = f'{seed}\n' if seed else '', whole[0]
   digests = (hashlib.sha1((salt + key(t)).encode('utf-8', 'surrogatepass')).hexdigest() for t in texts)
-  bucket_N = np.array([int(d, 16) % buckets for d in digests])
-  return _parts(len(fractions) - 1 - np.searchsorted(np.round(ends * buckets), bucket_N, 'right'), len(fractions))
+  return len(ends) - 1 - np.searchsorted(np.round(ends * buckets), [int(d, 16) % buckets for d in digests], 'right')
 
 
 def folds(texts: Sequence[str], k: int, kind: str = 'random', *, labels: Sequence[Hashable] | None = None,
@@ -280,14 +284,11 @@ def _cuts(moments_N, wanted):
 
 def _parts(part_N, parts, units_N=None):
   """The split by part numbers (below 0: in none), less what, by `units_N`, an earlier part has."""
-  dropped_N = np.zeros(len(part_N), bool)
-  if units_N is not None:
-    first_U = np.full(units_N.max() + 1, parts)
-    np.minimum.at(first_U, units_N[part_N >= 0], part_N[part_N >= 0])
-    dropped_N = part_N > first_U[units_N]
+  units_N, first_U = np.arange(len(part_N)) if units_N is None else units_N, np.full(len(part_N), parts)
+  np.minimum.at(first_U, units_N[part_N >= 0], part_N[part_N >= 0])
+  dropped_N = part_N > first_U[units_N]
   found = [np.flatnonzero((part_N == i) & ~dropped_N) for i in range(3)]
-  empty = [name for name, items in zip(('train', 'validation', 'test')[:parts], found, strict=False) if not len(items)]
-  if empty:
+  if empty := [name for name, x in zip(('train', 'validation', 'test'), found[:parts], strict=False) if not len(x)]:
     raise ConfigError(f'fractions: {empty[0]} would be empty, of {len(part_N)} items ({dropped_N.sum()} dropped, which '
                       'repeat earlier ones); raise its share, ask for fewer parts, or add items')
   return Split(*found, np.flatnonzero(dropped_N))
