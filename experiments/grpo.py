@@ -17,8 +17,8 @@ samples.jsonl and rl.png besides what every run writes.
 import dataclasses
 from typing import Any, Literal
 
-from experiments import cli, ppo
-from lm import checkpoint, config, loop, monitor, optim, peft, policy, rewards, run
+from experiments import cli
+from lm import checkpoint, config, loop, monitor, optim, peft, policy, reinforce, rewards, run
 from lm.data import prompts
 from lm.losses import ar, grpo
 from lm.models import decoder, published
@@ -35,7 +35,7 @@ class Config(policy.GRPO):
 
   def __post_init__(self):
     super().__post_init__()
-    ppo.check_judge(self)
+    reinforce.check_judge(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BestOf(policy.BestOf):
 
   def __post_init__(self):
     super().__post_init__()
-    ppo.check_judge(self)
+    reinforce.check_judge(self)
 
 
 def deepseekmath_7b() -> Config:
@@ -95,7 +95,7 @@ CONFIGS = (cpu, cpu_best_of, deepseekmath_7b, dr_grpo_7b, dapo_7b)
 
 def task(c: Config | BestOf) -> run.Task:
   both = rewards.combine({rewards.arithmetic: 1.0, rewards.formatted: 0.1})
-  return ppo.judged(c, {'arithmetic': rewards.arithmetic, 'formatted': both, 'sentiment': rewards.sentiment})
+  return reinforce.judged(c, {'arithmetic': rewards.arithmetic, 'formatted': both, 'sentiment': rewards.sentiment})
 
 
 def after(c: Config | BestOf, workdir: str) -> dict[str, Any]:

@@ -20,14 +20,12 @@ Pythia's blocks are approximated as in experiments/reward.py. Ziegler's code has
 and learns from those behind the cut, too; here responses end at it. Evaluations draw at the temperature of training.
 """
 
-from collections.abc import Mapping
 import dataclasses
 from typing import Any, Literal
 
 from experiments import cli
-from lm import checkpoint, loop, monitor, optim, peft, policy, reinforce, reward_model, rewards, run
+from lm import checkpoint, loop, monitor, optim, peft, policy, reinforce, rewards, run
 from lm.data import loader, prompts
-from lm.errors import ConfigError
 from lm.losses import ppo
 from lm.models import decoder, published
 
@@ -42,21 +40,7 @@ class Config(policy.PPO):
 
   def __post_init__(self):
     super().__post_init__()
-    check_judge(self)
-
-
-def check_judge(c: policy.Config) -> None:
-  """Raises ConfigError for a reward model that nobody asks."""
-  if c.reward_from and c.reward != 'model':
-    raise ConfigError(f"reward_from={c.reward_from} with reward={c.reward!r}; expected reward='model'; set it, or "
-                      'held_out_from to look on only')
-
-
-def judged(c: policy.Config, rules: Mapping[str, rewards.Reward]) -> run.Task:
-  """The task whose reward is the rule that `c.reward` names, or a model."""
-  reward = reward_model.reward(c.reward_from, 'reward_from') if c.reward == 'model' else rules[c.reward]
-  held_out = reward_model.reward(c.held_out_from, 'held_out_from') if c.held_out_from else None
-  return reinforce.task(c, reward, held_out)
+    reinforce.check_judge(self)
 
 
 def ziegler_124m() -> Config:
@@ -116,7 +100,7 @@ CONFIGS = (cpu, ziegler_124m, tldr_1b, instructgpt_1b)
 
 
 def task(c: Config) -> run.Task:
-  return judged(c, {'sentiment': rewards.sentiment})
+  return reinforce.judged(c, {'sentiment': rewards.sentiment})
 
 
 def after(c: Config, workdir: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ optimizer steps on it. Everything in an iteration follows from the state, the pr
 killed in the middle of one and resumed draws the same again. Shapes: B prompts or rows.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
@@ -29,6 +29,7 @@ from lm import (
   monitor,
   peft,
   policy,
+  reward_model,
   rewards,
   rollout,
   run,
@@ -82,6 +83,20 @@ def task(c: policy.Config, reward: Callable[..., Any], held_out: Callable[..., A
       carry={'kl_coef': c.loss.kl.coef} if isinstance(c, policy.PPO) else None)
   return run.Task(tree, experience.loss(c, tree, attend), None, c.model.vocab, flops, source=prompts, base=base,
                   around=around)
+
+
+def check_judge(c: policy.Config) -> None:
+  """Raises ConfigError for a reward model that nobody asks."""
+  if c.reward_from and c.reward != 'model':
+    raise ConfigError(f"reward_from={c.reward_from} with reward={c.reward!r}; expected reward='model'; set it, or "
+                      'held_out_from to look on only')
+
+
+def judged(c: policy.Config, rules: Mapping[str, rewards.Reward]) -> run.Task:
+  """The task whose reward is the rule that `c.reward` names, or a model."""
+  reward = reward_model.reward(c.reward_from, 'reward_from') if c.reward == 'model' else rules[c.reward]
+  held_out = reward_model.reward(c.held_out_from, 'held_out_from') if c.held_out_from else None
+  return task(c, reward, held_out)
 
 
 def _around(c, learn, judge, reward, held_out):

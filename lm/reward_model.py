@@ -210,10 +210,8 @@ def load(workdir: str | os.PathLike) -> RewardModel:
 def reward(workdir: str | os.PathLike, field: str) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
   """The reward function, see `lm.rewards`, that the model in `workdir` is; it is loaded by its `load`, or when asked.
 
-  Of records (`lm.data.prompts.Record`) that are the beginning of a text it scores the text, without a prompt.
-
-  Args:
-    field: of the config that names `workdir`, for errors: of `load`, which are a ConfigError.
+  Of records (`lm.data.prompts.Record`) that are the beginning of a text it scores the text, without a prompt. `field`
+  of the config names `workdir`, for errors: those of loading are a ConfigError.
   """
   @functools.cache
   def loaded():

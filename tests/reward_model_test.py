@@ -231,7 +231,7 @@ def test_a_policy_can_be_rewarded_by_it(trained):
   np.testing.assert_allclose(found, model.score(model.params, rows), rtol=1e-4, atol=1e-5)
   reward_model.reward('', 'reward_from')  # nothing is read before it is asked
   with pytest.raises(CheckpointError, match='expected the workdir'):
-    reward_model.reward('')([asked], ['a'])
+    reward_model.reward('', 'reward_from')([asked], ['a'])
 
 
 def test_scores_are_brought_to_the_mean_of_given_answers(trained, tmp_path):
