@@ -22,6 +22,7 @@ from lm.models import decoder
 EXIT = """Exit status: 0 done or complete already; 2 a flag or field; 3 the data; 4 a checkpoint or disk; 5 diverged;
 70 another process of the job is stuck or gone, 75 SIGTERM and 130 Ctrl-C, both after saving: start again to resume.
 A failure is one line on stderr."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 After = Callable[[Any, str], dict[str, Any]]
 
 
@@ -57,8 +58,9 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
                        lower_bound=5, flag_values=values)
   flags.DEFINE_integer('wait_s', 600, 'Seconds that processes of a job wait for one another, to join and at every '
                        'batch; then the job ends and says who was missing.', lower_bound=5, flag_values=values)
-  flags.DEFINE_bool('resume_with_changes', False, 'Resume although the config differs from the one in --workdir.',
-                    flag_values=values)
+  flags.DEFINE_bool('resume_with_changes', False, 'Resume although the config or the data differ from those of '
+                    '--workdir; what differs is printed and kept in changes.jsonl. Batches are counted by steps: after '
+                    'a change of data.batch, rows are skipped or come again.', flag_values=values)
 
   def program(_: list[str]) -> None:
     if values.distributed and not values.describe:
@@ -139,7 +141,7 @@ def _expected(error: BaseException) -> Error | None:
     return ConfigError(f'{text}; see --help')
   if isinstance(error, KeyboardInterrupt):
     return Interrupted('interrupted: nothing was under way; start again')
-  if os.strerror(errno.ENOSPC) in text:  # an OSError, or a library's RuntimeError
+  if any(os.strerror(n) in text for n in _FULL):  # an OSError, or a library's RuntimeError
     return CheckpointError(f'disk: {text}; free space, or choose another place')
   if isinstance(error, OSError) and error.filename:
     return DataError(f'{error.filename}: {error.strerror}; expected to read or write it; see its owner and mode')

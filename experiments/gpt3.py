@@ -1,6 +1,7 @@
 r"""GPT-3 (Brown et al. 2020, arXiv:2005.14165), table 2.1: eight sizes, 300B tokens each.
 
-  python -m experiments.gpt3 --config=gpt3_small --set data.corpus=CORPUS --set data.tokenizer=gpt2 --workdir=runs/gpt3
+  python -m experiments.gpt3 --config=gpt3_small --set data.corpus=CORPUS --set data.tokenizer=GPT2/vocab.bpe \
+      --workdir=runs/gpt3
   python -m experiments.gpt3 --config=gpt3_175b --describe
   python -m scripts.compile_for --experiment=gpt3 --config=gpt3_175b_v5p --target=v5p:8x8x16    # without a TPU
 

@@ -2,7 +2,8 @@ r"""Llama-2 (Touvron et al. 2023, arXiv:2307.09288), Llama-3 (arXiv:2407.21783) 
 
   python -m experiments.llama --config=smollm2_135m --set data.corpus=CORPUS --set data.tokenizer=DIR \
       --workdir=runs/smol
-  python -m experiments.llama --config=smollm2_135m --set init_from=SmolLM2-135M-Instruct.Q4_1.gguf ...  # go on from it
+  python -m experiments.llama --config=smollm2_135m --set init_from=$MODEL --set data.tokenizer=$MODEL ...  # go on from
+      # MODEL=SmolLM2-135M-Instruct.Q4_1.gguf, or from a Hugging Face folder
   python -m experiments.llama --config=llama2_70b --describe
 
 Llama-3 masks attention across documents, so data.isolate is on there. Its warm-up and batch at 8B were never published:

@@ -139,7 +139,7 @@ def _nearest(name, names):
 def _parse(text, hint, where):
   try:
     value = ast.literal_eval(text)
-  except (ValueError, SyntaxError, MemoryError, RecursionError):
+  except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
     value = text
   if str in _kinds(hint) and type(value) not in _kinds(hint):
     value = text

@@ -187,12 +187,12 @@ def pad(prompts: Sequence[Sequence[int]], width: int = 0) -> tuple[np.ndarray, n
   return ids_BT, segments_BT
 
 
-def pieces(to_text: Callable[[list[int]], str], ids: Iterable[int]) -> Iterator[str]:
-  """The text of the ids, piece by piece; only whole characters, so an unfinished last one is left out.
+def pieces(to_text: Callable[[list[int]], str], ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
+  """The text of the ids as it stands behind `before`, piece by piece; an unfinished last character is left out.
 
   Each piece is what its ids add to those of the piece before: a tokenizer may treat the first id of a text specially.
   """
-  before, now = [], []
+  before, now = list(before), []
   for i in ids:
     now.append(i)
     old, text = to_text(before), to_text(before + now)

@@ -1,4 +1,5 @@
-"""What a run writes about itself: config.json, metrics.jsonl, TensorBoard events, curves.png, summary.json; and tells.
+"""What a run writes about itself: config.json (and changes.jsonl), metrics.jsonl, TensorBoard events, curves.png,
+summary.json; and tells.
 
 metrics.jsonl is the record: one row a step, cut back when a run resumes. The events and the curves are made from it.
 """
@@ -121,22 +122,36 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   return rows
 
 
-def check_config(workdir: str | os.PathLike, config: dict[str, Any]) -> tuple[list[str], str | None]:
-  """Compares with the config.json that is there, if any: (fields that differ, a note if packages do).
+def check_config(workdir: str | os.PathLike, config: dict[str, Any]) -> tuple[dict[str, tuple[Any, Any]], str | None]:
+  """Compares with the config.json that is there, if any: ({field: (there, now)} of what differs, a note of packages).
 
   Raises:
     CheckpointError: it is damaged.
   """
   path = pathlib.Path(workdir) / 'config.json'
   if not path.exists():
-    return [], None
+    return {}, None
   try:
     old = json.loads(path.read_bytes())
     differing, packages = _differences(old['config'], config), _differences(old.get('packages', {}), _packages())
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise CheckpointError(f'{path}: {error!r}; expected what a run wrote; move the file away, or choose another '
                           '--workdir') from error
-  return differing, f'other packages than at the last start: {"; ".join(packages)}' if packages else None
+  return differing, f'other packages than at the last start: {beside(packages)}' if packages else None
+
+
+def beside(differing: dict[str, tuple[Any, Any]]) -> str:
+  """What `check_config` found, for a message."""
+  return '; '.join(f'{name}: {there!r} there, {now!r} now' for name, (there, now) in differing.items())
+
+
+def write_changes(workdir: str | os.PathLike, step: int, changes: dict[str, tuple[Any, Any]]) -> None:
+  """Says what a run goes on with in place of what it had up to `step`, and adds a line of it to changes.jsonl."""
+  for name, (old, new) in changes.items():
+    say(f'changed from step {step} on: {name}: {old!r} -> {new!r}')
+  path = pathlib.Path(workdir) / 'changes.jsonl'
+  with seal.failing(f'--workdir: cannot write {path}', seal.WRITABLE), open(path, 'a', encoding='utf-8') as file:
+    file.write(json.dumps({'step': step, 'changes': changes}) + '\n')
 
 
 def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
@@ -177,14 +192,14 @@ def curves(workdir: str | os.PathLike) -> pathlib.Path:
 
 
 def _differences(old, new, prefix=''):
-  lines = []
+  found = {}
   for key in sorted(old.keys() | new.keys()):
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
-      lines += _differences(a, b, f'{prefix}{key}.')
+      found |= _differences(a, b, f'{prefix}{key}.')
     elif json.dumps(a) != json.dumps(b):
-      lines.append(f'{prefix}{key}: {a!r} there, {b!r} now')
-  return lines
+      found[prefix + key] = a, b
+  return found
 
 
 def _write(path: pathlib.Path, record: dict[str, Any]) -> None:

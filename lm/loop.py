@@ -69,8 +69,8 @@ class Signals:
   """
 
   def __init__(self):
-    self.received: int | None = None
-    self._deferred = False
+    self.received: int | None = None  # the first: who preempts a job reads its exit status
+    self._deferred, self._interrupts = False, 0
     self._old: dict[int, Any] = {}
 
   def __enter__(self):
@@ -108,10 +108,11 @@ class Signals:
 
   def _on(self, number, frame):
     del frame
-    if self._deferred and number == self.received == signal.SIGINT:
+    self._interrupts += number == signal.SIGINT
+    if self._deferred and self._interrupts > 1:
       why = 'interrupted twice: stopped without saving; start again to resume from the last save'
       hosts.fail(Interrupted.code, why)
-    self.received = number
+    self.received = self.received or number
     if not self._deferred:
       raise KeyboardInterrupt  # no `except Exception` on the way may take it for a fault of its own
     if jax.process_count() > 1:

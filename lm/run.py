@@ -175,7 +175,7 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
   nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
   checkpoint_lib.preflight(workdir / 'checkpoints', nbytes, c.checkpoint)
   with checkpoint_lib.lock(workdir), loop_lib.Signals() as signals, sharding.use(parts.mesh, c.mesh.sequence):
-    _refuse(c, workdir, resume_with_changes)
+    changes = _refuse(c, workdir, resume_with_changes)
     data = task.source.prepare(c.data, workdir / 'data', seed=c.seed)
     task.source.check(data, task.vocab)
     if task.bind:
@@ -190,10 +190,12 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
     if at:
       logs.say(f'resumed from step {at} in {workdir}')
     fingerprint = data.fingerprint
+    changes |= {f'fingerprint.{name}': values for name, values in loader.differences(
+        meta.get('data', fingerprint), fingerprint).items() if values not in changes.values()}
     if task.around.data:
       data = task.around.data(parts, lambda: start.first(c, task, parts), data, workdir)
     with signals.deferred(), contextlib.ExitStack() as stack:
-      _record(c, data, workdir)
+      _record(c, data, workdir, at, changes)
       evaluation = evaluate.make(c, task, parts, abstract, data) if task.eval_loss else None
       log = stack.enter_context(contextlib.closing(logs.Logs(workdir, steps, at)))
       saver = stack.enter_context(checkpoint_lib.Saver(workdir / 'checkpoints', c.checkpoint, at or None, log.say))
@@ -221,12 +223,15 @@ def describe(c: Config, task: Task) -> str:
 
 
 def _refuse(c, workdir, resume_with_changes):
-  """What can be told before any text is read: another config than the one trained here, nothing to start from."""
+  """What can be told before any text is read: another config than the one trained here, nothing to start from.
+
+  Returns {field: (trained with, now)} where it may differ.
+  """
   sealed = checkpoint_lib.steps(workdir / 'checkpoints')
   trained = bool(sealed or logs.read(workdir))
   differing, note = logs.check_config(workdir, config.to_json(c))
   if differing and trained and not resume_with_changes:
-    raise ConfigError(f'--workdir: {workdir} was trained with another config: {"; ".join(differing)}; choose another '
+    raise ConfigError(f'--workdir: {workdir} was trained with another config: {logs.beside(differing)}; choose another '
                       '--workdir, or pass --resume_with_changes')
   if note and trained:
     logs.say(note)
@@ -235,11 +240,14 @@ def _refuse(c, workdir, resume_with_changes):
       weights.kind_of(c.init_from)
     except ConfigError as error:
       raise ConfigError(f'init_from={error}') from error
+  return differing if trained else {}
 
 
-def _record(c, data, workdir):
+def _record(c, data, workdir, at, changes):
   """Makes the workdir stand on its own: the config, the tokenizer; a summary is there only once all is done."""
   if jax.process_index() == 0:
+    if changes:
+      logs.write_changes(workdir, at, changes)
     logs.write_config(workdir, config.to_json(c))
     data.tokenizer.save(workdir / 'tokenizer')
     (workdir / 'summary.json').unlink(missing_ok=True)

@@ -122,7 +122,8 @@ def _answers(model, s, mesh, prompts):
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   """The rows of samples.jsonl: step, prompt, reply, reference, and whether the reply had ended."""
   path = pathlib.Path(workdir) / 'samples.jsonl'
-  return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()] if path.exists() else []
+  # Text holds more that Python takes for an end of line than the byte that ends a row.
+  return [json.loads(line) for line in path.read_bytes().split(b'\n') if line] if path.exists() else []
 
 
 def _row(step, pair, ids, template, tokenizer):

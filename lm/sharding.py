@@ -87,10 +87,11 @@ def make_mesh(c: Config, devices: list[jax.Device] | None = None) -> Mesh:
   """The mesh over `devices` (default: all of them).
 
   Raises:
-    ConfigError: the product of the axes is not the number of devices; a single-device mesh takes the first.
+    ConfigError: the product of the axes is not the number of devices. A single-device mesh takes the first, unless that
+      leaves processes of the job without any.
   """
   devices = jax.devices() if devices is None else devices
-  if c.devices == 1:
+  if c.devices == 1 and jax.process_count() == 1:
     devices = devices[:1]
   if c.devices != len(devices):
     raise ConfigError(f'mesh: {" x ".join(f"{a}={getattr(c, a)}" for a in AXES)} needs {c.devices} devices, '

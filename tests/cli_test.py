@@ -1,6 +1,10 @@
 """The command line: help that teaches, exit codes, and what a person sees of a run."""
 
+import errno
 import json
+import os
+import pathlib
+import re
 import signal
 
 import jax
@@ -8,8 +12,9 @@ import pytest
 import tiny
 
 from experiments import cli, gpt2
-from lm import pretrain, run
+from lm import config, pretrain, run
 from lm.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted, Preempted
+from lm.models import hf_decoder
 
 
 @pytest.fixture(scope='module')
@@ -42,6 +47,15 @@ def test_help_teaches(capsys, flag):
   assert '  model.dropout.hidden=0.2\n' in out
   for code in ('0 done', '2 a flag', '3 the data', '4 a checkpoint', '5 diverged', '75 SIGTERM', '130 Ctrl-C'):
     assert code in ' '.join(out.split())
+
+
+def test_what_the_readme_trains_first_is_an_architecture_to_export():
+  text = (pathlib.Path(__file__).parent.parent / 'README.md').read_text(encoding='utf-8')
+  command = text[text.index('experiments.gpt2 --config=quickstart'):text.index('scripts.convert --from=runs/first')]
+  c = config.override(gpt2.quickstart(), *re.findall(r'--set (model\S+)', command))
+  assert hf_decoder.family(c.model)[0] == 'gpt2'
+  with pytest.raises(ConfigError, match='norm_bias'):
+    hf_decoder.family(gpt2.quickstart().model)
 
 
 def test_describe_needs_no_workdir_and_no_data(capsys):
@@ -95,6 +109,8 @@ def test_stopped_by_a_signal(corpus, tmp_path, capsys, monkeypatch, number, code
     (PermissionError(13, 'Permission denied', '/x/text.txt'), 3, '/x/text.txt: Permission denied; expected to read'),
     (OSError(28, 'No space left on device'), 4, 'disk: [Errno 28] No space left on device; free space'),
     (RuntimeError('write() failed: No space left on device; x'), 4, 'disk: write() failed: No space left'),
+    (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), '/x/shard'), 4, f'disk: [Errno {errno.EDQUOT}] '),
+    (OSError(errno.EFBIG, os.strerror(errno.EFBIG), '/x/shard'), 4, f'disk: [Errno {errno.EFBIG}] '),
     (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes'), 2,
      'device memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes; lower data.batch'),
 ])

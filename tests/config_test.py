@@ -81,6 +81,7 @@ def test_set_changes_one_field_and_keeps_its_type(text, path, want):
     ("pair=('a',)", ['1 values; expected 2']),
     ("pair=(1, 2)", ['1 is int', 'expected str']),
     ('top_k=__import__("os")', ['is str', 'expected int or None']),
+    ('top_k={[1]: 2}', ["'{[1]: 2}' is str", 'expected int or None']),
     ('top_k=' + '(' * 5000, ['is str', 'expected int or None']),
     ('inner.warmup=101', ['inner.warmup: 101; expected at most 100']),
 ])

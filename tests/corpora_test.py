@@ -52,6 +52,13 @@ def test_no_text_is_a_data_error(tmp_path, name):
     corpora.find(str(tmp_path / name))
 
 
+@pytest.mark.parametrize('name', ['a.json', 'a.csv', 'a.txt.gz', 'manifest', '红楼梦.TXT'])
+def test_a_file_of_another_kind_is_no_text(tmp_path, name):
+  (tmp_path / name).write_text('{"text": "a"}')
+  with pytest.raises(DataError, match=f'{name}: neither .txt .* nor .jsonl .*; expected'):
+    corpora.find(str(tmp_path / name))
+
+
 def test_invalid_utf8_is_located(tmp_path):
   (tmp_path / 'a.txt').write_bytes(b'fine\nfine\nbad \xff')
   with pytest.raises(DataError, match=r'a.txt:3: byte 14 of the file'):

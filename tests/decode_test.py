@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import stats
+import tokenizers
 
 from lm import decode, nn, params, sharding
 from lm.decode import Sampling
@@ -319,3 +320,18 @@ def test_pieces_keep_the_space_that_sentencepiece_drops_at_the_start_of_a_text(t
   ids = t.encode('the cat 你 sat').tolist()
   assert len(list(decode.pieces(t.decode, ids))) < len(ids)
   assert ''.join(decode.pieces(t.decode, ids)) == t.decode(ids) == 'the cat 你 sat'
+
+
+def test_pieces_behind_a_prompt_keep_their_first_space(tmp_path):
+  """SentencePiece, and Metaspace as HF's tokenizers have it: either drops the space of a text's first token."""
+  sp = tokenizer.train_sentencepiece(['the cat sat on the mat. a cat and a dog.'] * 50, tmp_path / 't.model', vocab=276)
+  vocab = {name: i for i, name in enumerate(('▁', 'a', 'b', '▁a', '▁b'))}
+  model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [('▁', 'a'), ('▁', 'b')]))
+  model.pre_tokenizer, model.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()
+  model.save(str(tmp_path / 'tokenizer.json'))
+  for t, prompt, more in ((sp, 'the cat', ' sat 你'), (tokenizer.load(tmp_path / 'tokenizer.json'), 'a', ' b')):
+    ids = t.encode(prompt + more).tolist()
+    n = len(t.encode(prompt))
+    assert t.encode(prompt).tolist() == ids[:n]
+    assert ''.join(decode.pieces(t.decode, ids[n:], ids[:n])) == more
+  assert ''.join(decode.pieces(sp.decode, sp.encode(' sat').tolist(), [sp.bos_id])) == ' sat'  # begins a text

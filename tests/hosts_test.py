@@ -101,6 +101,14 @@ def test_a_job_found_in_the_environment(corpus, tmp_path, cluster):
   assert 'val_loss' in job.output(0) and 'val_loss' not in job.output(1)
 
 
+def test_a_job_without_a_mesh_ends_in_one_line(corpus, tmp_path):
+  with jobs.Job(tmp_path, corpus, '--set=mesh.data=1', '--set=mesh.fsdp=1') as job:
+    codes, errors, _ = job.finish(120)
+  assert codes == [2, 2], errors
+  for err in errors:
+    assert 'error: mesh: data=1' in err and 'set mesh.data' in err and 'Traceback' not in err
+
+
 @pytest.mark.parametrize('text', ['127.0.0.1:1,2', 'here', '127.0.0.1:1,two,0', '127.0.0.1:1,2,0,1'])
 def test_a_job_that_cannot_be_joined(tmp_path, capsys, text):
   argv = [*jobs.argv(tmp_path, tmp_path), f'--distributed={text}']

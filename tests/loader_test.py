@@ -10,9 +10,11 @@ import subprocess
 import sys
 
 from array_record.python import array_record_module
+import gguf
 import jax
 import numpy as np
 import pytest
+import tokenizers as hf_tokenizers
 
 from lm import config, sharding
 from lm.data import corpora, loader, records
@@ -153,6 +155,8 @@ def test_evaluation_counts_every_validation_token_once(prepare, packing, isolate
 def test_evaluation_of_nothing_is_a_data_error(prepare):
   with pytest.raises(DataError, match='nothing to evaluate'):
     loader.eval_batches(prepare('one.txt', split='tail', validation_fraction=0.0), 'validation', 8, mesh_sharding())
+  with pytest.raises(DataError, match="set data.split='tail'"):  # of one document, no share is held out
+    loader.eval_batches(prepare('one.txt', validation_fraction=1e-9), 'validation', 8, mesh_sharding())
 
 
 def test_tiny_shakespeare_split_of_nanogpt(tmp_path):
@@ -287,6 +291,27 @@ def test_missing_settings_are_named(texts, tmp_path):
       loader.prepare(loader.Config(**kwargs), tmp_path)
   with pytest.raises(ConfigError, match='seed'):
     loader.prepare(loader.Config(str(texts / 'one.txt'), tokenizer='byte'), tmp_path, seed=-1)
+
+
+def test_a_tokenizer_inside_a_gguf_file(texts, tmp_path):
+  """Training goes on from such a file; its tokenizer is then kept as any other."""
+  w = gguf.GGUFWriter(tmp_path / 'x.gguf', 'llama')
+  w.add_tokenizer_model('gpt2')
+  w.add_tokenizer_pre('smollm')
+  tokens = ['<|endoftext|>', *sorted(hf_tokenizers.pre_tokenizers.ByteLevel.alphabet()), 'ab']
+  w.add_token_list(tokens)
+  w.add_token_types([3] + [1] * (len(tokens) - 1))
+  w.add_token_merges(['a b'])
+  w.add_eos_token_id(0)
+  w.write_header_to_file()
+  w.write_kv_data_to_file()
+  w.close()
+  c = loader.Config(str(texts / 'one.txt'), tokenizer=str(tmp_path / 'x.gguf'), split='tail', length=16, batch=8)
+  data = loader.prepare(c, tmp_path / 'cache')
+  assert data.tokenizer.vocab_size == len(tokens) == 258 and data.tokenizer.eos_id == 0
+  assert data.datasets[0].tokenizer().sha256 == data.tokenizer.sha256
+  ids = loader.host_batch(data, 0)['ids_BT']
+  assert (ids == tokens.index('ab')).any() and data.tokenizer.decode(ids[0]) in (texts / 'one.txt').read_text()
 
 
 HOST = '''

@@ -218,25 +218,38 @@ CONFIG = {'data': {'corpus': 'a.txt', 'weights': []}, 'seed': 0, 'published': No
 
 
 def test_config_is_remembered_with_what_it_ran_on(tmp_path):
-  assert logs.check_config(tmp_path, CONFIG) == ([], None)
+  assert logs.check_config(tmp_path, CONFIG) == ({}, None)
   logs.write_config(tmp_path, CONFIG)
   record = json.loads((tmp_path / 'config.json').read_text())
   assert record['config'] == CONFIG
   assert record['packages']['jax'] == jax.__version__
   assert len(record['devices']) == jax.device_count()
   assert 'git' in record
-  assert logs.check_config(tmp_path, CONFIG) == ([], None)
+  assert logs.check_config(tmp_path, CONFIG) == ({}, None)
   changed = CONFIG | {'data': {'corpus': 'b.txt', 'weights': []}, 'seed': 1, 'new': 3}
-  assert logs.check_config(tmp_path, changed)[0] == [
-      "data.corpus: 'a.txt' there, 'b.txt' now", 'new: None there, 3 now', 'seed: 0 there, 1 now']
+  differing = logs.check_config(tmp_path, changed)[0]
+  assert differing == {'data.corpus': ('a.txt', 'b.txt'), 'new': (None, 3), 'seed': (0, 1)}
+  assert logs.beside(differing) == (
+      "data.corpus: 'a.txt' there, 'b.txt' now; new: None there, 3 now; seed: 0 there, 1 now")
 
 
 def test_other_packages_are_noted(tmp_path, monkeypatch):
   logs.write_config(tmp_path, CONFIG)
   monkeypatch.setattr(logs, '_packages', lambda: {'jax': '9.9'})
   differing, note = logs.check_config(tmp_path, CONFIG)
-  assert differing == []
+  assert differing == {}
   assert f"jax: '{jax.__version__}' there, '9.9' now" in note
+
+
+def test_changes_are_said_and_kept_line_by_line(tmp_path, capsys):
+  logs.write_changes(tmp_path, 4, {'optim.lr': (0.1, 0.2), 'data.corpus': ('a.txt', '红楼梦.txt')})
+  logs.write_changes(tmp_path, 9, {'optim.lr': (0.2, 0.3)})
+  assert capsys.readouterr().out.splitlines() == [
+      'changed from step 4 on: optim.lr: 0.1 -> 0.2', "changed from step 4 on: data.corpus: 'a.txt' -> '红楼梦.txt'",
+      'changed from step 9 on: optim.lr: 0.2 -> 0.3']
+  assert [json.loads(line) for line in (tmp_path / 'changes.jsonl').read_bytes().splitlines()] == [
+      {'step': 4, 'changes': {'optim.lr': [0.1, 0.2], 'data.corpus': ['a.txt', '红楼梦.txt']}},
+      {'step': 9, 'changes': {'optim.lr': [0.2, 0.3]}}]
 
 
 @pytest.mark.parametrize('content', ['', '{', '[]', '5', 'null', '{"config": 5}', '{"config": {}, "packages": 5}', '{}',

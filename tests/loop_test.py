@@ -318,6 +318,15 @@ def test_a_signal_saves_the_step_under_way(monkeypatch, number, kind, code, step
   assert signal.getsignal(number) is before
 
 
+def test_ctrl_c_after_sigterm_leaves_the_exit_status_to_the_first(monkeypatch):
+  def both():
+    os.kill(os.getpid(), signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+  w = world(monkeypatch, steps=20, at={7: both})
+  with pytest.raises(Preempted, match='SIGTERM: step 7 is saved'):
+    w.fit()
+
+
 def test_a_signal_in_the_last_step_changes_nothing(monkeypatch):
   w = world(monkeypatch, steps=6, at={6: lambda: os.kill(os.getpid(), signal.SIGTERM)})
   assert w.fit()[0].n == 6

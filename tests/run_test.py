@@ -3,8 +3,11 @@
 import json
 import math
 import os
+import pathlib
 import shutil
 import signal
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +20,7 @@ from lm.data import loader
 from lm.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted, Preempted
 from lm.text import tokenizer
 
+ROOT = pathlib.Path(__file__).parent.parent
 TASK = tiny.task()
 EXACT = ('loss', 'accuracy', 'objective', 'grad_norm', 'skipped', 'learning_rate', 'val_loss', 'val_accuracy',
          'val_bits_per_byte', 'tokens')
@@ -192,7 +196,7 @@ def test_another_config_is_refused_and_nothing_changes(finished, monkeypatch):
   assert (workdir / 'config.json').read_bytes() == before
 
 
-def test_resume_with_changes(finished, monkeypatch):
+def test_resume_with_changes(finished, monkeypatch, capsys):
   c, workdir = finished
   more = config.replace(c, optim__steps=16, optim__lr=0.05, loop__eval_every=8)
   wall = json.loads((workdir / 'summary.json').read_text())['wall_s']
@@ -204,12 +208,31 @@ def test_resume_with_changes(finished, monkeypatch):
   assert all(a['elapsed_s'] < b['elapsed_s'] for a, b in zip(rows, rows[1:], strict=False))
   assert rows[12]['elapsed_s'] > wall / 2
   assert json.loads((workdir / 'config.json').read_text())['config']['optim']['lr'] == 0.05
+  changes = {'loop.eval_every': [4, 8], 'optim.lr': [0.1, 0.05], 'optim.steps': [12, 16]}
+  said = capsys.readouterr().out
+  assert all(f'changed from step 12 on: {name}: {old} -> {new}\n' in said for name, (old, new) in changes.items())
+  assert json.loads((workdir / 'changes.jsonl').read_text()) == {'step': 12, 'changes': changes}
   tiny.stop_before_the_step(monkeypatch)
   run.run(more, TASK, workdir)  # now this is its config
   with pytest.raises(ConfigError, match='optim.lr: 0.05 there, 0.1 now'):
     run.run(c, TASK, workdir)
   fewer = config.replace(more, optim__steps=3, optim__warmup=0)
   assert run.run(fewer, TASK, workdir, resume_with_changes=True)['steps'] == 16
+  assert (workdir / 'changes.jsonl').read_text().count('\n') == 1  # nothing was trained with other values
+
+
+def test_other_data_is_said_and_kept(finished, tmp_path, monkeypatch, capsys):
+  """The text behind a path, and batches that are counted by steps."""
+  c, workdir = finished
+  other = tiny.write_text(tmp_path / 'text.txt', lines=151)
+  changed = config.replace(c, data__corpus=str(other), data__batch=16, optim__steps=16)
+  tiny.stop_before_the_step(monkeypatch)
+  with pytest.raises(tiny.Reached):
+    run.run(changed, TASK, workdir, resume_with_changes=True)
+  found = json.loads((workdir / 'changes.jsonl').read_text())['changes']
+  assert found.keys() == {'data.corpus', 'data.batch', 'optim.steps', 'fingerprint.datasets'}
+  assert found['data.batch'] == [8, 16] and found['data.corpus'] == [c.data.corpus, str(other)]
+  assert 'fingerprint.datasets: [' in capsys.readouterr().out
 
 
 def test_a_run_that_never_trained_binds_nobody(tmp_path, corpus, monkeypatch):
@@ -297,6 +320,24 @@ def test_parameters_that_are_not_finite_are_never_saved(straight, tmp_path, monk
   step, state, _ = checkpoint.restore(tmp_path / 'checkpoints', start.abstract(TASK, build(c, TASK)), log=print)
   assert step >= 1
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+
+
+def test_compressed_is_the_text_that_the_model_was_evaluated_on(finished, corpus):
+  """Not what an earlier text, or a preparation that was killed, left beside it."""
+  _, workdir = finished
+  compare = lambda: subprocess.run([sys.executable, '-m', 'scripts.compare_xz', f'--workdir={workdir}'], cwd=ROOT,
+                                   capture_output=True, text=True, timeout=300, check=False)
+  alone = compare()
+  held_out = len(corpus.read_text()) - int(len(corpus.read_text()) * 0.9)
+  assert alone.stdout.startswith(f'bits per byte on {held_out:,} bytes of validation text: model ')
+  for name, files in (('killed', ('validation.txt',)), ('earlier', ('validation.txt', 'manifest.json'))):
+    (workdir / 'data' / name).mkdir()
+    for file in files:
+      (workdir / 'data' / name / file).write_text('{"other": "text"}')
+  assert compare().stdout == alone.stdout
+  shutil.rmtree(workdir / 'data')
+  gone = compare()
+  assert gone.returncode == 3 and '0 of the 1 datasets' in gone.stderr and gone.stderr.count('\n') == 1
 
 
 def test_stops_early_and_keeps_the_best(corpus, tmp_path, monkeypatch):

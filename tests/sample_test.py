@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 
 from lm import params
@@ -38,6 +39,20 @@ def test_several_prompts_make_a_block_each(folder):
   done = run(f'--model={folder}', '--prompt=ab', '--prompt=c', '--dtype=int8', '--temperature=0')
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith(b'ab') and b'\n\nc' in done.stdout
+
+
+def test_the_space_behind_a_prompt_is_not_lost(tmp_path):
+  """A model that says one word of SentencePiece's again and again, alone and beside another prompt."""
+  text = 'the cat sat on the mat, and that cat and a dog sat there.'
+  t = tokenizer.train_sentencepiece([text] * 50, tmp_path / 't.model', 300, 'bpe')
+  word, = t.encode('the').tolist()
+  c = decoder.Config(vocab=t.vocab_size, length=32, layers=1, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=32)
+  p = jax.tree.map(np.zeros_like, params.init(decoder.specs(c), jax.random.key(0)))
+  p['embed']['tokens'][word], p['final_norm']['bias'][:] = 1, 1
+  hf.save(tmp_path / 'hf', c, p, t)
+  flags = (f'--model={tmp_path}/hf', '--max_new=2', '--temperature=0', '--prompt=the cat')
+  assert run(*flags).stdout == b'the cat the the\n'
+  assert run(*flags, '--prompt=sat').stdout == b'the cat the the\n\nsat the the\n\n'
 
 
 @pytest.mark.parametrize('flags, code, part', [

@@ -1,5 +1,6 @@
 """Samples of a run: which prompts, what the model answers by the plain forward pass, and the file over restarts."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -130,6 +131,16 @@ def test_a_resumed_run_has_each_row_once(root, tmp_path):
   events = b''.join(p.read_bytes() for p in (tmp_path / 'stopped/tensorboard/samples').iterdir())
   assert events.count(b'sample_0/text_summary') == 2 and all(row['reply'].encode() in events
                                                               for row in samples.read(tmp_path / 'stopped'))
+
+
+def test_what_a_model_says_may_look_like_an_end_of_line(tmp_path):
+  rows = [{'step': 4, 'prompt': f'a{end}b', 'reply': f'{end}你好{end}', 'ended': True}
+          for end in ('\u2028', '\u2029', '\x85', '\x0c', '\x1e', '\r\n')]
+  with contextlib.closing(samples.Book(tmp_path, 0)) as book:
+    book.write(rows)
+  assert samples.read(tmp_path) == rows
+  with contextlib.closing(samples.Book(tmp_path, 4)):
+    assert samples.read(tmp_path) == rows
 
 
 @pytest.mark.slow

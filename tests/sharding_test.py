@@ -45,6 +45,12 @@ def test_a_mesh_that_is_not_the_devices_is_refused(axes):
     mesh(**axes)
 
 
+def test_a_job_of_several_processes_must_name_its_mesh(monkeypatch):
+  monkeypatch.setattr(jax, 'process_count', lambda: 2)
+  with pytest.raises(ConfigError, match='mesh: data=1 x .* needs 1 devices, 8 are here; set mesh.data'):
+    mesh()
+
+
 @pytest.mark.parametrize('axis', sharding.AXES)
 def test_an_empty_axis_is_refused(axis):
   with pytest.raises(ConfigError, match=f'mesh.{axis}=0'):

@@ -11,6 +11,8 @@ from typing import Any
 
 from lm.errors import DataError
 
+_KINDS = ('.txt', '.jsonl')
+
 
 @dataclasses.dataclass(frozen=True)
 class Document:
@@ -50,12 +52,15 @@ def find(path: str) -> Files:
   """The .txt and .jsonl files of `path`: one file, a directory (searched below, in sorted order) or a glob.
 
   Raises:
-    DataError: nothing there.
+    DataError: nothing there, or a file of another kind.
   """
   if os.path.isfile(path):
+    if not path.endswith(_KINDS):
+      raise DataError(f'{path}: neither .txt (one document of UTF-8) nor .jsonl (one a line); expected a file of these '
+                      'names, or a prepared dataset; convert it, or rename it if it is one of them')
     return Files((path,))
   pattern = os.path.join(glob.escape(path), '**', '*') if os.path.isdir(path) else path
-  found = sorted(p for p in glob.glob(pattern, recursive=True) if p.endswith(('.txt', '.jsonl')) and os.path.isfile(p))
+  found = sorted(p for p in glob.glob(pattern, recursive=True) if p.endswith(_KINDS) and os.path.isfile(p))
   if not found:
     raise DataError(f'{path}: no text; expected a .txt or .jsonl file, a directory or glob of them, or a prepared '
                     'dataset; check the path')

@@ -17,7 +17,7 @@ import grain
 import jax
 import numpy as np
 
-from lm.data import corpora, inputs, packing, placing, records
+from lm.data import corpora, inputs, memory, packing, placing, records
 from lm.errors import ConfigError, DataError
 from lm.text import tokenizer as tokenizers, vocabulary
 
@@ -35,8 +35,8 @@ class Config:
     corpus: one or several of: a prepared dataset (directory with manifest.json), a .txt or .jsonl file, a directory or
       glob of them. Raw text is tokenised into the cache directory on first use.
     weights: share of the rows that each corpus gives; () = by its training tokens.
-    tokenizer: a path (see `lm.text.tokenizer.load`), 'byte', 'char' (built from the raw text), or '' = the one kept
-      with the prepared corpus.
+    tokenizer: a path (see `memory.read_tokenizer`), 'byte', 'char' (built from the raw text), or '' = the one kept with
+      the prepared corpus.
     length: T, targets a row; rows hold T + 1 tokens, those of encoders T with the special ones.
     batch: rows of the global batch.
     isolate: documents packed into one row do not see each other, and their first tokens are no targets.
@@ -161,7 +161,7 @@ def _is_prepared(path: str) -> bool:
 
 def _tokenizer(c, sources):
   if c.tokenizer not in ('', 'char'):
-    return tokenizers.load(c.tokenizer)
+    return memory.read_tokenizer(c.tokenizer)
   for s in sources:
     if isinstance(s, records.Dataset):
       return s.tokenizer()
@@ -202,13 +202,17 @@ def check(data: Data, vocab: int) -> None:
                     f'data.batch={c.batch}; lower data.batch or data.length, or give more text')
 
 
+def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+  """{name: (saved, now)} of what differs between two fingerprints."""
+  return {k: (saved.get(k), now.get(k)) for k in sorted(saved.keys() | now.keys()) if saved.get(k) != now.get(k)}
+
+
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
   """Raises ConfigError that lists the fields in which the data of a saved run differs from this run's."""
-  differing = [f'{k}: {saved.get(k)!r} -> {now.get(k)!r}' for k in sorted(saved.keys() | now.keys())
-               if saved.get(k) != now.get(k)]
-  if differing:
-    raise ConfigError(f'data differs from the saved run ({"; ".join(differing)}); expected the same; restore the '
-                      'settings or choose another --workdir')
+  if found := differences(saved, now):
+    differing = '; '.join(f'{k}: {a!r} -> {b!r}' for k, (a, b) in found.items())
+    raise ConfigError(f'data differs from the saved run ({differing}); expected the same; restore the settings or '
+                      'choose another --workdir')
 
 
 def host_batch(data: Data, step: int) -> Arrays:
@@ -236,8 +240,10 @@ def eval_batches(data: Data, split: str, batch: int, sharding: jax.sharding.Shar
   plans = data.evaluation(split)
   ends = np.cumsum([p.rows for p in plans])
   if not ends[-1]:
+    hashed = any(d.manifest['split']['kind'] == 'hash' for d in data.datasets)
     raise DataError(f'{", ".join(str(d.path) for d in data.datasets)}: nothing to evaluate in {split!r}; expected at '
-                    'least 2 tokens; raise data.validation_fraction')
+                    "least 2 tokens; " + "(few documents) set data.split='tail', or " * hashed
+                    + 'raise data.validation_fraction')
   nothing = (inputs.Row if data.config.encoder else np.asarray)(np.zeros((0, 3), np.int64))
 
   def arrays(rows, step):
