@@ -3,11 +3,17 @@ r"""Converts a model: from a workdir, a Hugging Face folder or a GGUF file, to a
   python -m scripts.convert --from=runs/gpt2 --to=hf --out=export/gpt2              # for transformers, vLLM, ...
   python -m scripts.convert --from=SmolLM2-135M-Instruct.Q4_1.gguf --out=smollm2
   python -m scripts.convert --from=smollm2 --to=workdir --out=runs/smollm2          # one sealed checkpoint, step 0
+  python -m scripts.convert --from=runs/lora --to=peft --out=adapter                # for PEFT, to load beside the base
+  python -m scripts.convert --from=adapter --base=smollm2 --to=hf --out=merged      # PEFT's LoRA, added to its base
 
 GPT2LMHeadModel and LlamaForCausalLM are what can be written and read; weights are f32, whatever they were. Of a run of
 an encoder, BERT's, RoBERTa's, ELECTRA's (the discriminator) or DeBERTa's class is written. Every tensor is accounted
 for, and an option that the model here lacks (rope scaling, sliding windows, ...) is refused by name. The tokenizer goes
 along. Training (init_from) and sampling read all three kinds as they are: no need to convert first.
+
+LoRA of a run is merged into its weights, unless --to=peft asks for adapter_config.json and adapter_model.safetensors
+alone. These hold LoRA (a classifier's without its head), or the prefix or prompt of a run on conversations or
+preferences; --base may be any model, also an encoder's folder. Prefixes, prompts and adapter layers cannot be merged.
 
 Exit status: 0 done, 2 a flag or an option of the model, 3 the tokenizer, 4 damaged weights or nowhere to write.
 """
@@ -16,21 +22,40 @@ import dataclasses
 import json
 import os
 import pathlib
+from typing import Any
 
 from absl import flags
 
 from experiments import cli
-from lm import checkpoint, config, params, pretrain, pretrain_encoder, weights
+from lm import (
+  checkpoint,
+  classification,
+  config,
+  instruct,
+  params,
+  peft,
+  peft_hf,
+  preference,
+  pretrain,
+  pretrain_encoder,
+  run,
+  weights,
+)
 from lm.data import loader
 from lm.errors import CheckpointError, ConfigError
-from lm.models import hf
+from lm.models import decoder, hf
 from lm.text import tokenizer
 
-_FROM = flags.DEFINE_string('from', '', 'A workdir, a folder of config.json and *.safetensors, or a .gguf file.')
-_TO = flags.DEFINE_enum('to', 'hf', ['hf', 'workdir'], 'The kind to write.')
+_FROM = flags.DEFINE_string('from', '', 'A workdir, a folder of config.json and *.safetensors, a .gguf file; or, with '
+                            "--base, PEFT's folder of an adapter.")
+_BASE = flags.DEFINE_string('base', '', 'The model that the adapter was made for: what --from may be otherwise.')
+_TO = flags.DEFINE_enum('to', 'hf', ['hf', 'workdir', 'peft'], 'The kind to write.')
 _OUT = flags.DEFINE_string('out', '', 'The folder to write; new, or empty.')
 _TOKENIZER = flags.DEFINE_string('tokenizer', '', 'A tokenizer to send along in place of the model\'s: file or folder.')
 _NEWEST = flags.DEFINE_bool('newest', False, 'Of a workdir: the newest checkpoint, not the best.')
+
+_TASKS = {instruct.Config: instruct.task, preference.Config: preference.task, **dict.fromkeys(
+    (classification.Encoder, classification.Disentangled, classification.Decoder), classification.task)}
 
 
 def main(_: list[str]) -> None:
@@ -40,10 +65,14 @@ def main(_: list[str]) -> None:
   out = pathlib.Path(os.path.abspath(_OUT.value))
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise CheckpointError(f'--out={out}: exists and is not empty; expected a new folder; choose another name')
-  encoder = pretrain_encoder.trained_in(_FROM.value)
+  if _TO.value == 'peft':
+    _adapter(out)
+    return
+  model = _merged() if _BASE.value else _load(_FROM.value)
+  encoder = not isinstance(model.config, decoder.Config)
   if encoder and _TO.value == 'workdir':
-    raise ConfigError(f'--to=workdir: {_FROM.value} is one already; expected --to=hf')
-  model = (pretrain_encoder if encoder else weights).load(_FROM.value, best=not _NEWEST.value)
+    raise ConfigError(f'--to=workdir: {_BASE.value or _FROM.value} is an encoder; expected a decoder; give --to=hf, '
+                      'from which training starts as well')
   if _TOKENIZER.value:
     model = model._replace(tokenizer=tokenizer.load(_TOKENIZER.value))
   if _TO.value == 'hf':
@@ -57,6 +86,89 @@ def main(_: list[str]) -> None:
         + (f'{tok.kind} tokenizer of {tok.vocab_size:,} ids' if tok else 'no tokenizer; --tokenizer=PATH sends one'))
   if not encoder:
     print(f'next: python -m scripts.sample --model={out} --prompt="..."')
+
+
+def _load(path: str) -> weights.Model:
+  """The decoder, or the run of an encoder, at `path`; all of it weights."""
+  given = pathlib.Path(path)
+  if (given / 'adapter_config.json').exists() and not (given / 'config.json').exists():
+    raise ConfigError(f"--base: not given, and {path} is PEFT's folder of an adapter; expected the model that it was "
+                      'made for, a workdir, a folder or a .gguf file; name it')
+  model = (pretrain_encoder if pretrain_encoder.trained_in(path) else weights).load(path, best=not _NEWEST.value)
+  if params.flatten(peft.without(model.params)).keys() != params.flatten(model.params).keys():
+    raise ConfigError(f'--to={_TO.value}: {path} has a prefix, a prompt or adapter layers, which stand beside its '
+                      'weights and cannot be merged; expected LoRA, or all weights trained; write a prefix or prompt '
+                      'with --to=peft, or sample from the workdir as it is')
+  return model
+
+
+def _merged() -> weights.Model:
+  """The base with PEFT's LoRA added to its weights."""
+  base = _BASE.value
+  if pretrain_encoder.trained_in(base) or weights.kind_of(base) != 'hf':
+    model = _load(base)
+  else:  # of an encoder, too
+    model = weights.Model(*hf.load(base), tokenizer.load(_TOKENIZER.value or base))
+  _check_layout(base, *model[:2])
+  few, tree = peft_hf.load(_FROM.value, *model[:2])
+  if few.method != 'lora':
+    raise ConfigError(f'--from={_FROM.value}: a {few.method}, which stands beside the weights and cannot be merged; '
+                      f'expected LoRA; let PEFT load it beside {base}, in transformers')
+  return model._replace(params=peft.merge(tree))
+
+
+def _adapter(out: pathlib.Path) -> None:
+  """Writes what a run learned beside the weights for PEFT; and says what it cannot take."""
+  workdir = _FROM.value
+  if weights.kind_of(workdir) != 'workdir':
+    raise ConfigError(f'--to=peft: {workdir} is no workdir; expected that of a run of experiments.lora or prefix')
+  c, task = _run_in(pathlib.Path(workdir))
+  specs, few = peft.without(task.specs), c.peft
+  best = checkpoint.best(pathlib.Path(workdir) / 'checkpoints', c.checkpoint.metric, c.checkpoint.mode)
+  p = weights.restore(workdir, specs, None if _NEWEST.value else best, task.base.specs)
+  _check_layout(workdir, c.model, p)
+  talks = isinstance(c, instruct.Config | preference.Config)
+  named = c.init_from and weights.kind_of(c.init_from) == 'hf'
+  peft_hf.save(out, c.model, p, few, c.init_from if named else '', 'CAUSAL_LM' if talks else None)
+  count = params.count(peft.materialise(p)) - params.count(peft.without(p))
+  print(f'{out}: {few.method} of {count:,} parameters')
+  if few.train and (left := params.count(p, few.train)):
+    print(f'left out: {left:,} parameters of {few.train}, which trained as well: PEFT would not know them')
+  other = f' (python -m scripts.convert --from={c.init_from} --out=FOLDER)' if c.init_from and not named else ''
+  print(f'next: in Python, peft.PeftModel.from_pretrained(BASE, {str(out)!r}), BASE being '
+        f'{c.init_from or "the model that it began with"} in transformers{other}')
+
+
+def _run_in(workdir: pathlib.Path) -> tuple[Any, run.Task]:
+  """(config, task) of a run that learned something which PEFT's layout has."""
+  where = workdir / 'config.json'
+  try:
+    saved = json.loads(where.read_bytes())['config']
+    method = saved.get('peft', {}).get('method', 'full')
+  except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    raise CheckpointError(f"{where}: {type(error).__name__}: {error}; expected a run's config; copy it again"
+                          ) from error
+  if method not in ('lora', 'prefix', 'prompt'):
+    raise ConfigError(f'--to=peft: {workdir} was trained with peft.method={method!r} and has no adapter that PEFT '
+                      'knows; expected lora, prefix or prompt'
+                      + ('; give --to=hf, which writes all weights' if method in ('full', 'top') else ''))
+  for kind, task in _TASKS.items():
+    try:
+      c = config.from_json(kind, saved)
+    except ConfigError:
+      continue
+    if method != 'lora' and task is classification.task:
+      raise ConfigError(f'--to=peft: {workdir} is of a classifier with a {method}, whose head PEFT would not have; '
+                        'expected LoRA, or a run on conversations')
+    return c, task(c)
+  raise ConfigError(f'--to=peft: {workdir} is a run of another kind; expected one of experiments.sft, lora, prefix, '
+                    'classify or dpo')
+
+
+def _check_layout(path: str, c: Any, p: params.Tree) -> None:
+  if hf.family_of(c, p)[0] == 'deberta':
+    raise ConfigError(f'{path}: DeBERTa v1 keeps q, k and v in one tensor, head by head, for which LoRA is not cut; '
+                      'expected v2, v3 or another model')
 
 
 def _workdir(out: pathlib.Path, model: weights.Model) -> None:

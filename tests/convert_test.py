@@ -7,11 +7,13 @@ import sys
 
 import jax
 import numpy as np
+import pytest
 from safetensors import numpy as st
 
 from experiments import bert, deberta, electra
-from lm import checkpoint, config, params, pretrain_encoder
-from lm.models import hf
+from lm import checkpoint, classification, config, instruct, params, peft, peft_hf, pretrain_encoder, weights
+from lm.data import conversations, labelled
+from lm.models import decoder, encoder, hf
 from lm.text import tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -57,3 +59,88 @@ def test_a_run_of_an_encoder_becomes_a_folder_that_loads_to_the_same_values(tmp_
     got = params.flatten(got)
     assert want.keys() == got.keys()
     assert all(np.array_equal(want[path], got[path]) for path in want)
+
+
+
+@pytest.fixture(scope='module')
+def bases(tmp_path_factory):
+  """A decoder and an encoder as folders of transformers' layout, with their configs."""
+  root = tmp_path_factory.mktemp('bases')
+  small = {'vocab': 258, 'length': 16, 'layers': 2, 'embed': 16, 'heads': 4, 'head_dim': 4, 'mlp': 24}
+  gpt2, bert = decoder.Config(**small, kv_heads=4), encoder.Config(**small)
+  for name, c, specs in (('gpt2', gpt2, decoder.specs(gpt2)), ('bert', bert, encoder.specs(bert))):
+    hf.save(root / name, c, params.init(specs, jax.random.key(1)), tokenizer.byte())
+  return root, gpt2, bert
+
+
+def _tuned(workdir, c, task):
+  """Writes the workdir of a run of `c` whose learned leaves are noise, and returns all leaves."""
+  base = weights.params_from(c.init_from, params.abstract(task.base.specs))
+  tree = jax.jit(lambda p, key: peft.graft(p, task.specs, key))(base, jax.random.key(0))
+  rng, frozen = np.random.default_rng(0), params.match(tree, peft.freeze(c.peft, c.model.layers))
+  tree = jax.tree.map(lambda x, kept: x if kept else 0.1 * rng.normal(size=x.shape).astype(np.float32), tree, frozen)
+  rest, own = params.split(tree, frozen)
+  with checkpoint.Saver(workdir / 'checkpoints', c.checkpoint, start=None) as saver:
+    saver.save(0, {'params': own}, meta={'base': weights.fingerprint(rest)}, metrics={})
+  tokenizer.byte().save(workdir / 'tokenizer')
+  (workdir / 'config.json').write_text(json.dumps({'config': config.to_json(c)}))
+  return tree
+
+
+def _talks(bases, method):
+  root, model, _ = bases
+  return instruct.Config(model=model, init_from=str(root / 'gpt2'), data=conversations.Config(length=8),
+                         peft=peft.Config(method, train='', rank=2, length=3, hidden=5))
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'bert'])
+def test_lora_of_a_run_goes_to_peft_and_back_onto_its_base(bases, kind, tmp_path):
+  root, _, model = bases
+  c, task = _talks(bases, 'lora'), instruct.task
+  if kind == 'bert':
+    c, task = classification.Encoder(model=model, init_from=str(root / kind), data=labelled.Config(length=8),
+                                     peft=peft.Config('lora', rank=2)), classification.task
+  tree = _tuned(tmp_path / 'run', c, task(c))
+  out = _convert(f'--from={tmp_path}/run', '--to=peft', f'--out={tmp_path}/adapter')
+  assert out.returncode == 0, out.stderr
+  assert ('left out' in out.stdout) == (kind == 'bert')  # its head
+  assert json.loads((tmp_path / 'adapter/adapter_config.json').read_text())['base_model_name_or_path'] == c.init_from
+  out = _convert(f'--from={tmp_path}/adapter', f'--base={root}/{kind}', f'--out={tmp_path}/merged')
+  assert out.returncode == 0, out.stderr
+  got, base = (params.flatten(hf.load(folder)[1]) for folder in (tmp_path / 'merged', root / kind))
+  want = params.flatten(peft.merge(tree))
+  for path, w in got.items():
+    np.testing.assert_allclose(w, want[path], atol=1e-5)
+    assert np.array_equal(w, base[path]) != path.endswith(('attn/q', 'attn/v'))
+  assert tokenizer.load(tmp_path / 'merged').sha256 == tokenizer.byte().sha256
+
+
+def test_a_prefix_goes_to_peft_and_is_merged_with_nothing(bases, tmp_path):
+  root, model, _ = bases
+  c = _talks(bases, 'prefix')
+  tree = _tuned(tmp_path / 'run', c, instruct.task(c))
+  out = _convert(f'--from={tmp_path}/run', '--to=peft', f'--out={tmp_path}/adapter')
+  assert out.returncode == 0 and 'prefix of 192 parameters' in out.stdout, out.stderr
+  _, got = peft_hf.load(tmp_path / 'adapter', *hf.load(root / 'gpt2'))
+  want = peft.materialise(tree)
+  for name in ('prefix_k', 'prefix_v'):
+    np.testing.assert_allclose(got['blocks']['attn'][name], want['blocks']['attn'][name], atol=1e-6)
+  for flags, part in (([f'--from={tmp_path}/run'], 'write a prefix or prompt with --to=peft'),
+                      ([f'--from={tmp_path}/adapter', f'--base={root}/gpt2'], 'let PEFT load it beside')):
+    out = _convert(*flags, f'--out={tmp_path}/out')
+    assert (out.returncode, out.stderr.count('\n')) == (2, 1) and part in out.stderr, out.stderr
+    assert not (tmp_path / 'out').exists()
+
+
+def test_what_has_no_adapter_or_no_base_is_told(bases, tmp_path):
+  root, run, adapter = bases[0], tmp_path / 'run', tmp_path / 'adapter'
+  (run / 'checkpoints').mkdir(parents=True)
+  (run / 'config.json').write_text(json.dumps({'config': config.to_json(_talks(bases, 'full'))}))
+  adapter.mkdir()
+  (adapter / 'adapter_config.json').write_text('{}')
+  for flags, code, part in (([f'--from={run}', '--to=peft'], 2, "peft.method='full'"),
+                            ([f'--from={root}/gpt2', '--to=peft'], 2, 'no workdir'),
+                            ([f'--from={adapter}'], 2, '--base: not given'),
+                            ([f'--from={adapter}', f'--base={root}/gpt2'], 4, 'adapter_model.safetensors')):
+    out = _convert(*flags, f'--out={tmp_path}/out')
+    assert (out.returncode, out.stderr.count('\n')) == (code, 1) and part in out.stderr, out.stderr
