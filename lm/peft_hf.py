@@ -73,11 +73,15 @@ def load(folder: str | os.PathLike, c: Any, p: params.Tree) -> tuple[peft.Config
   found = tensors.get('prompt_embeddings')
   if found is None or found.ndim != 2:
     raise CheckpointError(f'{folder}: no matrix prompt_embeddings; expected one of a row a virtual token')
+  if others := sorted(tensors.keys() - {'prompt_embeddings'}):
+    raise CheckpointError(f'{folder}: {others[0]} has no place in this model; expected prompt_embeddings alone')
   if kind == 'PROMPT_TUNING':
     _same(folder, 'prompt_embeddings', found.shape[1], p['embed']['tokens'].shape[1])
     table = Prompted(p['embed']['tokens'], found)
     return peft.Config('prompt', train='', length=len(found)), p | {'embed': p['embed'] | {'tokens': table}}
   L, _, K, H = p['blocks']['attn']['k'].shape
+  sizes = ('num_layers', 'num_attention_heads', 'token_dim')
+  _same(folder, ', '.join(sizes), tuple(fields.get(name) for name in sizes), (L, K, K * H))
   _same(folder, 'prompt_embeddings', found.shape[1], 2 * L * K * H)
   keys, values = found.reshape(-1, L, 2, K, H).transpose(2, 1, 0, 3, 4)
   attn = p['blocks']['attn'] | {'prefix_k': keys, 'prefix_v': values}
@@ -86,7 +90,10 @@ def load(folder: str | os.PathLike, c: Any, p: params.Tree) -> tuple[peft.Config
 
 def _rows(c, p):
   """Rows of the blocks' matrices."""
-  _, family = hf.family_of(c, p)
+  kind, family = hf.family_of(c, p)
+  if kind == 'deberta':
+    raise ConfigError('a DeBERTa v1 keeps q, k and v in one tensor, head by head, for which LoRA is not cut; expected '
+                      'v2, v3 or another model')
   return [row for row in family.rows if row.paths[0].startswith('blocks/') and ',' in row.layout]
 
 

@@ -109,7 +109,6 @@ def _merged() -> weights.Model:
     model = _load(base)
   else:  # of an encoder, too
     model = weights.Model(*hf.load(base), tokenizer.load(_TOKENIZER.value or base))
-  _check_layout(base, *model[:2])
   few, tree = peft_hf.load(_FROM.value, *model[:2])
   if few.method != 'lora':
     raise ConfigError(f'--from={_FROM.value}: a {few.method}, which stands beside the weights and cannot be merged; '
@@ -126,7 +125,6 @@ def _adapter(out: pathlib.Path) -> None:
   specs, few = peft.without(task.specs), c.peft
   best = checkpoint.best(pathlib.Path(workdir) / 'checkpoints', c.checkpoint.metric, c.checkpoint.mode)
   p = weights.restore(workdir, specs, None if _NEWEST.value else best, task.base.specs)
-  _check_layout(workdir, c.model, p)
   talks = isinstance(c, instruct.Config | preference.Config)
   named = c.init_from and weights.kind_of(c.init_from) == 'hf'
   peft_hf.save(out, c.model, p, few, c.init_from if named else '', 'CAUSAL_LM' if talks else None)
@@ -163,12 +161,6 @@ def _run_in(workdir: pathlib.Path) -> tuple[Any, run.Task]:
     return c, task(c)
   raise ConfigError(f'--to=peft: {workdir} is a run of another kind; expected one of experiments.sft, lora, prefix, '
                     'classify or dpo')
-
-
-def _check_layout(path: str, c: Any, p: params.Tree) -> None:
-  if hf.family_of(c, p)[0] == 'deberta':
-    raise ConfigError(f'{path}: DeBERTa v1 keeps q, k and v in one tensor, head by head, for which LoRA is not cut; '
-                      'expected v2, v3 or another model')
 
 
 def _workdir(out: pathlib.Path, model: weights.Model) -> None:

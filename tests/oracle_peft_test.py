@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import load_file
 
 from lm import params, peft, peft_hf
 from lm.errors import CheckpointError, ConfigError
@@ -116,6 +117,51 @@ def test_a_prefix_there_and_back(kind, hidden_width, tmp_path):
   np.testing.assert_allclose(got, want, atol=1e-4)
   _, again = peft_hf.load(tmp_path / 'prefix', c, p)
   np.testing.assert_allclose(hidden(c, again), hidden(c, tree), atol=1e-5)
+
+
+@pytest.mark.parametrize('projection', [False, True])
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+def test_a_prefix_made_there_loads_here(kind, projection, tmp_path):
+  """With a projection they save what it makes, as we do."""
+  torch.manual_seed(0)
+  model = getattr(transformers, MODELS[kind][0])(MODELS[kind][1]).eval()
+  model.save_pretrained(tmp_path / 'base')
+  c, p = hf.load(tmp_path / 'base')
+  config = theirs.PrefixTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=5, prefix_projection=projection,
+                                     encoder_hidden_size=7)
+  tuned = theirs.get_peft_model(model, config).eval()
+  tuned.save_pretrained(tmp_path / 'prefix')
+  few, tree = peft_hf.load(tmp_path / 'prefix', c, p)
+  assert (few.method, few.length, few.hidden) == ('prefix', 5, 0)
+  with torch.no_grad():
+    want = tuned(torch.from_numpy(IDS_BT)).logits.numpy()
+    without = tuned.get_base_model()(torch.from_numpy(IDS_BT)).logits.numpy()
+  np.testing.assert_allclose(decoder.logits(p, c, jnp.asarray(hidden(c, tree))), want, atol=1e-4)
+  assert np.abs(want - without).max() > 1e-2
+  peft_hf.save(tmp_path / 'again', c, tree, few)
+  made, again = (load_file(tmp_path / folder / 'adapter_model.safetensors') for folder in ('prefix', 'again'))
+  assert made.keys() == again.keys() == {'prompt_embeddings'}
+  np.testing.assert_array_equal(again['prompt_embeddings'], made['prompt_embeddings'])
+
+
+def test_virtual_tokens_of_another_model_are_refused(tmp_path):
+  """Where as many numbers are shared out among other heads, or a trained head would be lost."""
+  name, config = MODELS['llama']
+  model = getattr(transformers, name)(config)
+  model.save_pretrained(tmp_path / 'base')
+  c, p = hf.load(tmp_path / 'base')
+  prefix = theirs.PrefixTuningConfig(task_type='CAUSAL_LM', num_virtual_tokens=5)
+  theirs.get_peft_model(model, prefix).save_pretrained(tmp_path / 'prefix')
+  peft_hf.load(tmp_path / 'prefix', c, p)
+  fields = json.loads((tmp_path / 'prefix/adapter_config.json').read_text())
+  (tmp_path / 'prefix/adapter_config.json').write_text(json.dumps(fields | {'num_layers': 4, 'token_dim': 8}))
+  with pytest.raises(CheckpointError, match=r'token_dim: \(4, 2, 8\); expected \(2, 2, 16\); it was made for another'):
+    peft_hf.load(tmp_path / 'prefix', c, p)
+  for kind in (theirs.PrefixTuningConfig, theirs.PromptTuningConfig):
+    judge = transformers.LlamaForSequenceClassification(config)
+    theirs.get_peft_model(judge, kind(task_type='SEQ_CLS', num_virtual_tokens=3)).save_pretrained(tmp_path / 'judge')
+    with pytest.raises(CheckpointError, match='base_model.score.weight has no place in this model'):
+      peft_hf.load(tmp_path / 'judge', c, p)
 
 
 @pytest.mark.parametrize('kind', ['gpt2', 'llama'])

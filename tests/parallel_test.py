@@ -18,7 +18,7 @@ from lm.errors import ConfigError
 from lm.models import deberta, deberta_pair, decoder, electra, encoder
 
 B, T, V = 16, 16, 64
-DROPOUT = nn.Dropout(0.1, 0.1, 0.1, 0.1)
+DROPOUT = nn.Dropout(0.1, 0.1, 0.1)
 SHAPE = dict(vocab=V, length=T, layers=4, embed=32, heads=4, head_dim=8, mlp=64, dropout=DROPOUT, scan_layers=True)
 TOKENS = masking.Tokens(mask=3, vocab=V, special=(0, 1, 2, 3), starts_V=np.arange(V) % 3 != 0)
 ENCODER = encoder.Config(**SHAPE)

@@ -279,3 +279,10 @@ def test_each_weight_keeps_its_own_rank_and_scale(kind, tmp_path):
   path.write_text(json.dumps(fields | {'alpha_pattern': fields['alpha_pattern'] | {name: 7.0}}))
   with pytest.raises(ConfigError, match='alpha_pattern: .*7.0.* expected one number for all layers'):
     peft_hf.load(tmp_path / '1', c, p)
+
+
+def test_a_tensor_that_holds_heads_in_turn_is_refused(tmp_path):
+  few = peft.Config('lora', train='', targets='^blocks/attn/q$')
+  _, c, p, _, tree = tuned('deberta', few)
+  with pytest.raises(ConfigError, match='head by head, for which LoRA is not cut'):
+    peft_hf.save(tmp_path, c, tree, few)
