@@ -3,6 +3,7 @@ r"""Fine-tunes again and again, over seeds and folds, and says how sure the mean
   python -m scripts.repeat --experiment=lora --config=minilm --seeds=3 --workdir=runs/lora3 \
       --set data.corpus=corpora/movie_reviews.jsonl --set init_from=MINILM --set data.tokenizer=MINILM
   python -m scripts.repeat --experiment=classify --config=minilm --folds=5 ...    # cross-validation
+  python -m scripts.repeat --folds=5 --set data.split=grouped --set data.by=author ...    # no author on both sides
 
 Each run is a workdir of its own below --workdir and resumes there. Writes table.md (accuracy, macro F1 and MCC of every
 run, mean and 95% interval), results.json, confusion.png (all runs together) and curves.png. With folds the interval is
@@ -54,12 +55,16 @@ def main(_: list[str]) -> None:
   _report(base, workdir, results, counts)
 
 
-def estimate(results: list[dict[str, Any]], name: str, folds: int) -> metrics.Interval:
-  """Mean and interval of the score `name`, over the runs, or over `folds`, each the mean of its seeds."""
+def estimate(results: list[dict[str, Any]], name: str, folds: int, by_time: bool = False) -> metrics.Interval:
+  """Mean and interval of the score `name`, over the runs, or over `folds`, each the mean of its seeds.
+
+  By time, fold i trains on i + 1 times what it validates on, and the mean share counts.
+  """
   if not folds:
     return metrics.interval([r[name] for r in results])
   means = [statistics.fmean(r[name] for r in results if r['fold'] == fold) for fold in range(folds)]
-  return metrics.corrected_interval(means, 1 / (folds - 1))
+  shares = [1 / (fold + 1 if by_time else folds - 1) for fold in range(folds)]
+  return metrics.corrected_interval(means, statistics.fmean(shares))
 
 
 def _report(c, workdir, results, counts):
@@ -68,7 +73,7 @@ def _report(c, workdir, results, counts):
   lines = [metrics.table(rows), '']
   for name in SCORES:
     if len(results) > 1:
-      found = estimate(results, name, _FOLDS.value)
+      found = estimate(results, name, _FOLDS.value, c.data.split == 'time')
       count = f'{found.count} folds, {len(results)} runs' if _FOLDS.value else f'{found.count} runs'
       lines.append(f'{name}: {found.value:.4f}, 95% interval {found.low:.4f} to {found.high:.4f} ({count})')
   lines.append(f'{statistics.median(r["wall_s"] for r in results):.0f} s a run')

@@ -265,6 +265,7 @@ def example(text, split=None, label='x', at='', **metadata):
   return Labelled(text, label, metadata, split, at)
 
 
+GROUPED, TIMED = (labelled.Config(split=split, by='at', validation_fraction=0.25) for split in ('grouped', 'time'))
 EVERY_SPLIT = pytest.mark.parametrize('c', [labelled.Config(), labelled.Config(split='stratified'),
                                             labelled.Config(folds=2)], ids=['hash', 'stratified', 'folds'])
 
@@ -277,6 +278,165 @@ def test_a_text_whose_split_is_said_once_is_in_no_other(c, text, again):
     found = [example(again), example(text, said), example(again + ' '), *more]
     parts = labelled.assigned(found, c)
     assert parts[:3] == [said] * 3 and {'train', 'validation'} <= set(parts[3:])
+
+
+def numbered(n, groups):
+  """Records of two classes, of random groups; every seventh text repeats an earlier one, in another spelling."""
+  rng = np.random.default_rng(n)
+  texts = [f'{("Film", "电 影")[i % 2]} {i}' for i in range(n)]
+  texts[7::7] = [texts[i - rng.integers(1, 6)].upper().replace('电 影', '电影') for i in range(7, n, 7)]
+  return [example(text, None, 'xy'[int(rng.random() < 0.4)], at=f'a.jsonl:{i + 1}') for i, text in enumerate(texts)], [
+      int(group) for group in rng.integers(0, groups, n)]
+
+
+def at(found, values):
+  return [dataclasses.replace(e, metadata={'at': value}) for e, value in zip(found, values, strict=True)]
+
+
+def sides(parts, names):
+  """The splits of each name; None, which is left out, is none."""
+  found = {}
+  for part, name in zip(parts, names, strict=True):
+    found.setdefault(name, set()).update({part} - {None})
+  return found
+
+
+@pytest.mark.parametrize('authors', [150, 400])
+def test_no_group_and_no_text_is_on_two_sides(authors):
+  found, groups = numbered(300, authors)
+  found = at(found, [f'作者 {group}' for group in groups])
+  for c in (GROUPED, *(config.replace(GROUPED, folds=4, fold=fold) for fold in range(4))):
+    parts = labelled.assigned(found, c)
+    for names in (groups, [splits.duplicate_key(e.text) for e in found]):
+      assert max(map(len, sides(parts, names).values())) == 1
+    share = [sum(e.label == label for e, part in zip(found, parts, strict=True) if part == 'validation') / sum(
+        e.label == label for e in found) for label in 'xy']
+    assert set(parts) == {'train', 'validation'} and all(abs(x - 0.25) < 0.06 for x in share), share
+  folds = [labelled.assigned(found, config.replace(GROUPED, folds=4, fold=fold)) for fold in range(4)]
+  assert all(some.count('validation') == 1 for some in zip(*folds, strict=True))
+  assert labelled.assigned(found, labelled.Config(validation_fraction=0.25)) != labelled.assigned(found, GROUPED)
+
+
+def test_groups_that_share_a_text_are_one():
+  more = at([example(f'{i}', label='xy'[i % 2]) for i in range(40)], range(40))
+  texts = (('a', 'one'), ('Same  text', 'one'), ('same text', 'two'), ('b', 'two'))
+  joined = [example(text, at=author) for text, author in texts]
+  for said in ('train', 'validation', 'test'):
+    found = at([dataclasses.replace(joined[0], split=said), *joined[1:]], [author for _, author in texts])
+    assert labelled.assigned([*found, *more], GROUPED)[:4] == [said] * 4
+  found[-1] = dataclasses.replace(found[-1], split='train', origin='a.jsonl:4')
+  with pytest.raises(DataError, match="a.jsonl:4: split 'train', but the same text or at, or a chain of them, at one "
+                                      "has split 'test'; expected one split for each at"):
+    labelled.assigned([*found, *more], GROUPED)
+
+
+def test_folds_of_groups_keep_test_alone():
+  """Its authors are in no fold; what the records say of training and validation counts no more."""
+  found, groups = numbered(120, 90)
+  said = [('train', 'validation')[i % 2] if group > 5 else 'test' for i, group in enumerate(groups)]
+  found = at([dataclasses.replace(e, split=part, text=f'{i}') for i, (e, part) in enumerate(
+      zip(found, said, strict=True))], groups)
+  fold = config.replace(GROUPED, folds=3)
+  parts = labelled.assigned(found, fold)
+  assert max(map(len, sides(parts, groups).values())) == 1
+  assert [part == 'test' for part in parts] == [part == 'test' for part in said] and 'test' in said
+  found.append(dataclasses.replace(found[0], text='more', split='train', metadata={'at': 3}))
+  with pytest.raises(DataError, match="split 'train'.*split 'test'; expected one split for each at"):
+    labelled.assigned(found, fold)
+
+
+@pytest.mark.parametrize('as_time', [int, lambda day: f'2024-{1 + day // 28:02d}-{1 + day % 28:02d}',
+                                     lambda day: f'2024-{1 + day // 28:02d}-{1 + day % 28:02d}T08:00:00+08:00'])
+def test_what_validates_is_later_than_what_trains(as_time):
+  found, days = numbered(280, 100)
+  found = at(found, map(as_time, days))
+  keys = [splits.duplicate_key(e.text) for e in found]
+  seen = 0
+  for c in (TIMED, *(config.replace(TIMED, folds=4, fold=fold) for fold in range(4))):
+    parts = labelled.assigned(found, c)
+    train, held = ([day for day, part in zip(days, parts, strict=True) if part == name]
+                   for name in ('train', 'validation'))
+    assert max(train) < min(held) and max(map(len, sides(parts, keys).values())) == 1
+    if not c.folds:
+      assert abs(len(held) / 280 - 0.25) < 0.1 and 0 < parts.count(None) < 30
+      assert all(key in {k for k, p in zip(keys, parts, strict=True) if p} for key in keys)  # a text is somewhere
+    else:
+      assert len(train) > seen and abs(len(train) - 56 * (c.fold + 1)) < 12
+      assert all(part is None for day, part in zip(days, parts, strict=True) if day > max(held))
+      seen = len(train)
+
+
+def test_records_that_say_a_split_keep_it_in_time():
+  found = at([example(f'{i}', label='xy'[i % 2], at=f'a.jsonl:{i}') for i in range(20)], range(20))
+  late = at([example('t', 'test', at='t'), example('3 ', at='again'), example('T', at='early')], [30, 31, 2])
+  for c in (TIMED, config.replace(TIMED, folds=2, fold=1)):
+    assert labelled.assigned([*found, *late], c)[20:] == ['test', None, None]  # texts of training, and of test
+  held = at([example('v', 'validation', at='v.jsonl:1')], [5])
+  with pytest.raises(DataError, match="a.jsonl:14: split 'train', at 14, is later than v.jsonl:1, split 'validation', "
+                                      'at 5; expected what trains to come first'):
+    labelled.assigned([*found, *held], TIMED)
+  said = [dataclasses.replace(e, split='train' if i < 15 else 'validation') for i, e in enumerate(found)]
+  assert labelled.assigned(said, TIMED) == ['train'] * 15 + ['validation'] * 5
+
+
+@pytest.mark.parametrize('c, metadata, message', [
+    (GROUPED, {}, 'field at of data.by: no such field; expected a string or a number'),
+    (GROUPED, {'at': ''}, "field at of data.by: found ''; expected a string"),
+    (GROUPED, {'at': None}, 'field at of data.by: found null'),
+    (GROUPED, {'at': ['a']}, 'field at of data.by: found a list'),
+    (GROUPED, {'at': float('nan')}, 'field at of data.by: found the number nan'),
+    (TIMED, {'at': '昨天'}, "field at of data.by: found '昨天'; expected a number, or a date as ISO 8601"),
+    (TIMED, {}, 'field at of data.by: no such field; expected a number, or a date')])
+def test_a_record_without_its_group_or_time_is_named(c, metadata, message):
+  days = ['2024-01-01', '2024-01-02', '2024-01-03', '2024-01-04'] * 5
+  found = at([example(f'{i}', label='xy'[i % 2]) for i in range(20)], days)
+  for some in (c, config.replace(c, folds=2)):
+    with pytest.raises(DataError, match=f'a.jsonl:21: {message}') as e:
+      labelled.assigned([*found, Labelled('x', 'x', metadata, origin='a.jsonl:21')], some)
+    assert '\n' not in str(e.value)
+
+
+def test_times_of_several_kinds_are_named():
+  with pytest.raises(ConfigError, match='times: .*expected one kind'):
+    labelled.assigned(at([example('a'), example('b')], [3, '2024-01-01']), TIMED)
+
+
+def test_skip_keeps_what_is_held_out(root, capsys):
+  """Of a text with two splits, and a group; and records without a group are left out too."""
+  rows = [('one', 'x', 'train', 1), ('One', 'x', 'test', 2), ('二 三', 'y', 'train', 3), ('two', 'x', 'validation', 4),
+          ('二三', 'y', 'validation', 5), ('ONE', 'x', 'validation', 6), ('one ', 'x', None, 7),
+          ('four', 'y', 'train', 8), ('five', 'x', 'train', 9), ('six', 'x', 'train', 2), ('seven', 'y', 'train', None)]
+  records = [dict(zip(('text', 'label', 'split', 'by'), row, strict=True)) for row in rows]
+  (root / 'skip.jsonl').write_text('\n'.join(json.dumps({k: v for k, v in r.items() if v}) for r in records))
+
+  def texts(**fields):
+    c = labelled.Config(str(root / 'skip.jsonl'), tokenizer='byte', length=20, **fields)
+    data = labelled.prepare(c, '', encoder=False)
+    return {name: [data.tokenizer.decode(ids[:n - 1]) for ids, n in zip(x.ids_BT, x.segments_BT.sum(1), strict=True)]
+            for name, x in data.splits.items()}
+  with pytest.raises(DataError, match=r"skip.jsonl:2: split 'test', but the same text at .*skip.jsonl:1 has split 'tr"):
+    texts()
+  capsys.readouterr()
+  held = {'validation': ['two', '二三'], 'test': ['One', 'one ']}
+  assert texts(on_error='skip') == held | {'train': ['four', 'five', 'six', 'seven']}
+  out = capsys.readouterr().out
+  assert 'split                   3   27.27%' in out and 'kept                    8   72.73%' in out
+  for a, b in ((1, 2), (3, 5), (6, 2)):
+    part = 'train' if a < 6 else 'validation'
+    assert f"{root}/skip.jsonl:{a}: split '{part}', but the same text at {root}/skip.jsonl:{b} has split " in out
+  assert texts(on_error='skip', split='grouped', by='by') == held | {'train': ['four', 'five']}
+  out = capsys.readouterr().out
+  assert 'split                   4 ' in out and 'missing                 1 ' in out
+  assert texts(on_error='skip', folds=2)['test'] == held['test']
+
+
+def test_what_time_leaves_out_is_told(root, capsys):
+  rows = [{'text': f'{"good" if i % 2 else "bad"} film {i}', 'label': 'xy'[i % 2], 'at': i} for i in range(12)]
+  (root / 'times.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  c = config.replace(TIMED, corpus=str(root / 'times.jsonl'), tokenizer='byte', folds=3, fold=1, batch=4)
+  data = labelled.prepare(c, '', encoder=False)
+  assert [data.rows(part) for part in ('train', 'validation')] == [6, 3]
+  assert 'times.jsonl: 3 records left out; this fold ends before them' in capsys.readouterr().out
 
 
 @EVERY_SPLIT
@@ -466,6 +626,10 @@ def test_the_fingerprint_knows_the_wordings(root):
     (dict(augment=('typos:x',)), "data.augment=typos:x: 'x' is no number"),
     (dict(augment_share=0.0), 'data.augment_share=0.0; expected a share above 0'),
     (dict(validation_fraction=1.0), 'data.validation_fraction=1.0; expected a share'),
+    (dict(split='grouped'), "data.by='', data.split='grouped'; expected the name of a field with 'grouped' or"),
+    (dict(split='time'), "data.by='', data.split='time'; expected the name of a field"),
+    (dict(by='author'), "data.by='author', data.split='hash'; expected"),
+    (dict(by='author', split='stratified'), "data.by='author', data.split='stratified'; expected"),
     (dict(threads=-1), 'data.threads=-1; expected at least 0')], ids=str)
 def test_mistakes_in_a_config(change, message):
   with pytest.raises(ConfigError, match=message):

@@ -242,6 +242,21 @@ def test_a_conversation_whose_split_is_said_once_is_in_no_other(tmp_path):
     prepared(tmp_path, [(['Hi', 'a'], 'train')], [['q', 'a'], (['hi', 'A'], 'test')])
 
 
+def test_skip_leaves_out_the_conversation_that_trains(tmp_path, capsys):
+  files = [(['Hi', 'a'], 'train'), (['q', '答 案'], 'test'), (['w', 'b'], 'train')], [
+      (['hi', 'A'], 'validation'), (['Q', '答案'], 'validation'), ['q', '答案']]
+  with pytest.raises(DataError, match=r"1.jsonl:1: split 'validation', but the same text at .*0.jsonl:1 has split"):
+    prepared(tmp_path, *files)
+  capsys.readouterr()
+  found = {name: [text.encode('latin1').decode() for text in some]
+           for name, some in said(prepared(tmp_path, *files, on_error='skip')).items()}
+  assert found == {'train': ['w\nb$'], 'validation': ['hi\nA$'], 'test': ['q\n答 案$', 'q\n答案$']}
+  first, second = capsys.readouterr().out.split('1.jsonl:\n')  # each file has a table of its own
+  assert 'split                   1   33.33%' in first and 'split                   1   33.33%' in second
+  assert f"{tmp_path}/0.jsonl:1: split 'train', but the same text at {tmp_path}/1.jsonl:1 has split 'val" in first
+  assert f"{tmp_path}/1.jsonl:2: split 'validation', but the same text at {tmp_path}/0.jsonl:2 has split 't" in second
+
+
 def test_wrong_conversations_and_cut_turns_are_told(tmp_path, capsys):
   rows = [(['q', 'a'], 'train'), (['w', 'b'], 'validation')]
   bad = ('{"messages": ["q", ""]}', None)

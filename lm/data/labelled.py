@@ -19,7 +19,7 @@ from flax import struct
 import jax
 import numpy as np
 
-from lm.data import conversations, examples, memory, packing, splits
+from lm.data import assign, examples, memory, packing, splits
 from lm.data.json_io import Fault
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError, DataError
@@ -41,16 +41,21 @@ class Config:
     pack: several examples in a row, isolated from each other, so that little of a row is padding; `batch` still counts
       rows. They are packed once; an epoch shuffles the rows.
     longest: most tokens of an example, where it is to be less than a row; 0 = length.
-    split: how records that do not say are split, for every seed the same: by a hash of their texts, or in equal shares
-      of each class.
+    split: how records that do not say are split, for every seed the same: by a hash of their texts; 'stratified', in
+      equal shares of each class; 'grouped', nearly so, and no group is in two splits; 'time', the first train and the
+      last validate, and a text is left out where an earlier split has it.
+    by: the field of the records that groups, e.g. author (authors that share a text are one group), or that orders: a
+      number, or an ISO 8601 date.
     validation_fraction: of those.
     folds, fold: with folds > 1, cross-validation: all records but those of the test split are split anew into so many
-      folds in equal shares of each class, and fold number `fold` validates. The copies that scripts.augment wrote train
-      where their originals do, and validate nowhere.
+      folds in equal shares of each class, and fold number `fold` validates. By time, of folds + 1 runs all up to number
+      `fold` train, the next validates, and later ones are left out. The copies that scripts.augment wrote train where
+      their originals do, and validate nowhere.
     augment: other wordings of training texts, each as `scripts.augment --methods` names it: ('typos:0.05',
       'clauses+homophones'). One of them, by chance, changes a row; every epoch draws anew.
     augment_share: of the rows of an epoch, how many are changed, in expectation.
-    on_error: a record that is wrong ends the run ('stop') or is left out and counted ('skip').
+    on_error: a record that is wrong ends the run ('stop') or is left out and counted ('skip'); of a text, or group, of
+      which records say two splits, those that train are.
     threads: batches built ahead, 0 = none.
   """
 
@@ -61,7 +66,8 @@ class Config:
   batch: int = 32
   pack: bool = False
   longest: int = 0
-  split: Literal['hash', 'stratified'] = 'hash'
+  split: Literal['hash', 'stratified', 'grouped', 'time'] = 'hash'
+  by: str = ''
   validation_fraction: float = 0.1
   folds: int = 0
   fold: int = 0
@@ -75,6 +81,9 @@ class Config:
     if self.folds == 1 or not 0 <= self.fold < max(self.folds, 1):
       raise ConfigError(f'data.folds={self.folds}, data.fold={self.fold}; expected 0 folds, or at least 2 and one of '
                         'them')
+    if bool(self.by) != (self.split in ('grouped', 'time')):
+      raise ConfigError(f"data.by={self.by!r}, data.split={self.split!r}; expected the name of a field with 'grouped' "
+                        "or 'time', and '' with any other")
     if not 0 < self.augment_share <= 1:
       raise ConfigError(f'data.augment_share={self.augment_share}; expected a share above 0, at most 1')
     if self.longest < 0 or 0 < self.longest < 3:
@@ -132,8 +141,10 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   parts = {'train': [], 'validation': [], 'test': [], None: []}
   for example, part in zip(found, assigned(found, c), strict=True):
     parts[part].append(example)
-  if copies := parts.pop(None):
-    print(f'{c.corpus}: {len(copies)} copies left out; their originals, or texts, do not train', flush=True)
+  if rest := parts.pop(None):
+    why = ('records left out; this fold ends before them, or another split has their texts' if c.split == 'time' else
+           'copies left out; their originals, or texts, do not train')
+    print(f'{c.corpus}: {len(rest)} {why}', flush=True)
   sets, again, by = {}, None, ''
   for part, chosen in parts.items():
     if chosen or part != 'test':
@@ -155,7 +166,7 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
 def _read(c):
   """(the records that can be used, the names of their classes); prints what cannot."""
   found, report = examples.read(c.corpus, 'classification', c.on_error, classes=c.classes or None)
-  faults, counts, messages = [], dict(report.faults), dict(report.messages)
+  faults = []
   if any(e.text_pair is not None for e in found):
     faults += [Fault('missing', e.origin, 'no field text_pair, which other records have; expected it in all or in none',
                      'add it, or take that record out') for e in found if e.text_pair is None]
@@ -163,35 +174,24 @@ def _read(c):
   names = list(c.classes) or sorted({e.label for e in found if e.split in (None, 'train')})
   faults += [Fault('label', e.origin, f'label {e.label[:40]!r} is not among those of the training split, '
                    f'{", ".join(names)[:200]}; expected one of them') for e in found if e.label not in names]
+  found = [e for e in found if e.label in names]
+  if c.on_error == 'skip':
+    wrong = assign.faults(found, [_whole(e) for e in found], c)
+    faults += [fault for fault in wrong if fault]
+    found = [e for e, fault in zip(found, wrong, strict=True) if not fault]
   if faults and c.on_error == 'stop':
     raise faults[0]
-  for fault in faults:
-    counts[fault.kind] = counts.get(fault.kind, 0) + 1
-    messages[fault.kind] = (*messages.get(fault.kind, ()), str(fault))[:examples.SHOWN]
-  report = dataclasses.replace(report, kept=report.kept - len(faults), faults=counts, messages=messages)
+  report = assign.reported(report, faults)
   if report.kept < report.seen:
     print(f'{c.corpus}:\n{report.table()}', flush=True)
   if len(names) < 2:
     raise DataError(f'{c.corpus}: labels {names}; expected at least two in the training split')
-  return [e for e in found if e.label in names], names
+  return found, names
 
 
 def assigned(found: Sequence[examples.Labelled], c: Config) -> list[str | None]:
-  """The split of each example: its own, or that of `c.split`; never one text, or one pair, in two. None: left out."""
-  texts = [_whole(e) for e in found]
-  parts = conversations.declared(found, texts)
-  if c.folds:
-    return conversations.folded(found, texts, parts, c.folds, c.fold)
-  if c.split == 'hash':
-    return conversations.assigned(found, texts, c.validation_fraction)
-  if open_ := [i for i, part in enumerate(parts) if part is None]:
-    split = splits.stratified([texts[i] for i in open_], [found[i].label for i in open_],
-                              (1 - c.validation_fraction, c.validation_fraction))
-    for i in open_:
-      parts[i] = 'train'
-    for i in split.validation:
-      parts[open_[i]] = 'validation'
-  return parts
+  """The split of each example: its own, or that of `c.split`; never one text, or one pair, in two; None: left out."""
+  return assign.labelled(found, [_whole(e) for e in found], c)
 
 
 def _whole(example):

@@ -16,7 +16,7 @@ from flax import struct
 import jax
 import numpy as np
 
-from lm.data import conversations, examples, memory, packing, sft
+from lm.data import assign, conversations, examples, memory, packing, sft
 from lm.data.examples import Graded
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError, DataError
@@ -152,7 +152,7 @@ def assigned(found: Sequence[Graded], validation_fraction: float) -> list[str]:
   Of answers without a prompt, all of them together decide.
   """
   texts = [conversations.user_first(e.prompt, '\0'.join(sorted(e.answers))) for e in found]
-  return conversations.assigned(found, texts, validation_fraction)
+  return assign.assigned(found, texts, validation_fraction)
 
 
 def ranked(found: Sequence[Graded], c: Config, tokenizer: Tokenizer, encoder: bool = False) -> tuple[Ranked, Report]:

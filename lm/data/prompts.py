@@ -17,7 +17,7 @@ from flax import struct
 import jax
 import numpy as np
 
-from lm.data import conversations, examples, memory, preferences, tables_io, turns
+from lm.data import assign, conversations, examples, memory, preferences, tables_io, turns
 from lm.data.json_io import Fault, Row
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.data.preferences import TEMPLATES
@@ -144,7 +144,7 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> Data:
       print(f'{path}:\n{report.table()}', flush=True)
     found += some
   asked = [conversations.user_first(record.messages) for record, _ in found]
-  parts = conversations.assigned([record for record, _ in found], asked, c.validation_fraction)
+  parts = assign.assigned([record for record, _ in found], asked, c.validation_fraction)
   sets, records = {}, []
   for part in examples.SPLITS:
     chosen = [item for item, own in zip(found, parts, strict=True) if own == part]

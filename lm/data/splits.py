@@ -87,7 +87,7 @@ def by_time(texts: Sequence[str], times: Sequence[Any], fractions: Sequence[floa
     fractions: shares of (train, validation) or (train, validation, test), before any are dropped.
   """
   _check_fractions(fractions)
-  units_N, moments_N = _units(texts, groups), _moments(times, len(texts))
+  units_N, moments_N = units(texts, groups), moments(times, len(texts))
   cuts = _cuts(moments_N, np.cumsum(fractions)[:-1] * len(texts))
   return _parts(np.searchsorted(cuts, moments_N, 'right'), len(fractions), units_N)
 
@@ -134,9 +134,9 @@ def folds(texts: Sequence[str], k: int, kind: str = 'random', *, labels: Sequenc
   """
   given = {name for name, x in (('labels', labels), ('groups', groups), ('times', times)) if x is not None}
   _check_folds(k, kind, repeats, given)
-  units_N = _units(texts, groups)
+  units_N = units(texts, groups)
   if kind == 'time':
-    return _time_folds(units_N, _moments(times, len(texts)), k)
+    return _time_folds(units_N, moments(times, len(texts)), k)
   if units_N.max() < k - 1:
     raise ConfigError(f'k={k}: more than the {units_N.max() + 1} groups, or distinct texts; lower it')
   classes_N = None if labels is None else _classes(labels, units_N, k)
@@ -185,7 +185,7 @@ def _model_selection():
 
 def _by_share(texts, fractions, seed, labels, groups):
   _check_fractions(fractions)
-  units_N = _units(texts, groups)
+  units_N = units(texts, groups)
   classes_N = np.zeros_like(units_N) if labels is None else _classes(labels, units_N, len(fractions))
   return _parts(_allot(units_N, classes_N, fractions, np.random.default_rng(seed)), len(fractions))
 
@@ -229,7 +229,7 @@ def _whole(goal_PC, rng):
   return np.round(found.x).astype(int).reshape(parts, classes)
 
 
-def _units(texts, groups):
+def units(texts: Sequence[str], groups: Sequence[Hashable] | None) -> np.ndarray:
   """int64 [N], the unit of each item: equal keys of texts, and equal groups, join items."""
   keys_N = _codes('texts', [duplicate_key(text) for text in texts], len(texts))
   if groups is None:
@@ -260,8 +260,8 @@ def _codes(name, values, n):
   return np.array([number.setdefault(v, len(number)) for v in values], np.int64)
 
 
-def _moments(times, n):
-  """int64 [N]: the rank of each item's time among the distinct times."""
+def moments(times: Sequence[Any], n: int) -> np.ndarray:
+  """int64 [n]: the rank of each item's time among the distinct times; ConfigError unless all are of one kind."""
   _codes('times', times, n)
   try:
     times = [datetime.datetime.fromisoformat(t) if isinstance(t, str) else t for t in times]
