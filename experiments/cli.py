@@ -20,8 +20,23 @@ from lm.errors import CheckpointError, ConfigError, DataError, Error, Interrupte
 from lm.models import decoder
 
 EXIT = """Exit status: 0 done or complete already; 2 a flag or field; 3 the data; 4 a checkpoint or disk; 5 diverged;
-70 another process of the job is stuck or gone, 75 SIGTERM and 130 Ctrl-C, both after saving: start again to resume.
-A failure is one line on stderr."""
+70 another process of the job is stuck or gone, 75 SIGTERM and 130 Ctrl-C, both after saving: start again to resume."""
+_FLAGS = (
+    (flags.DEFINE_multi_string, 'set', [], 'path.to.field=value, typed and checked. E.g. --set optim.lr=1e-4 --set '
+     'data.corpus=book.txt --set "data.corpus=(\'a.txt\', \'b.jsonl\')"'),
+    (flags.DEFINE_string, 'workdir', '', 'Where the run writes: config.json, metrics.jsonl, tensorboard/, '
+     'checkpoints/, tokenizer/, curves.png, summary.json. Starting again in the same place resumes.'),
+    (flags.DEFINE_bool, 'describe', False, 'Print the parameter table, counts, tokens and FLOPs; allocate nothing.'),
+    (flags.DEFINE_string, 'distributed', '', "Join a job of several processes: 'auto' on TPU pods, Slurm, Open MPI and "
+     'Kubernetes, else HOST:PORT,PROCESSES,INDEX (process 0 at HOST). They share --workdir. See scripts/launch.'),
+    (flags.DEFINE_integer, 'heartbeat_s', 100, 'Seconds of silence after which a process counts as dead.', 5),
+    (flags.DEFINE_integer, 'wait_s', 600, 'Seconds that processes of a job wait for one another, to join and at every '
+     'batch; then the job ends and says who was missing.', 5),
+    (flags.DEFINE_enum, 'resume', 'auto', ['auto', 'never', 'must'], 'Whether a run may or must be in --workdir.'),
+    (flags.DEFINE_bool, 'resume_with_changes', False, 'Resume although config or data differ from those of --workdir; '
+     'what differs is printed and kept in changes.jsonl. After another data.batch, rows are skipped or come again.'),
+    (flags.DEFINE_integer, 'restore_step', None, 'Resume from this sealed step; newer ones move to abandoned/. For one '
+     'start: given again, it goes back again.'))
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 After = Callable[[Any, str], dict[str, Any]]
 
@@ -41,53 +56,37 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
   `after` the run, (config, workdir) -> what summary.json gets besides; also where the run was complete already.
   """
   by_name = {f.__name__: f for f in configs}
-  names = '\n'.join(f'  {name}: {(f.__doc__ or "").strip().splitlines()[0]}' for name, f in by_name.items())
   values = flags.FlagValues()
   flags.DEFINE_enum('config', next(iter(by_name)), list(by_name), 'Which run: see Configs.', flag_values=values)
-  flags.DEFINE_multi_string('set', [], 'path.to.field=value, typed and checked. E.g. --set optim.lr=1e-4 --set '
-                            'data.corpus=book.txt --set "data.corpus=(\'a.txt\', \'b.jsonl\')"', flag_values=values)
-  flags.DEFINE_string('workdir', '', 'Where the run writes: config.json, metrics.jsonl, tensorboard/, checkpoints/, '
-                      'tokenizer/, curves.png, summary.json. Starting again in the same place resumes.',
-                      flag_values=values)
-  flags.DEFINE_bool('describe', False, 'Print the parameter table, counts, tokens and FLOPs; allocate nothing.',
-                    flag_values=values)
-  flags.DEFINE_string('distributed', '', "Join a job of several processes: 'auto' on TPU pods, Slurm, Open MPI and "
-                      'Kubernetes, else HOST:PORT,PROCESSES,INDEX with process 0 at HOST. They share --workdir and the '
-                      'mesh. See scripts/launch.', flag_values=values)
-  flags.DEFINE_integer('heartbeat_s', 100, 'Seconds of silence after which a process of the job counts as dead.',
-                       lower_bound=5, flag_values=values)
-  flags.DEFINE_integer('wait_s', 600, 'Seconds that processes of a job wait for one another, to join and at every '
-                       'batch; then the job ends and says who was missing.', lower_bound=5, flag_values=values)
-  flags.DEFINE_bool('resume_with_changes', False, 'Resume although the config or the data differ from those of '
-                    '--workdir; what differs is printed and kept in changes.jsonl. Batches are counted by steps: after '
-                    'a change of data.batch, rows are skipped or come again.', flag_values=values)
+  for define, *rest in _FLAGS:
+    define(*rest, flag_values=values)
 
   def program(_: list[str]) -> None:
     if values.distributed and not values.describe:
       hosts.join(values.distributed, values.heartbeat_s, values.wait_s)  # first: what fails from here on fails on all
     c = config.override(by_name[values.config](), *values.set)
     if values.describe:
-      print(run.describe(c, task(c)))
-      return
+      return print(run.describe(c, task(c)))
     if not values.workdir:
       raise ConfigError('--workdir: not given; expected a directory to write to; e.g. --workdir=runs/' + values.config)
+    workdir = os.path.abspath(values.workdir)
+    how = {k: values[k].value for k in ('resume_with_changes', 'resume', 'restore_step')}
     if jax.distributed.is_initialized():
-      job = values.distributed.rsplit(',', 1)[0]
-      hosts.require_same({'--config': values.config, '--resume_with_changes': values.resume_with_changes,
-                          '--distributed': job, 'JAX': jax.__version__} | config.flatten(c))
-      hosts.require_shared(values.workdir)
-    summary = run.run(c, task(c), values.workdir, values.resume_with_changes)
-    more = after(c, values.workdir) if after else {}
-    if more and jax.process_index() == 0:
-      summary |= more
-      logs.write_summary(values.workdir, summary)
+      hosts.require_same({'--config': values.config, '--distributed': values.distributed.rsplit(',', 1)[0],
+                          'JAX': jax.__version__} | {f'--{k}': v for k, v in how.items()} | config.flatten(c))
+      hosts.require_shared(workdir)
+    summary = run.run(c, task(c), workdir, **how)
+    more = after(c, workdir) if after else {}
     if jax.process_index() == 0:
-      print(json.dumps(summary, indent=1))
+      if more:
+        logs.write_summary(workdir, summary | more)
+      print(json.dumps(summary | more, indent=1))
       hint = '' if not isinstance(getattr(c, 'model', None), decoder.Config) or hasattr(c, 'pooling') else (
-          f'; sample with: python -m scripts.sample --model={values.workdir} --prompt="..."')
-      print(f'done: {values.workdir}/curves.png shows how it went{hint}')
+          f'; sample with: python -m scripts.sample --model={workdir} --prompt="..."')
+      print(f'done: {workdir}/curves.png shows how it went{hint}')
 
   def more_help() -> str:
+    names = '\n'.join(f'  {name}: {(f.__doc__ or "").strip().splitlines()[0]}' for name, f in by_name.items())
     fields = '\n'.join(f'  {k}={v!r}' for k, v in config.flatten(by_name[values.config]()).items())
     return (f'Configs (--config):\n{names}\n\nFields (--set) and their values in --config={values.config}:\n{fields}'
             f'\n\n{EXIT}')
@@ -124,6 +123,7 @@ def _run(argv, values, program, doc, more_help) -> int:
     if failure is None or (values.is_parsed() and values.traceback):
       traceback.print_exc()
     code, line = failure.code if failure else 1, ' '.join(str(failure or error).split())
+    line = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in line)  # a name in it may not steer the terminal
     if jax.distributed.is_initialized():
       hosts.fail(code, line)
     print('error: ' + line, file=sys.stderr, flush=True)

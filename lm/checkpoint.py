@@ -16,7 +16,7 @@ import os
 import pathlib
 import re
 import socket
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from flax import traverse_util
 import jax
@@ -39,20 +39,21 @@ Path = str | os.PathLike
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-  """Save every `every` steps; keep the `keep` newest and the `keep_best` best by `metric` ('min' or 'max')."""
+  """Save each `every` steps; keep the `keep` newest, `keep_best` best by `metric` and multiples of `keep_every` > 0."""
 
   every: int = 1000
   keep: int = 2
   keep_best: int = 1
+  keep_every: int = 0
   metric: str = 'val_loss'
-  mode: str = 'min'
+  mode: Literal['min', 'max'] = 'min'
 
   def __post_init__(self):
-    for name, least in (('every', 1), ('keep', 1), ('keep_best', 0)):
+    for name, least in (('every', 1), ('keep', 1), ('keep_best', 0), ('keep_every', 0)):
       if getattr(self, name) < least:
         raise ConfigError(f'checkpoint.{name}: {getattr(self, name)}; expected at least {least}')
-    if self.mode not in ('min', 'max'):
-      raise ConfigError(f'checkpoint.mode: {self.mode!r}; expected "min" or "max"')
+    if self.keep_every % self.every:
+      raise ConfigError(f'checkpoint.keep_every: {self.keep_every}; expected a multiple of every={self.every}')
 
 
 class Saver:
@@ -139,7 +140,7 @@ class Saver:
       self._orbax.wait_until_finished()
       if jax.process_index() == 0:
         seal.write(self._directory, step, record)
-        seal.prune(self._directory, seal.metrics(self._directory, c.metric), c.keep, c.keep_best, c.mode)
+        seal.prune(self._directory, seal.metrics(self._directory, c.metric), c.keep, c.keep_best, c.mode, c.keep_every)
     hosts.meet('a seal', _READ_S)
     self._newest = step
 
@@ -212,13 +213,13 @@ def read_meta(directory: Path, step: int) -> dict[str, Any]:
   return _read(_absolute(directory), step)['meta']
 
 
-def preflight(directory: Path, nbytes: int, c: Config) -> None:
-  """Refuses, before anything is compiled, a directory without room for all the steps kept and one more, x 1.2.
+def preflight(directory: Path, nbytes: int, c: Config, steps: int = 0) -> None:
+  """Refuses, before anything is compiled, a directory without room for all that `steps` steps keep and one more, x 1.2.
 
   Raises:
     CheckpointError: not a directory, not writable, or too little space (sealed steps already there count as free).
   """
-  copies = c.keep + c.keep_best + 1
+  copies = c.keep + c.keep_best + 1 + (steps // c.keep_every if c.keep_every else 0)
   seal.require_room(_absolute(directory), int(1.2 * nbytes * copies), f'1.2 x {copies} checkpoints')
 
 
@@ -229,22 +230,20 @@ def lock(workdir: Path) -> Iterator[None]:
   Raises:
     CheckpointError: another process holds it; the message names its host and pid.
   """
-  if jax.process_index() != 0:
-    yield
-    return
   path = _absolute(workdir) / 'lock'
   with contextlib.ExitStack() as stack:
-    with seal.failing(f'--workdir: cannot lock {path}', seal.WRITABLE):
-      path.parent.mkdir(parents=True, exist_ok=True)
-      file = stack.enter_context(path.open('a+'))
-      try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-      except BlockingIOError as error:
-        file.seek(0)
-        raise CheckpointError(f'--workdir: {path.parent} is in use by {file.read().strip() or "another process"}; '
-                              'expected no other run; wait for it or choose another --workdir') from error
-      file.truncate(0)
-      print(f'host {socket.gethostname()} pid {os.getpid()}', file=file, flush=True)
+    if jax.process_index() == 0:
+      with seal.failing(f'--workdir: cannot lock {path}', seal.WRITABLE):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = stack.enter_context(path.open('a+'))
+        try:
+          fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+          file.seek(0)
+          raise CheckpointError(f'--workdir: {path.parent} is in use by {file.read().strip() or "another process"}; '
+                                'expected no other run; wait for it or choose another --workdir') from error
+        file.truncate(0)
+        print(f'host {socket.gethostname()} pid {os.getpid()}', file=file, flush=True)
     yield
 
 
@@ -283,9 +282,10 @@ def _match(where: pathlib.Path, wanted: dict[str, Any], stored: dict[str, str], 
   if not partial:
     lines += [f'{path} {kind} is in the checkpoint only' for path, kind in stored.items() if path not in kinds]
   if lines:
-    more = f' and {len(lines) - _SHOWN} more' if len(lines) > _SHOWN else ''
-    raise ConfigError(f'{where}: {"; ".join(lines[:_SHOWN])}{more}; expected the same leaves; set the config as it '
-                      'was, or take over parameters alone with init_from in a new --workdir')
+    more = f' and {len(lines) - _SHOWN} more' * (len(lines) > _SHOWN)
+    what = ': another optimizer' if all(line.startswith('opt_state/') for line in lines) else ''
+    raise ConfigError(f'{where}{what}: {"; ".join(lines[:_SHOWN])}{more}; expected the same leaves; set the config as '
+                      f'it was, or start anew from its weights: --set init_from={where.parents[1]} in a new --workdir')
 
 
 def _load(path: pathlib.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:

@@ -4,6 +4,7 @@ summary.json; and tells.
 metrics.jsonl is the record: one row a step, cut back when a run resumes. The events and the curves are made from it.
 """
 
+from collections.abc import Callable
 import contextlib
 import importlib.metadata
 import json
@@ -122,8 +123,12 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   return rows
 
 
-def check_config(workdir: str | os.PathLike, config: dict[str, Any]) -> tuple[dict[str, tuple[Any, Any]], str | None]:
+def check_config(workdir: str | os.PathLike, config: dict[str, Any], complete: Callable[[Any], Any] = lambda old: old
+                 ) -> tuple[dict[str, tuple[Any, Any]], str | None]:
   """Compares with the config.json that is there, if any: ({field: (there, now)} of what differs, a note of packages).
+
+  Args:
+    complete: gives the config that is there with the fields that it was too old to have.
 
   Raises:
     CheckpointError: it is damaged.
@@ -133,7 +138,8 @@ def check_config(workdir: str | os.PathLike, config: dict[str, Any]) -> tuple[di
     return {}, None
   try:
     old = json.loads(path.read_bytes())
-    differing, packages = _differences(old['config'], config), _differences(old.get('packages', {}), _packages())
+    differing = _differences(complete(old['config']), config)
+    packages = _differences(old.get('packages', {}), _packages())
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise CheckpointError(f'{path}: {error!r}; expected what a run wrote; move the file away, or choose another '
                           '--workdir') from error

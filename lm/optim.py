@@ -82,18 +82,18 @@ class Config:
     left = self.steps - self.warmup
     _check('decay_steps', self.decay_steps, 0 <= self.decay_steps <= left, f'0 to optim.steps - optim.warmup = {left}')
     _check('min_lr', self.min_lr, self.min_lr <= self.lr, f'at most optim.lr={self.lr}')
-    for name, pattern in (('no_decay', self.no_decay), ('freeze', self.freeze),
-                          *(('networks', pattern) for pattern in self.networks),
-                          *(('multipliers', pattern) for pattern, _ in self.multipliers),
-                          *(('thaw', pattern) for pattern, _ in self.thaw)):
+    for name, unread in (('decay_steps', ('constant', 'bert_linear', 'electra_linear')), ('min_lr', ('constant',))):
+      if getattr(self, name) and self.schedule in unread:
+        raise ConfigError(f'optim.{name}: {getattr(self, name)}, which {self.schedule!r} does not read; set '
+                          f'optim.{name}=0, or another optim.schedule')
+    for name, pattern in (('no_decay', self.no_decay), ('freeze', self.freeze), *_patterns(self)):
       try:
         re.compile(pattern)
       except re.error as error:
         raise ConfigError(f'optim.{name}: {pattern!r} is no regular expression ({error}); correct it') from error
-    if self.thaw and self.name == 'muon':
-      raise ConfigError("optim.thaw: 'muon' moves all of its leaves; set optim.thaw=() or another optim.name")
-    if self.networks and self.name == 'muon':
-      raise ConfigError("optim.networks: 'muon' clips by one norm; set optim.networks=() or another optim.name")
+    for name, why in (('thaw', 'moves all of its leaves'), ('networks', 'clips by one norm')):
+      if getattr(self, name) and self.name == 'muon':
+        raise ConfigError(f"optim.{name}: 'muon' {why}; set optim.{name}=() or another optim.name")
     for _, factor in self.multipliers:
       for f in factor if isinstance(factor, tuple) else (factor,):
         _check('multipliers', f, 0 <= f < math.inf, 'finite factors, at least 0')
@@ -177,8 +177,7 @@ def make(c: Config, specs: params.Tree) -> optax.GradientTransformationExtraArgs
   leaves = params.flatten(specs)
   factors = {path: _of_layers('multipliers', c.multipliers, 1.0, path, leaf.shape) for path, leaf in leaves.items()}
   thaws = {path: _of_layers('thaw', c.thaw, 0, path, leaf.shape) for path, leaf in leaves.items()}
-  for name, pattern in (*(('networks', p) for p in c.networks), *(('multipliers', p) for p, _ in c.multipliers),
-                        *(('thaw', p) for p, _ in c.thaw)):
+  for name, pattern in _patterns(c):
     if not any(re.search(pattern, path) for path in leaves):
       raise ConfigError(f'optim.{name}: {pattern!r} matches no parameter; expected part of a path such as '
                         f'{next(iter(leaves))!r}')
@@ -190,6 +189,12 @@ def make(c: Config, specs: params.Tree) -> optax.GradientTransformationExtraArgs
 def _check(name, value, right, expected):
   if not right:
     raise ConfigError(f'optim.{name}: {value}; expected {expected}')
+
+
+def _patterns(c):
+  """[(field, pattern)] of those that must match a leaf."""
+  return [*(('networks', p) for p in c.networks), *(('multipliers', p) for p, _ in c.multipliers),
+          *(('thaw', p) for p, _ in c.thaw)]
 
 
 def _of_layers(name, pairs, default, path, shape):
@@ -211,13 +216,10 @@ def _clip(c, grads, norm):
   if not c.clip:
     return lambda path: 1.0
   network = lambda path: next((pattern for pattern in c.networks if re.search(pattern, path)), '')
-  if c.networks:
-    groups = {}
-    for path, g in params.flatten(grads).items():
-      groups.setdefault(network(path), []).append(g)
-    norms = {name: optax.tree.norm(group) for name, group in groups.items()}
-  else:
-    norms = {'': optax.tree.norm(grads) if norm is None else norm}
+  groups = {}
+  for path, g in params.flatten(grads).items():
+    groups.setdefault(network(path), []).append(g)
+  norms = {name: optax.tree.norm(group) for name, group in groups.items()} if c.networks or norm is None else {'': norm}
   factors = {name: jnp.minimum(1.0, c.clip / n) for name, n in norms.items()}
   return lambda path: factors[network(path)]
 
@@ -278,9 +280,7 @@ def _muon(c, factors, matrices, adam) -> optax.GradientTransformationExtraArgs:
       weight_decay_mask=lambda tree: params.map_with_path(lambda path, _: _decay(c, path) > 0, tree),
       consistent_rms=0.2,
       muon_weight_dimension_numbers=lambda tree: params.map_with_path(lambda path, _: matrices[path], tree))
-
-  def halves(tree):
-    return params.split(tree, params.map_with_path(lambda path, _: path in matrices, tree))
+  halves = lambda tree: params.split(tree, params.map_with_path(lambda path, _: path in matrices, tree))
 
   def init(tree):
     mine, rest = halves(tree)

@@ -24,6 +24,9 @@ class Config(run.Config):
     if self.data.length > self.model.length:
       raise ConfigError(f'data.length={self.data.length} is more than model.length={self.model.length} positions; '
                         f'lower data.length or raise model.length')
+    if self.model.dropout.classifier:
+      raise ConfigError(f'model.dropout.classifier={self.model.dropout.classifier}, but this model has no classifier; '
+                        'set model.dropout.classifier=0.0')
     check_mesh(self, self.model)
 
 

@@ -7,6 +7,7 @@ checkpoints, logs, resuming) is here. The order is deliberate: all that can be r
 from collections.abc import Callable
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import time
@@ -160,30 +161,36 @@ def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Par
   return Parts(mesh, tx, trainable, places, step, evaluate)
 
 
-def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: bool = False) -> dict[str, Any]:
+def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: bool = False, resume: str = 'auto',
+        restore_step: int | None = None) -> dict[str, Any]:
   """Trains in `workdir`, or resumes there, and returns what it writes to summary.json.
+
+  Args:
+    resume: 'auto', 'never', 'must': whether a run may or must be there. restore_step: resume from this sealed step.
 
   Raises:
     lm.errors.Error: see its subclasses; nothing that was sealed is lost.
   """
   began = time.perf_counter()
   workdir = pathlib.Path(os.path.abspath(workdir))
+  if not str(workdir).isprintable():  # it is told in lines of logs
+    raise ConfigError(f'--workdir: {str(workdir)!r} has a character that cannot be shown; choose another name')
   if workdir.exists() and not workdir.is_dir():
     raise ConfigError(f'--workdir: {workdir} is a file; expected a directory, or a new name; choose another --workdir')
   parts = build(c, task)
   abstract = start.abstract(task, parts)
   nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
-  checkpoint_lib.preflight(workdir / 'checkpoints', nbytes, c.checkpoint)
+  steps = c.optim.steps // task.around.updates
+  checkpoint_lib.preflight(workdir / 'checkpoints', nbytes, c.checkpoint, steps)
   with checkpoint_lib.lock(workdir), loop_lib.Signals() as signals, sharding.use(parts.mesh, c.mesh.sequence):
-    changes = _refuse(c, workdir, resume_with_changes)
+    changes = _refuse(c, workdir, resume_with_changes, resume, restore_step)
     data = task.source.prepare(c.data, workdir / 'data', seed=c.seed)
     task.source.check(data, task.vocab)
     if task.bind:
       task = task.bind(data.tokenizer)
       parts = build(c, task)
     evaluate.check(c, task, parts, abstract, data)
-    at, state, meta = start.resume(c, task, parts, abstract, data, workdir, resume_with_changes)
-    steps = c.optim.steps // task.around.updates
+    at, state, meta = start.resume(c, task, parts, abstract, data, workdir, resume_with_changes, restore_step)
     if at >= steps or (meta['finished'] and not resume_with_changes):
       logs.say(f'already complete: step {at} of {steps} in {workdir}; nothing was trained')
       return summary.write(c, task, workdir, at, meta)
@@ -222,14 +229,15 @@ def describe(c: Config, task: Task) -> str:
   return budget.table(task.specs) + '\n\n' + budget.columns(groups)
 
 
-def _refuse(c, workdir, resume_with_changes):
+def _refuse(c, workdir, resume_with_changes, resume, restore_step):
   """What can be told before any text is read: another config than the one trained here, nothing to start from.
 
   Returns {field: (trained with, now)} where it may differ.
   """
   sealed = checkpoint_lib.steps(workdir / 'checkpoints')
   trained = bool(sealed or logs.read(workdir))
-  differing, note = logs.check_config(workdir, config.to_json(c))
+  start.require(workdir, trained, resume, restore_step)
+  differing, note = logs.check_config(workdir, config.to_json(c), functools.partial(_completed, type(c)))
   if differing and trained and not resume_with_changes:
     raise ConfigError(f'--workdir: {workdir} was trained with another config: {logs.beside(differing)}; choose another '
                       '--workdir, or pass --resume_with_changes')
@@ -241,6 +249,13 @@ def _refuse(c, workdir, resume_with_changes):
     except ConfigError as error:
       raise ConfigError(f'init_from={error}') from error
   return differing if trained else {}
+
+
+def _completed(kind, saved):
+  try:
+    return config.to_json(config.from_json(kind, saved))
+  except ConfigError:  # it has what is no more
+    return saved
 
 
 def _record(c, data, workdir, at, changes):

@@ -136,7 +136,8 @@ def newest_intact(directory: pathlib.Path, step: int | None, log: Log) -> int | 
     CheckpointError: steps are sealed, or one was asked for, and none is intact.
   """
   for path in strays(directory):
-    log(f'warning: {path}: not a sealed checkpoint; ignored')
+    name = path if str(path).isprintable() else repr(str(path))
+    log(f'warning: {name}: not a sealed checkpoint; ignored')
   rejected = []
   for s in reversed(steps(directory)) if step is None else [step]:
     reason = check(directory, s)
@@ -167,9 +168,11 @@ def ranked(values: dict[int, float | None], mode: str) -> list[int]:
   return [-s for _, s in sorted((sign * v, -s) for s, v in values.items() if v is not None and math.isfinite(v))]
 
 
-def prune(directory: pathlib.Path, values: dict[int, float | None], keep: int, keep_best: int, mode: str) -> None:
-  """Deletes the steps of `values` that are neither among the `keep` newest nor among the `keep_best` best."""
+def prune(directory: pathlib.Path, values: dict[int, float | None], keep: int, keep_best: int, mode: str,
+          keep_every: int = 0) -> None:
+  """Deletes the steps of `values` but the `keep` newest, the `keep_best` best and the multiples of `keep_every` > 0."""
   kept = {*sorted(values)[-keep:], *ranked(values, mode)[:keep_best]}
+  kept |= {step for step in values if keep_every and step % keep_every == 0}
   for step in sorted(values.keys() - kept):
     delete(directory, step)
 
@@ -224,7 +227,7 @@ def require_room(directory: pathlib.Path, nbytes: int, what: str) -> None:
     free = shutil.disk_usage(directory).free + size(directory)
   if free < nbytes:
     raise CheckpointError(f'--workdir: {free / 2**20:,.0f} MiB free for {directory}; expected {nbytes / 2**20:,.0f} '
-                          f'({what}); free space, or lower checkpoint.keep')
+                          f'({what}); free space, or keep fewer: checkpoint.keep, keep_best, keep_every')
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ import jax
 
 from lm import checkpoint, params, train, weights
 from lm.data import loader
-from lm.errors import CheckpointError
+from lm.errors import CheckpointError, ConfigError
 
 
 def abstract(task: Any, parts: Any) -> train.State:
@@ -20,9 +20,27 @@ def abstract(task: Any, parts: Any) -> train.State:
   return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, parts.state)
 
 
+def require(workdir: pathlib.Path, trained: bool, resume: str, restore_step: int | None) -> None:
+  """Refuses a workdir that is not as `resume` ('auto': either; 'never', 'must') and `restore_step` expect it.
+
+  Raises:
+    ConfigError: `trained` but never to be resumed; no such step. CheckpointError: must resume, and nothing is there.
+  """
+  sealed = checkpoint.steps(workdir / 'checkpoints')
+  have = f'sealed steps: {", ".join(map(str, sealed)) or "none"}'
+  if trained and resume == 'never':
+    raise ConfigError(f'--resume=never: {workdir} holds a run ({have}); expected none; choose another --workdir, or '
+                      'pass --resume=auto')
+  if not sealed and resume == 'must':
+    raise CheckpointError(f'--resume=must: {workdir} has no checkpoint; expected a run to resume; correct --workdir, '
+                          'or pass --resume=auto to begin one')
+  if restore_step is not None and restore_step not in sealed:
+    raise ConfigError(f'--restore_step={restore_step}: not in {workdir} ({have}); expected a sealed step; name one')
+
+
 def resume(c: Any, task: Any, parts: Any, abstract: train.State, data: Any, workdir: pathlib.Path,
-           resume_with_changes: bool) -> tuple[int, train.State, dict[str, Any]]:
-  """(step, state, meta): restored from the workdir, or else `first`'s.
+           resume_with_changes: bool, restore_step: int | None) -> tuple[int, train.State, dict[str, Any]]:
+  """(step, state, meta): restored from the workdir's newest intact step, or `restore_step`; or else `first`'s.
 
   Frozen leaves are not in checkpoints: they are made again, and must be those that the run began with.
 
@@ -30,7 +48,7 @@ def resume(c: Any, task: Any, parts: Any, abstract: train.State, data: Any, work
     CheckpointError: they are not. DataError: the data are not those that it was trained on.
   """
   kept = abstract.replace(frozen=jax.tree.map(lambda x: None, abstract.frozen))
-  restored = checkpoint.restore(workdir / 'checkpoints', kept)
+  restored = checkpoint.restore(workdir / 'checkpoints', kept, restore_step)
   frozen = bool(jax.tree.leaves(abstract.frozen))
   if restored is None:
     state = first(c, task, parts)

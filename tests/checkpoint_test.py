@@ -191,6 +191,19 @@ def test_keeps_the_newest_and_the_best(tmp_path, mode, left):
   assert sorted(os.listdir(tmp_path)) == sorted(n for s in left for n in (str(s), f'{s}.sha256.json'))
 
 
+def test_milestones_are_kept_for_good_and_counted_beforehand(tmp_path, monkeypatch):
+  c = checkpoint.Config(every=1, keep=1, keep_best=1, keep_every=3)
+  with checkpoint.Saver(tmp_path, c, None) as saver:
+    for s in range(1, 9):
+      assert saver.save(s, {'w': jnp.full((4,), s)}, {}, {'val_loss': abs(s - 2.0)})
+  assert checkpoint.steps(tmp_path) == [2, 3, 6, 8]  # the best, two milestones, the newest
+  asked = []
+  monkeypatch.setattr(seal, 'require_room', lambda directory, nbytes, what: asked.append(what))
+  checkpoint.preflight(tmp_path, 100, c, 8)
+  checkpoint.preflight(tmp_path, 100, checkpoint.Config(), 8)
+  assert asked == ['1.2 x 5 checkpoints', '1.2 x 4 checkpoints']
+
+
 def test_what_is_not_saved(tmp_path):
   with checkpoint.Saver(tmp_path, checkpoint.Config(), None) as saver:
     assert not saver.save(1, state_of(1), {}, {}, finite=False)
@@ -242,7 +255,8 @@ def test_mismatches_name_the_leaf_and_both_sides_before_orbax_is_asked(two_steps
           q=jax.ShapeDtypeStruct((16, 8), jnp.bfloat16))
   refuses(r'params/blocks/attn/new float32\[3\] is not in the checkpoint', new=jax.ShapeDtypeStruct((3,), jnp.float32))
   refuses(r'params/blocks/attn/q float32\[16, 8\] is in the checkpoint only', q=None)
-  with pytest.raises(ConfigError, match=r'opt_state.* and \d+ more'):
+  with pytest.raises(ConfigError, match=rf'checkpoints/2: another optimizer: opt_state.* and \d+ more; .*set the '
+                     rf'config as it was, or start anew from its weights: --set init_from={two_steps.parent}'):
     checkpoint.restore(two_steps, good.replace(opt_state=optax.sgd(0.1, momentum=0.9).init(good.params)))
 
 
@@ -422,7 +436,8 @@ def test_lock_of_a_killed_process_is_free(tmp_path):
     assert (tmp_path / 'lock').read_text() == f'host {socket.gethostname()} pid {os.getpid()}\n'
 
 
-@pytest.mark.parametrize('field', [{'every': 0}, {'keep': 0}, {'keep_best': -1}, {'mode': 'least'}])
+@pytest.mark.parametrize('field', [{'every': 0}, {'keep': 0}, {'keep_best': -1}, {'keep_every': -1000},
+                                   {'keep_every': 1500}])
 def test_config_is_checked(field):
   with pytest.raises(ConfigError, match=f'checkpoint.{next(iter(field))}'):
     checkpoint.Config(**field)

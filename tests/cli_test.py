@@ -40,7 +40,7 @@ def test_help_teaches(capsys, flag):
   for c in gpt2.CONFIGS:
     assert f'  {c.__name__}: {c.__doc__.splitlines()[0]}' in out
   for name in ('--config', '--set', '--workdir', '--[no]describe', '--[no]resume_with_changes', '--[no]traceback',
-               '--distributed'):
+               '--distributed', '--resume', '--restore_step'):
     assert name in out
   assert '--set optim.lr=1e-4' in out
   assert '  optim.steps=5000\n' in out  # the fields, as the chosen config has them
@@ -104,7 +104,8 @@ def test_stopped_by_a_signal(corpus, tmp_path, capsys, monkeypatch, number, code
 
 @pytest.mark.parametrize('error, code, line', [
     (ConfigError('a'), 2, 'a'), (DataError('a'), 3, 'a'), (CheckpointError('a'), 4, 'a'), (Diverged('a'), 5, 'a'),
-    (Preempted('a'), 75, 'a'), (Interrupted('a'), 130, 'a'), (ConfigError('two\n  lines'), 2, 'two lines'),
+    (DataError('a\x1b[2K\rb\u202ec 红'), 3, r'a\x1b[2K b\u202ec 红'), (Preempted('a'), 75, 'a'),
+    (Interrupted('a'), 130, 'a'), (ConfigError('two\n  lines'), 2, 'two lines'),
     (KeyboardInterrupt(), 130, 'interrupted: nothing was under way; start again'),
     (PermissionError(13, 'Permission denied', '/x/text.txt'), 3, '/x/text.txt: Permission denied; expected to read'),
     (OSError(28, 'No space left on device'), 4, 'disk: [Errno 28] No space left on device; free space'),
@@ -115,7 +116,7 @@ def test_stopped_by_a_signal(corpus, tmp_path, capsys, monkeypatch, number, code
      'device memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes; lower data.batch'),
 ])
 def test_an_expected_failure_is_one_line(monkeypatch, capsys, error, code, line):
-  def fail(*unused):
+  def fail(*unused, **more):
     raise error
   monkeypatch.setattr(run, 'run', fail)
   assert gpt('--workdir=x') == code
@@ -128,7 +129,7 @@ def test_an_expected_failure_is_one_line(monkeypatch, capsys, error, code, line)
 @pytest.mark.parametrize('error', [ValueError('a'), RuntimeError('a'), jax.errors.JaxRuntimeError('INTERNAL: a'),
                                    OSError('a')])
 def test_a_fault_of_the_program_shows_itself(monkeypatch, capsys, error):
-  def fail(*unused):
+  def fail(*unused, **more):
     raise error
   monkeypatch.setattr(run, 'run', fail)
   try:
@@ -142,10 +143,29 @@ def test_a_fault_of_the_program_shows_itself(monkeypatch, capsys, error):
 
 def test_flags_of_one_run_do_not_reach_the_next(monkeypatch):
   seen = []
-  monkeypatch.setattr(run, 'run', lambda c, task, workdir, changes: seen.append((c.optim.lr, workdir, changes)) or {})
-  assert gpt('--workdir=a', '--set=optim.lr=0.5', '--resume_with_changes') == 0
-  assert gpt('--workdir=b') == 0
-  assert seen == [(0.5, 'a', True), (0.003, 'b', False)]
+  monkeypatch.setattr(run, 'run', lambda c, task, workdir, **how: seen.append((c.optim.lr, workdir, how)) or {})
+  assert gpt('--workdir=/a', '--set=optim.lr=0.5', '--resume_with_changes', '--resume=must', '--restore_step=3') == 0
+  assert gpt('--workdir=/b') == 0
+  assert seen == [(0.5, '/a', {'resume_with_changes': True, 'resume': 'must', 'restore_step': 3}),
+                  (0.003, '/b', {'resume_with_changes': False, 'resume': 'auto', 'restore_step': None})]
+
+
+def test_a_run_that_changes_the_working_directory(tmp_path, monkeypatch, capsys):
+  """A relative --workdir means the same place before and after it."""
+  (tmp_path / 'elsewhere').mkdir()
+  monkeypatch.chdir(tmp_path)
+  seen = []
+
+  def moves(c, task, workdir, **how):
+    os.makedirs(workdir)
+    os.chdir('elsewhere')
+    return {'loss': 1.0}
+  monkeypatch.setattr(run, 'run', moves)
+  assert cli.run_argv(['gpt2', '--workdir=run'], '', gpt2.CONFIGS, pretrain.task,
+                      lambda c, workdir: seen.append(workdir) or {'more': 2.0}) == 0
+  assert seen == [str(tmp_path / 'run')]
+  assert json.loads((tmp_path / 'run' / 'summary.json').read_text()) == {'loss': 1.0, 'more': 2.0}
+  assert f'done: {tmp_path}/run/curves.png' in capsys.readouterr().out
 
 
 def test_main_exits_with_the_code(monkeypatch):

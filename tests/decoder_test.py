@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import itertools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +13,7 @@ import pytest
 from lm import hlo, nn, params
 from lm.errors import ConfigError
 from lm.kernels import attention
-from lm.models import decoder
+from lm.models import deberta, decoder, encoder
 
 SMALL = decoder.Config(vocab=97, length=64, layers=3, embed=32, heads=4, kv_heads=4, head_dim=8, mlp=64)
 LLAMA = dataclasses.replace(SMALL, kv_heads=2, positions='rotary', norm='rms', norm_bias=False, bias=False,
@@ -122,6 +124,22 @@ def test_bfloat16_activations_stay_near():
 def test_impossible_shapes_are_refused(field, value):
   with pytest.raises(ConfigError, match=field):
     dataclasses.replace(SMALL, **{field: value})
+
+
+@pytest.mark.parametrize('where, kind, fields, values, least', [
+    ('model', decoder.Config, ('rope_theta', 'norm_eps', 'logit_scale'), (0.0, -1.0, math.inf, math.nan), ' above 0'),
+    ('model.init', decoder.Init, ('std', 'tokens', 'positions', 'residual'), (-1.0, math.inf), ', at least 0')])
+def test_numbers_that_only_diverge_are_refused(where, kind, fields, values, least):
+  for field, value in itertools.product(fields, values):
+    with pytest.raises(ConfigError, match=f'^{where}.{field}={value}; expected a finite number{least}$'):
+      kind(**{field: value})
+
+
+@pytest.mark.parametrize('kind', [encoder.Config, deberta.Config])
+def test_so_are_those_of_encoders(kind):
+  for field, value in (('norm_eps', 0.0), ('norm_eps', -1.0), ('norm_eps', math.inf), ('std', -1.0), ('std', math.nan)):
+    with pytest.raises(ConfigError, match=f'^model.{field}={value}; expected a finite number'):
+      kind(**{field: value})
 
 
 def test_residual_projections_start_smaller():

@@ -142,7 +142,19 @@ FAULTS = [
     ('no log', ['--set=loop.log_every=0'], None, 2, r'loop.log_every=0; expected .* at least 1'),
     ('no save', ['--set=checkpoint.every=0'], None, 2, r'checkpoint.every: 0; expected at least 1'),
     ('unknown metric', ['--set=checkpoint.metric=loss'], None, 2, r"checkpoint.metric='loss'; expected one of val_acc"),
-    ('unknown mode', ['--set=checkpoint.mode=least'], None, 2, r"checkpoint.mode: 'least'"),
+    ('unknown mode', ['--set=checkpoint.mode=least'], None, 2, r"checkpoint.mode=least: 'least' is not a choice"),
+    ('milestones between saves', ['--set=checkpoint.keep_every=3'], None, 2,
+     r'checkpoint.keep_every: 3; expected a multiple of every=2'),
+    ('no frequency', ['--set=model.rope_theta=0.0'], None, 2, r'model.rope_theta=0.0; expected a finite number above'),
+    ('infinite frequency', ['--set=model.rope_theta=1e999'], None, 2, r'model.rope_theta=inf; expected a finite'),
+    ('negative eps', ['--set=model.norm_eps=-1.0'], None, 2, r'model.norm_eps=-1.0; expected a finite number above 0'),
+    ('no logits', ['--set=model.logit_scale=0.0'], None, 2, r'model.logit_scale=0.0; expected a finite number above 0'),
+    ('negative deviation', ['--set=model.init.std=-1.0'], None, 2, r'model.init.std=-1.0; expected a finite number'),
+    ('infinite z', ['--set=loss.z=1e999'], None, 2, r'loss.z=inf; expected a finite number, at least 0'),
+    ('no classifier', ['--set=model.dropout.classifier=0.1'], None, 2,
+     r'model.dropout.classifier=0.1, but this model has no classifier; set model.dropout.classifier=0.0'),
+    ('rate that is not read', ['--set=optim.schedule=constant', '--set=optim.min_lr=1e-4'], None, 2,
+     r"optim.min_lr: 0.0001, which 'constant' does not read; set optim.min_lr=0, or another optim.schedule"),
     ('heads over tensor', ['--set=mesh.tensor=4'], None, 2, r'mesh.tensor=4 does not divide model.heads=2'),
     ('vocabulary over tensor', ['--set=mesh.tensor=2', '--set=model.vocab=259'], None, 2,
      r'mesh.tensor=2 does not divide model.vocab=259'),
@@ -155,6 +167,12 @@ FAULTS = [
     ('too few layers', ['--set=mesh.pipe=2'], None, 2, r'mesh.pipe=2, mesh.rounds=1: model.layers=1, not divisible by'),
     ('longer than positions', ['--set=data.length=17'], None, 2, r'data.length=17 is more than model.length=16'),
     ('no corpus', ['--set=data.corpus='], None, 2, r'data.corpus is empty'),
+    ('name that steers a terminal', ['--set=data.corpus={d}/a\x1b[2K\rerror: b\n红.txt'], None, 3,
+     r'{d}/a\\x1b\[2K error: b 红.txt: no text'),
+    ('workdir that does', ['--workdir={d}/a\x1b[2K'], None, 2, r"--workdir: '{d}/a\\x1b\[2K' has a character that"),
+    ('text that does', ['--set=data.tokenizer={d}/char', '--set=model.vocab=3'],
+     lambda d: (tokenizer.char('abc').save(d / 'char'), write('text.txt', 'a\x1b[2K\nstep 1: loss 0')(d)), 3,
+     r'document 1: character 1: U\+001B is not among the 3'),
     ('missing corpus', ['--set=data.corpus={d}/none.txt'], None, 3, r'{d}/none.txt: no text'),
     ('empty folder', ['--set=data.corpus={d}/empty'], lambda d: (d / 'empty').mkdir(), 3, r'{d}/empty: no text'),
     ('no tokenizer', ['--set=data.tokenizer='], None, 2, r'data.tokenizer is empty'),
@@ -196,6 +214,15 @@ FAULTS = [
     ('other text than the run began with', [], other_text, 2, r'data differs from the saved run \(datasets: '),
     ('another model', ['--set=model.mlp=16', '--resume_with_changes'], again, 2,
      r'{d}/run/checkpoints/6: .*mlp/down is float32\[1, 32, 16\] in the checkpoint, float32\[1, 16, 16\] in this'),
+    ('another optimizer', ['--set=optim.name=muon', '--resume_with_changes'], again, 2,
+     r'checkpoints/6: another optimizer: opt_state/adam/.*start anew from its weights: --set init_from={d}/run in'),
+    ('never to be resumed', ['--resume=never'], again, 2,
+     r'--resume=never: {d}/run holds a run \(sealed steps: 2, 4, 6\); expected none; choose another --workdir'),
+    ('nothing to resume', ['--resume=must'], None, 4, r'--resume=must: {d}/run has no checkpoint; expected a run'),
+    ('no such step', ['--restore_step=5'], again, 2, r'--restore_step=5: not in {d}/run \(sealed steps: 2, 4, 6\)'),
+    ('step of nothing', ['--restore_step=5'], None, 2, r'--restore_step=5: not in {d}/run \(sealed steps: none\)'),
+    ('damaged step', ['--restore_step=4'], lambda d: (flip('trained/checkpoints/4/**/*')(d), again(d)), 4,
+     r'rejected step 4 \(.*sha256 does not'),
     ('no intact checkpoint', [], lambda d: (all_checkpoints(d), again(d)), 4,
      r'{d}/run/checkpoints: no intact checkpoint: rejected step 6 \(.*\); step 4 \(.*\); step 2 \(.*sha256 does not'),
     ('nothing to start from', ['--set=init_from={d}/none'], None, 2, r'init_from={d}/none: no such path'),
@@ -216,7 +243,7 @@ def test_is_refused_in_one_line(files, monkeypatch, capfd, argv, change, code, l
   assert launch(files, monkeypatch, argv) == code
   out, err = capfd.readouterr()
   assert err.startswith('error: ')
-  assert err.count('\n') == 1, err
+  assert err.count('\n') == 1 and err[:-1].isprintable(), err
   assert re.search(line.replace('{d}', re.escape(str(files))).replace('{{', '{'), err), err
   assert 'step 1:' not in out
 
@@ -229,6 +256,17 @@ def test_without_a_fault_the_step_is_reached(files, monkeypatch):
     launch(files, monkeypatch, ['--set=data.corpus={d}/prepared', '--workdir={d}/b'])
   with pytest.raises(tiny.Reached):
     launch(files, monkeypatch, ['--set=init_from={d}/trained', '--workdir={d}/c'])
+
+
+def test_resume_says_what_may_be_there(files, monkeypatch, capsys):
+  again(files)
+  for argv in (['--resume=must'], ['--resume=auto'], ['--workdir={d}/new', '--resume=never']):
+    if 'new' not in argv[0]:
+      assert launch(files, monkeypatch, argv) == 0
+      assert capsys.readouterr().out.startswith('already complete: step 6')
+    else:
+      with pytest.raises(tiny.Reached):
+        launch(files, monkeypatch, argv)
 
 
 def test_a_repaired_fault_needs_no_new_workdir(files, monkeypatch):

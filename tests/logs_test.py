@@ -252,6 +252,22 @@ def test_changes_are_said_and_kept_line_by_line(tmp_path, capsys):
       {'step': 9, 'changes': {'optim.lr': [0.2, 0.3]}}]
 
 
+def test_a_name_forges_no_line(tmp_path, capsys):
+  forged = 'a\nstep 9: loss 0\x1b[2K'
+  logs.write_changes(tmp_path, 4, {'data.corpus': ('a.txt', forged)})
+  out = capsys.readouterr().out
+  assert out.count('\n') == 1 and out[:-1].isprintable()
+  assert r"-> 'a\nstep 9: loss 0\x1b[2K'" in out
+  line = (tmp_path / 'changes.jsonl').read_text()
+  assert line.count('\n') == 1 and line[:-1].isprintable()
+  write(tmp_path, [{'step': 1, forged: 1.0}])
+  line = (tmp_path / 'metrics.jsonl').read_text()
+  assert line.count('\n') == 1 and line[:-1].isprintable() and logs.read(tmp_path) == [{'step': 1, forged: 1.0}]
+  logs.write_config(tmp_path, CONFIG | {'data': {'corpus': forged}})
+  assert '\x1b' not in (tmp_path / 'config.json').read_text()
+  assert logs.beside(logs.check_config(tmp_path, CONFIG)[0]).isprintable()
+
+
 @pytest.mark.parametrize('content', ['', '{', '[]', '5', 'null', '{"config": 5}', '{"config": {}, "packages": 5}', '{}',
                                      '{"config": null}', '\x00'])
 def test_damaged_config_is_named(tmp_path, content):

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lm.data.packing import Batch
+from lm.errors import ConfigError
 from lm.kernels.cross_entropy import weighted_nll
 from lm.losses import ar
 
@@ -65,6 +66,13 @@ def test_bias_of_the_vocabulary(chunk, z):
     np.testing.assert_allclose(a, b, atol=2e-5)
   assert abs(got[2]).max() > 0.1
   np.testing.assert_allclose(given(x, w, 0 * bias), weighted_nll(x, w, targets, weights, chunk, z), rtol=1e-6)
+
+
+@pytest.mark.parametrize('field, value', [('z', -1.0), ('z', float('inf')), ('z', float('nan')), ('chunk', 0),
+                                          ('smoothing', 1.0)])
+def test_a_coefficient_out_of_range_is_named(field, value):
+  with pytest.raises(ConfigError, match=f'^loss.{field}={value}; expected '):
+    ar.Config(**{field: value})
 
 
 def test_large_logits_stay_finite():

@@ -1,13 +1,17 @@
 """A whole run in its workdir: what it writes, resumes exactly, refuses, and leaves behind when it fails."""
 
+import dataclasses
+import itertools
 import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -196,6 +200,18 @@ def test_another_config_is_refused_and_nothing_changes(finished, monkeypatch):
   assert (workdir / 'config.json').read_bytes() == before
 
 
+def test_a_workdir_older_than_a_field_resumes_with_its_default(finished, monkeypatch):
+  c, workdir = finished
+  tiny.stop_before_the_step(monkeypatch)
+  path, old = workdir / 'config.json', json.loads((workdir / 'config.json').read_text())
+  del old['config']['checkpoint']['keep_every']
+  path.write_text(json.dumps(old))
+  assert run.run(c, TASK, workdir)['steps'] == c.optim.steps  # complete already
+  path.write_text(json.dumps(old))
+  with pytest.raises(ConfigError, match='checkpoint.keep_every: 0 there, 400 now'):
+    run.run(config.replace(c, checkpoint__keep_every=400), TASK, workdir)
+
+
 def test_resume_with_changes(finished, monkeypatch, capsys):
   c, workdir = finished
   more = config.replace(c, optim__steps=16, optim__lr=0.05, loop__eval_every=8)
@@ -233,6 +249,78 @@ def test_other_data_is_said_and_kept(finished, tmp_path, monkeypatch, capsys):
   assert found.keys() == {'data.corpus', 'data.batch', 'optim.steps', 'fingerprint.datasets'}
   assert found['data.batch'] == [8, 16] and found['data.corpus'] == [c.data.corpus, str(other)]
   assert 'fingerprint.datasets: [' in capsys.readouterr().out
+
+
+def test_going_back_to_a_step(straight, finished, capsys):
+  """Newer checkpoints are moved aside, and what is trained again is what was."""
+  c, workdir = finished
+  run.run(c, TASK, workdir, restore_step=10)
+  out = capsys.readouterr().out
+  assert f'resumed from step 10 in {workdir}' in out
+  assert re.search(r'checkpoints/12: newer than step 10, .*; moved to .*/checkpoints/abandoned/12\n', out)
+  assert checkpoint.steps(workdir / 'checkpoints') == [10, 12]
+  assert checkpoint.steps(workdir / 'checkpoints' / 'abandoned') == [12]
+  assert exact(workdir) == exact(straight[1])
+  assert tiny.state_sha(c, TASK, workdir) == tiny.state_sha(c, TASK, straight[1])
+
+
+def test_a_save_that_a_kill_interrupted_is_removed(straight, finished, capsys):
+  """What is there of step 12 has no seal: it is named and goes, the step before is used and named too."""
+  c, workdir = finished
+  folder = workdir / 'checkpoints'
+  (folder / '12.sha256.json').unlink()
+  (folder / '12').rename(folder / '12.orbax-checkpoint-tmp')
+  run.run(c, TASK, workdir)
+  lines = capsys.readouterr().out.splitlines()
+  assert f'{folder}/12.orbax-checkpoint-tmp: left by an interrupted run; removed' in lines
+  assert f'resumed from step 10 in {workdir}' in lines
+  assert sorted(p.name for p in folder.iterdir()) == ['10', '10.sha256.json', '12', '12.sha256.json']
+  assert exact(workdir) == exact(straight[1])
+
+
+def test_a_relative_workdir_whatever_the_working_directory_becomes(straight, tmp_path, monkeypatch):
+  c, want, _ = straight
+  (tmp_path / 'elsewhere').mkdir()
+
+  def leave(n, batch):
+    if n == 3:
+      os.chdir(tmp_path / 'elsewhere')
+    return batch
+  monkeypatch.chdir(tmp_path)
+  with tiny.batches_through(monkeypatch, leave):
+    run.run(c, TASK, 'run')
+  assert exact(tmp_path / 'run') == exact(want)
+  assert {p.name for p in (tmp_path / 'run').iterdir()} == {p.name for p in want.iterdir()}
+  assert list((tmp_path / 'elsewhere').iterdir()) == []
+
+
+def test_a_wall_clock_that_jumps_back(straight, tmp_path, monkeypatch):
+  """By an hour whenever it is asked, over a stop and a resume; files of checkpoints have dates of the future too."""
+  c, want, _ = straight
+  hours = itertools.count(500_000, -1)
+  monkeypatch.setattr(time, 'time', lambda: 3600.0 * next(hours))
+  with tiny.batches_through(monkeypatch, tiny.signal_at(6)), pytest.raises(Preempted):
+    run.run(c, TASK, tmp_path)
+  for path in (tmp_path / 'checkpoints').rglob('*'):
+    os.utime(path, (4e9, 4e9))
+  summary = run.run(c, TASK, tmp_path)
+  assert next(hours) < 499_990  # it was asked
+  seconds = [r['elapsed_s'] for r in logs.read(tmp_path)]
+  assert 0 < seconds[0] and all(a < b for a, b in itertools.pairwise(seconds)) and seconds[-1] < summary['wall_s'] < 600
+  assert exact(tmp_path) == exact(want)
+  assert checkpoint.steps(tmp_path / 'checkpoints') == [10, 12]
+
+
+def test_tokens_are_counted_beyond_32_bits(corpus, tmp_path, monkeypatch):
+  many = 2**31 + 1
+  task = dataclasses.replace(TASK, around=run.Around(tokens=many))
+  c = tiny.make_config(corpus, optim__steps=3, loop__eval_every=0)
+  with tiny.batches_through(monkeypatch, tiny.signal_at(2)), pytest.raises(Preempted):
+    run.run(c, task, tmp_path)
+  summary = run.run(c, task, tmp_path)
+  assert [r['tokens'] for r in logs.read(tmp_path)] == [many, 2 * many, 3 * many]
+  assert summary['tokens'] == json.loads((tmp_path / 'summary.json').read_text())['tokens'] == 3 * many
+  assert summary['planned']['tokens'] == 3 * many
 
 
 def test_a_run_that_never_trained_binds_nobody(tmp_path, corpus, monkeypatch):
@@ -312,7 +400,7 @@ def test_parameters_that_are_not_finite_are_never_saved(straight, tmp_path, monk
       if metrics['loss'] < 5.2:
         state = state.replace(params=jax.tree.map(lambda x: x * jnp.inf, state.params))
       return state, metrics
-    return run.dataclasses.replace(parts, step=step)
+    return dataclasses.replace(parts, step=step)
   monkeypatch.setattr(run, 'build', broken)
   with pytest.raises(Diverged, match='a parameter is not finite'):
     run.run(config.replace(c, loop__max_skipped=100, checkpoint__every=1, loop__eval_every=0), TASK, tmp_path)

@@ -5,6 +5,7 @@ Shapes: B batch, T targets a row (rows hold T + 1 ids), D embed, V vocabulary.
 
 from collections.abc import Callable
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -25,8 +26,8 @@ class Config:
   smoothing: float = 0.0
 
   def __post_init__(self):
-    if self.z < 0:
-      raise ConfigError(f'loss.z={self.z}; expected at least 0')
+    if not 0 <= self.z < math.inf:
+      raise ConfigError(f'loss.z={self.z}; expected a finite number, at least 0')
     if self.chunk < 1:
       raise ConfigError(f'loss.chunk={self.chunk}; expected at least 1')
     if not 0 <= self.smoothing < 1:

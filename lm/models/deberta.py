@@ -10,6 +10,7 @@ activations have `c.dtype`. Blocks are post-norm. Heads (`lm.models.heads`) are 
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -59,9 +60,11 @@ class Config:
     for name in ('vocab', 'length', 'layers', 'embed', 'heads', 'head_dim', 'mlp', 'relative'):
       if getattr(self, name) < 1:
         raise ConfigError(f'model.{name}={getattr(self, name)}; expected at least 1')
-    for name in ('types', 'token_embed', 'buckets', 'conv', 'std', 'norm_eps'):
-      if getattr(self, name) < 0:
-        raise ConfigError(f'model.{name}={getattr(self, name)}; expected at least 0')
+    for name in ('types', 'token_embed', 'buckets', 'conv', 'std'):
+      if not 0 <= getattr(self, name) < math.inf:
+        raise ConfigError(f'model.{name}={getattr(self, name)}; expected a finite number, at least 0')
+    if not 0 < self.norm_eps < math.inf:
+      raise ConfigError(f'model.norm_eps={self.norm_eps}; expected a finite number above 0')
     if self.terms not in ((), ('c2p',), ('p2c',), ('c2p', 'p2c')):
       raise ConfigError(f"model.terms={self.terms!r}; expected ('c2p', 'p2c'), one of the two, or ()")
     if self.buckets == 1 or self.buckets // 2 >= max(self.relative - 1, 1):

@@ -31,6 +31,11 @@ class Init:
   positions: float = 0.02
   residual: float = 0.02  # the two projections that write to the residual stream
 
+  def __post_init__(self):
+    for name in ('std', 'tokens', 'positions', 'residual'):
+      if not 0 <= getattr(self, name) < math.inf:
+        raise ConfigError(f'model.init.{name}={getattr(self, name)}; expected a finite number, at least 0')
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
@@ -64,6 +69,9 @@ class Config:
     for name in ('vocab', 'length', 'layers', 'embed', 'heads', 'kv_heads', 'head_dim', 'mlp'):
       if getattr(self, name) < 1:
         raise ConfigError(f'model.{name}={getattr(self, name)}; expected at least 1')
+    for name in ('rope_theta', 'norm_eps', 'logit_scale'):
+      if not 0 < getattr(self, name) < math.inf:
+        raise ConfigError(f'model.{name}={getattr(self, name)}; expected a finite number above 0')
     if self.heads % self.kv_heads:
       raise ConfigError(f'model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}')
     if self.positions == 'rotary' and self.head_dim % 2:

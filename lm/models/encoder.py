@@ -10,6 +10,7 @@ post-norm: x = LN(x + f(x)). Heads (`lm.models.heads`) are further keys of the s
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import jax
@@ -48,9 +49,11 @@ class Config:
     for name in ('vocab', 'length', 'layers', 'embed', 'heads', 'head_dim', 'mlp'):
       if getattr(self, name) < 1:
         raise ConfigError(f'model.{name}={getattr(self, name)}; expected at least 1')
-    for name in ('offset', 'types', 'token_embed', 'std', 'norm_eps'):
-      if getattr(self, name) < 0:
-        raise ConfigError(f'model.{name}={getattr(self, name)}; expected at least 0')
+    for name in ('offset', 'types', 'token_embed', 'std'):
+      if not 0 <= getattr(self, name) < math.inf:
+        raise ConfigError(f'model.{name}={getattr(self, name)}; expected a finite number, at least 0')
+    if not 0 < self.norm_eps < math.inf:
+      raise ConfigError(f'model.norm_eps={self.norm_eps}; expected a finite number above 0')
 
   @property
   def width(self) -> int:
