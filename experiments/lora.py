@@ -51,7 +51,7 @@ def gpt2_medium_e2e() -> instruct.Config:
   As microsoft/LoRA, examples/NLG/README.md, which does not clip (--clip 0.0).
   """
   return instruct.Config(
-      model=published.gpt2(24, 1024, dropout=Dropout(0.1, 0.1, 0.1, 0.1)), loss=ar.Config(smoothing=0.1),
+      model=published.gpt2(24, 1024, dropout=Dropout(0.1, 0.1, 0.1)), loss=ar.Config(smoothing=0.1),
       peft=peft.Config('lora', train='', rank=4, alpha=32, rate=0.1),
       data=conversations.Config(template='plain', length=512, batch=8, pack=False),
       optim=optim.Config(lr=2e-4, schedule='linear', warmup=500, steps=5 * 42_061 // 8, b2=0.999, eps=1e-6,

@@ -21,7 +21,7 @@ HEAD = '^(classify|pooler)/'
 def gpt2_medium_webnlg() -> instruct.Config:
   """5 positions, MLP of 512, lr 5e-5, 5 rows, 5 epochs of 18,025, linear."""
   return instruct.Config(
-      model=published.gpt2(24, 1024, dropout=Dropout(0.1, 0.1, 0.1, 0.1)),
+      model=published.gpt2(24, 1024, dropout=Dropout(0.1, 0.1, 0.1)),
       peft=peft.Config('prefix', train='', length=5, hidden=512),
       data=conversations.Config(template='plain', length=512, batch=5, pack=False),
       optim=optim.Config(lr=5e-5, schedule='linear', steps=5 * 18_025 // 5, b2=0.999, weight_decay=0.0),

@@ -55,7 +55,7 @@ def main(_: list[str]) -> None:
   if (out := pathlib.Path(_OUT.value)).exists():
     raise ConfigError(f'--out={out}: exists already; it is not overwritten; choose another name or delete it')
   c = _written()
-  rows = _answered(_records(c.validation_fraction), weights.load(_MODEL.value), c.written)
+  rows = _answered(_records(c), weights.load(_MODEL.value), c.written)
   out.parent.mkdir(parents=True, exist_ok=True)
   tokenizers.write_atomically(str(out), ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows).encode())
   print(f'{metrics.table(_table(rows))}\n\n{out}: {len(rows)} replies, {sum(row["ended"] for row in rows)} ended')
@@ -73,15 +73,17 @@ def _written() -> conversations.Config:
   return c if _CHAT.value in ('', c.template) else config.replace(c, template=_CHAT.value, system='')
 
 
-def _records(validation_fraction: float) -> list[examples.Chat]:
-  found, report = examples.read(_DATA.value, 'chat', _ON_ERROR.value)
-  if _SPLIT.value != 'all':  # as lm.data.conversations divides them
+def _records(c: conversations.Config) -> list[examples.Chat]:
+  if _SPLIT.value == 'all':
+    found, report = examples.read(_DATA.value, 'chat', _ON_ERROR.value)
+    print(report.table())
+  else:
+    c = config.replace(c, corpus=_DATA.value, on_error=_ON_ERROR.value)
     try:
-      parts = conversations.assigned(found, [conversations.user_first(e.messages) for e in found], validation_fraction)
+      found = [e for e, part in conversations.divided(c, unanswered='fault') if part == _SPLIT.value]
     except ConfigError as error:
       raise ConfigError(f'{error}; or take them all with --split=all') from error
-    found = [e for e, part in zip(found, parts, strict=True) if part == _SPLIT.value]
-  print(f'{report.table()}\n{len(found)} of --split={_SPLIT.value}')
+  print(f'{len(found)} of --split={_SPLIT.value}')
   drawn = np.random.default_rng(0).permutation(len(found))[:_LIMIT.value or None]
   return [found[i] for i in np.sort(drawn)]
 

@@ -86,11 +86,8 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> memory.Data:
   """
   del folder
   memory.check_paths(c)
-  tokenizer, found = memory.read_tokenizer(c.tokenizer), _read(c)
-  parts = {'train': [], 'validation': [], 'test': []}
-  chosen = assigned(found, [user_first(e.messages) for e in found], c.validation_fraction)
-  assign.check_parts(chosen, c.validation_fraction)
-  for example, part in zip(found, chosen, strict=True):
+  tokenizer, parts = memory.read_tokenizer(c.tokenizer), {'train': [], 'validation': [], 'test': []}
+  for example, part in divided(c):
     parts[part].append(example.messages)
   sets = {}
   for part, talks in parts.items():
@@ -101,10 +98,17 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> memory.Data:
   return memory.Data(c, seed, tokenizer, sets, packing.Batch(np.int32(0), np.int32(0), np.int32(0), np.bool_(False)))
 
 
-def _read(c):
-  """The conversations that can be used, with the splits that are said of them; prints what cannot."""
+def divided(c: Config, unanswered: str = 'cut') -> list[tuple[examples.Chat, str]]:
+  """The conversations of `c.corpus` that can be used, each with its split; prints what cannot.
+
+  Args:
+    unanswered: what becomes of last turns without an answer, see `examples.read`.
+
+  Raises:
+    ConfigError, DataError: a wrong record, a conversation in two splits, nothing to train on or to validate with.
+  """
   paths = (c.corpus,) if isinstance(c.corpus, str) else c.corpus
-  files = [(path, *examples.read(path, 'chat', c.on_error, unanswered='cut')) for path in paths]
+  files = [(path, *examples.read(path, 'chat', c.on_error, unanswered=unanswered)) for path in paths]
   found = [e for _, some, _ in files for e in some]
   keys_N = assign.keys(found, ['\0'.join(splits.duplicate_key(m.content) for m in e.messages) for e in found])
   wrong_N = assign.conflicts(found, keys_N) if c.on_error == 'skip' else [None] * len(found)
@@ -116,7 +120,10 @@ def _read(c):
   kept = [i for i, fault in enumerate(wrong_N) if fault is None]
   found = [found[i] for i in kept]
   said = assign.declared(found, [keys_N[i] for i in kept])
-  return [dataclasses.replace(e, split=part) for e, part in zip(found, said, strict=True)]
+  found = [dataclasses.replace(e, split=part) for e, part in zip(found, said, strict=True)]
+  chosen = assigned(found, [user_first(e.messages) for e in found], c.validation_fraction)
+  assign.check_parts(chosen, c.validation_fraction)
+  return list(zip(found, chosen, strict=True))
 
 
 def user_first(messages: Sequence[chat.Message], default: str = '') -> str:
