@@ -30,13 +30,11 @@ _FLAGS = (
     (flags.DEFINE_string, 'distributed', '', "Join a job of several processes: 'auto' on TPU pods, Slurm, Open MPI and "
      'Kubernetes, else HOST:PORT,PROCESSES,INDEX (process 0 at HOST). They share --workdir. See scripts/launch.'),
     (flags.DEFINE_integer, 'heartbeat_s', 100, 'Seconds of silence after which a process counts as dead.', 5),
-    (flags.DEFINE_integer, 'wait_s', 600, 'Seconds that processes of a job wait for one another, to join and at every '
-     'batch; then the job ends and says who was missing.', 5),
+    (flags.DEFINE_integer, 'wait_s', 600, 'Seconds that processes wait for one another; then all end.', 5),
     (flags.DEFINE_enum, 'resume', 'auto', ['auto', 'never', 'must'], 'Whether a run may or must be in --workdir.'),
     (flags.DEFINE_bool, 'resume_with_changes', False, 'Resume although config or data differ from those of --workdir; '
      'what differs is printed and kept in changes.jsonl. After another data.batch, rows are skipped or come again.'),
-    (flags.DEFINE_integer, 'restore_step', None, 'Resume from this sealed step; newer ones move to abandoned/. For one '
-     'start: given again, it goes back again.'))
+    (flags.DEFINE_integer, 'restore_step', None, 'Go back to this sealed step, once; newer ones: abandoned/.'))
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 After = Callable[[Any, str], dict[str, Any]]
 
@@ -105,9 +103,11 @@ def _run(argv, values, program, doc, more_help) -> int:
   logging.getLogger('jax').setLevel(logging.WARNING)
   flags.DEFINE_bool('help', False, 'Print this.', flag_values=values, short_name='h')
   flags.DEFINE_bool('traceback', False, 'On an error, show where it was raised.', flag_values=values)
-  host.keep_freed_memory()
+  flags.DEFINE_bool('keep_memory', True, 'Keep freed CPU memory: faster, and more is held.', flag_values=values)
   try:
     rest = values(argv)
+    if values.keep_memory:
+      host.keep_freed_memory()  # before the first thread
     if values.traceback:
       absl_logging.set_verbosity(absl_logging.WARNING)
     if values.help:

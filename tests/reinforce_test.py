@@ -85,7 +85,7 @@ def state_of(c, task, workdir):
   abstract = start.abstract(task, parts)
   kept = abstract.replace(frozen=jax.tree.map(lambda x: None, abstract.frozen))
   step, state, _ = checkpoint.restore(workdir / 'checkpoints', kept, log=lambda line: None)
-  return step, params.flatten(state.params) | {'carry': state.carry['kl_coef']}
+  return step, params.flatten(state.params) | (state.carry or {})
 
 
 @pytest.mark.parametrize('kind', [policy.PPO, *(pytest.param(k, marks=pytest.mark.slow) for k in list(KINDS)[1:])])
@@ -119,9 +119,11 @@ class Stop:
     return low(records, responses)
 
 
-@pytest.mark.parametrize('method', [pytest.param('full', marks=pytest.mark.slow), 'lora'])
-def test_a_run_stopped_in_the_middle_of_an_iteration_goes_on_as_if_it_had_not(method, root, tmp_path):
-  c = make(root, peft__method=method, peft__targets='^blocks/attn/[qkvo]$')
+@pytest.mark.parametrize(('kind', 'method'), [
+    (policy.PPO, 'lora'), *(pytest.param(*some, marks=pytest.mark.slow) for some in (
+        (policy.PPO, 'full'), (policy.GRPO, 'full'), (policy.GRPO, 'lora'), (policy.BestOf, 'full')))])
+def test_a_run_stopped_in_the_middle_of_an_iteration_goes_on_as_if_it_had_not(kind, method, root, tmp_path):
+  c = make(root, kind, peft__method=method, peft__targets='^blocks/attn/[qkvo]$')
   run.run(c, reinforce.task(c, low), tmp_path / 'straight')
   task = reinforce.task(c, Stop(4 + 2))  # one call at step 0, then one an iteration, one at the evaluation after three
   with pytest.raises(DataError, match='KeyError'):
@@ -134,7 +136,7 @@ def test_a_run_stopped_in_the_middle_of_an_iteration_goes_on_as_if_it_had_not(me
   assert samples.read(tmp_path / 'straight') == samples.read(tmp_path / 'killed')
   (step, one), (_, other) = (state_of(c, reinforce.task(c, low), tmp_path / name) for name in ('straight', 'killed'))
   assert step == 6 and all(np.array_equal(one[k], other[k]) for k in one)
-  assert float(one['carry']) != c.loss.kl.coef  # it has adapted, and went on from there
+  assert kind is not policy.PPO or float(one['kl_coef']) != c.loss.kl.coef  # it has adapted, and went on from there
 
 
 @pytest.mark.slow
@@ -152,13 +154,15 @@ def test_a_killed_process_leaves_what_a_new_one_goes_on_from(root, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', [policy.PPO, policy.GRPO])
+@pytest.mark.parametrize(('kind', 'changes'), [(policy.PPO, {}), (policy.PPO, {'value': 'separate'}), (policy.GRPO, {}),
+                                                (policy.BestOf, {})])
 @pytest.mark.parametrize('mesh', [dict(data=8), dict(fsdp=8), dict(data=2, fsdp=2, tensor=2)], ids=str)
-def test_any_mesh_gives_the_curve_of_one_device(kind, mesh, root, tmp_path):
+def test_any_mesh_gives_the_curve_of_one_device(kind, changes, mesh, root, tmp_path):
   curves = []
   for name, where in (('one', sharding.Config()), ('mesh', sharding.Config(**mesh))):
     # A large eps, so that Adam makes no steps of full size out of gradients that are near rounding.
-    c = make(root, kind, mesh=where, optim__steps=6, loop__eval_every=3, optim__lr=1e-3, optim__eps=1e-3)
+    c = make(root, kind, mesh=where, optim__steps=6, loop__eval_every=3, optim__lr=1e-3, optim__eps=1e-3,
+             **changes)
     run.run(c, reinforce.task(c, low), tmp_path / name)
     curves.append(rows_of(tmp_path / name))
   for one, other in zip(*curves, strict=True):
