@@ -57,6 +57,8 @@ def main(_: list[str]) -> None:
 class Numbers:
   """A tokenizer whose text of ids is the numbers themselves."""
 
+  kind = 'numbers'
+
   def decode(self, ids) -> str:
     return ' '.join(map(str, ids))
 

@@ -230,7 +230,7 @@ def test_a_policy_can_be_rewarded_by_it(trained):
   assert len(found) == 15 > trained[0].data.batch * trained[0].data.answers
   np.testing.assert_allclose(found, model.score(model.params, rows), rtol=1e-4, atol=1e-5)
   reward_model.reward('', 'reward_from')  # nothing is read before it is asked
-  with pytest.raises(CheckpointError, match='expected the workdir'):
+  with pytest.raises(ConfigError, match="reward_from='': expected the workdir"):
     reward_model.reward('', 'reward_from')([asked], ['a'])
 
 
