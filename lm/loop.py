@@ -17,7 +17,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from lm import hosts, logs as logs_lib, train
+from lm import host, hosts, logs as logs_lib, train
 from lm.errors import ConfigError, Diverged, Error, Interrupted, Preempted
 
 Evaluations = list[list]  # [[step, {metric: value}], ...], ascending; plain JSON
@@ -178,6 +178,8 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
   for n in range(start + 1, program.steps + 1):
     state, metrics = program.step(state, next(batches), program.key)
     program.poll()
+    if n == start + 1:
+      host.release_freed_memory()  # what loading and compiling took
     if (n - 1) % c.log_every == 0:
       report.flush()  # of the steps before this one, on which the device is busy now
     report.add(n, metrics)
@@ -186,6 +188,7 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
       evaluations = [*evaluations, [n, report.flush(functools.partial(program.evaluate, state))]]
       with report.paused():
         program.watch(n, state)
+        host.release_freed_memory()
       watched = [values.get(program.metric, math.nan) for _, values in evaluations]
       best = stale(watched, 0.0, program.mode) == 0
       if c.patience and stale(watched, c.min_delta, program.mode) >= c.patience and not last:
@@ -195,6 +198,7 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
       report.flush()  # rows come before the save that covers them
       with report.paused():
         program.save(n, state, evaluations, last)
+        host.release_freed_memory()
     if last:
       break
     if stopping:
