@@ -54,7 +54,7 @@ def shrunk(c, root):
   if getattr(c.model, 'positions', '') == 'rotary' and c.model.kv_heads < c.model.heads:
     model['kv_heads'] = 1
   data = {'corpus': str(root / ('chat.jsonl' if chat else 'films.jsonl')), 'tokenizer': str(root / 'x.model'),
-          'length': 24, 'batch': 4}
+          'length': 24, 'batch': 4} | ({'system': ''} if chat else {})
   multipliers = optim.layer_decay(3, 0.8) if c.optim.multipliers else ()
   return config.replace(
       c, model=dataclasses.replace(c.model, **model), data=dataclasses.replace(c.data, **data),
