@@ -34,7 +34,7 @@ _FLAGS = (
     (flags.DEFINE_enum, 'resume', 'auto', ['auto', 'never', 'must'], 'Whether a run may or must be in --workdir.'),
     (flags.DEFINE_bool, 'resume_with_changes', False, 'Resume although config or data differ from those of --workdir; '
      'what differs is printed and kept in changes.jsonl. After another data.batch, rows are skipped or come again.'),
-    (flags.DEFINE_integer, 'restore_step', None, 'Go back to this sealed step, once; newer ones: abandoned/.'))
+    (flags.DEFINE_integer, 'restore_step', None, 'Resume from this sealed step, newer ones to abandoned/; give once.'))
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 After = Callable[[Any, str], dict[str, Any]]
 

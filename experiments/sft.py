@@ -53,7 +53,7 @@ def smollm2_recipe() -> instruct.Config:
 
 
 def smollm2() -> instruct.Config:
-  """SmolLM2-135M in full on a small set, no system turn: lr 1e-4, 8 rows of 256, 75 steps; minutes on two cores."""
+  """SmolLM2-135M in full on a small set, no system turn: lr 1e-4, 8 rows of 256, 75 steps of 13 s on two cores."""
   return config.replace(
       smollm2_recipe(), model=published.smollm2_135m(scan_layers=False), data=conversations.Config(length=256, batch=8),
       optim=optim.Config(lr=1e-4, schedule='cosine', warmup=10, steps=75, weight_decay=0.0, microbatches=4),
