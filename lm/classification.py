@@ -30,7 +30,7 @@ from lm import (
   train,
   weights,
 )
-from lm.data import examples, labelled, memory
+from lm.data import labelled, memory
 from lm.errors import ConfigError
 from lm.kernels import attention
 from lm.losses import classify
@@ -124,22 +124,12 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
                   base=run.Base(base, peft_lib.freeze(c.peft, c.model.layers)))
 
 
-def names(c: labelled.Config) -> list[str]:
-  """Of the labels, in the order of the classes: `c.classes`, or those that the records for training have."""
-  if c.classes:
-    return list(c.classes)
-  found, _ = examples.read(c.corpus, 'classification', c.on_error)
-  pairs = any(e.text_pair is not None for e in found)
-  return sorted({e.label for e in found if (e.text_pair is not None) == pairs and e.split in (None, 'train')})
-
-
 def _check(c, data, vocab):
   labelled.check(data, vocab)
-  found = len(data.config.classes) or 1 + max(int(rows.labels_B.max()) for rows in data.splits.values())
+  found = len(data.names)
   if found != c.classes:
-    some = names(data.config)
-    raise ConfigError(f'classes={c.classes}: the data has {found} labels, {", ".join(some[:8])}'
-                      f'{", ..." if len(some) > 8 else ""}; expected as many classes; set classes={found}')
+    raise ConfigError(f'classes={c.classes}: the data has {found} labels, {", ".join(data.names[:8])}'
+                      f'{", ..." if found > 8 else ""}; expected as many classes; set classes={found}')
 
 
 def accuracies(c: Config, p: params.Tree, data: memory.Data, seeds: int) -> list[float]:
@@ -169,8 +159,9 @@ def accuracies(c: Config, p: params.Tree, data: memory.Data, seeds: int) -> list
   return found
 
 
-def predictions(c: Config, workdir: str | os.PathLike, split: str = 'validation') -> tuple[np.ndarray, np.ndarray]:
-  """(labels, most likely classes) of a split, [N] each, by the best checkpoint of a finished run.
+def predictions(c: Config, workdir: str | os.PathLike, split: str = 'validation'
+                ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+  """(labels, most likely classes) of a split, [N] each, by the best checkpoint of a finished run; names of classes.
 
   Raises:
     CheckpointError: there is none, or its base is another model now.
@@ -187,7 +178,7 @@ def predictions(c: Config, workdir: str | os.PathLike, split: str = 'validation'
   found = [(batch.labels_B.reshape(-1), score(p, batch).argmax(-1).reshape(-1))
            for batch in labelled.eval_batches(data, split, c.data.batch, place)]
   labels_N, classes_N = (np.concatenate(jax.device_get(x)) for x in zip(*found, strict=True))
-  return labels_N[labels_N >= 0], classes_N[labels_N >= 0]
+  return labels_N[labels_N >= 0], classes_N[labels_N >= 0], data.names
 
 
 def _specs(c):

@@ -48,11 +48,11 @@ def main(_: list[str]) -> None:
       c = config.replace(base, seed=seed, data__folds=_FOLDS.value, data__fold=fold)
       place = workdir / f'fold{fold}_seed{seed}'
       summary = run.run(c, classification.task(c), place)
-      labels_N, classes_N = classification.predictions(c, place)
+      labels_N, classes_N, names = classification.predictions(c, place)
       counts = counts + metrics.confusion(labels_N, classes_N, c.classes)
       results.append({'fold': fold, 'seed': seed, 'wall_s': summary['wall_s'], 'peak_bytes': summary['peak_bytes']}
                      | {name: float(f(labels_N, classes_N)) for name, f in SCORES.items()})
-  _report(base, workdir, results, counts)
+  _report(base, workdir, results, counts, names)
 
 
 def estimate(results: list[dict[str, Any]], name: str, folds: int, by_time: bool = False) -> metrics.Interval:
@@ -67,7 +67,7 @@ def estimate(results: list[dict[str, Any]], name: str, folds: int, by_time: bool
   return metrics.corrected_interval(means, statistics.fmean(shares))
 
 
-def _report(c, workdir, results, counts):
+def _report(c, workdir, results, counts, names):
   (workdir / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
   rows = {f'fold {r["fold"]}, seed {r["seed"]}': {name: r[name] for name in SCORES} for r in results}
   lines = [metrics.table(rows), '']
@@ -78,7 +78,7 @@ def _report(c, workdir, results, counts):
       lines.append(f'{name}: {found.value:.4f}, 95% interval {found.low:.4f} to {found.high:.4f} ({count})')
   lines.append(f'{statistics.median(r["wall_s"] for r in results):.0f} s a run')
   (workdir / 'table.md').write_text('\n'.join(lines) + '\n')
-  pictures.confusion(workdir / 'confusion.png', np.asarray(counts), classification.names(c.data))
+  pictures.confusion(workdir / 'confusion.png', np.asarray(counts), names)
   metric, curves = c.checkpoint.metric, []
   for r in results:
     rows = logs.read(workdir / f'fold{r["fold"]}_seed{r["seed"]}')

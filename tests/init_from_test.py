@@ -152,5 +152,5 @@ def test_from_pretraining_to_predictions(root, tmp_path):
   p = weights.restore(tmp_path / 'tuned', whole, base=base)
   same(p['embed'], average['embed'])
   same(p['blocks']['mlp'], average['blocks']['mlp'])
-  labels_N, classes_N = classification.predictions(tuned, tmp_path / 'tuned')
+  labels_N, classes_N, _ = classification.predictions(tuned, tmp_path / 'tuned')
   assert len(labels_N) == len(classes_N) == 8

@@ -213,5 +213,5 @@ def test_an_encoder_is_classified_with_it(root, tmp_path):
       checkpoint=checkpoint.Config(every=12, metric='val_accuracy', mode='max'))
   summary = run.run(c, classification.task(c), tmp_path / 'run')
   assert summary['val_accuracy'] == 1.0
-  labels_N, classes_N = classification.predictions(c, tmp_path / 'run')
+  labels_N, classes_N, _ = classification.predictions(c, tmp_path / 'run')
   np.testing.assert_array_equal(labels_N, classes_N)

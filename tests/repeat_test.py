@@ -2,7 +2,6 @@
 
 import functools
 import importlib
-import json
 import statistics
 import sys
 
@@ -29,15 +28,13 @@ def repeat(monkeypatch):
 @pytest.mark.parametrize('folds', [3, 0])
 def test_seeds_of_a_fold_are_one_value(folds, repeat, tmp_path, monkeypatch):
   script, values = repeat
-  rows = [{'text': f'film {i}', 'label': ('bad', 'good')[i % 2], 'split': 'train'} for i in range(6)]
-  (tmp_path / 'films.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  values(['repeat', '--config=minilm', '--seeds=2', f'--folds={folds}', f'--workdir={tmp_path}',
-          f'--set=data.corpus={tmp_path / "films.jsonl"}'])
+  values(['repeat', '--config=minilm', '--seeds=2', f'--folds={folds}', f'--workdir={tmp_path}'])
   drawn = {}
 
   def predictions(c, place):
     labels_N = np.arange(100) % 2
-    return labels_N, np.where(np.arange(100) < round(100 * ACCURACY[c.data.fold, c.seed]), labels_N, 1 - labels_N)
+    classes_N = np.where(np.arange(100) < round(100 * ACCURACY[c.data.fold, c.seed]), labels_N, 1 - labels_N)
+    return labels_N, classes_N, ('bad', 'good')
   monkeypatch.setattr(script.run, 'run', lambda c, task, place: {'wall_s': 1.0, 'peak_bytes': 0})
   monkeypatch.setattr(script.classification, 'predictions', predictions)
   monkeypatch.setattr(script.pictures, 'confusion', lambda path, counts, names: drawn.update(names=names))
@@ -50,4 +47,4 @@ def test_seeds_of_a_fold_are_one_value(folds, repeat, tmp_path, monkeypatch):
     want, count = metrics.interval([0.8, 0.9]), '2 runs'
   assert (f'accuracy: {want.value:.4f}, 95% interval {want.low:.4f} to {want.high:.4f} ({count})'
           in (tmp_path / 'table.md').read_text())
-  assert drawn['names'] == ['bad', 'good']
+  assert drawn['names'] == ('bad', 'good')

@@ -106,8 +106,9 @@ def test_few_parameters_learn_it_too(pooling, method, root, tmp_path):
   c = films(root, peft=few, pooling=pooling, optim__lr=0.03, optim__steps=60, loop__eval_every=60)
   summary = run.run(c, classification.task(c), tmp_path)
   assert summary['val_accuracy'] > 0.9
-  labels_N, classes_N = classification.predictions(c, tmp_path)
-  assert len(labels_N) == 16 and (labels_N == classes_N).mean() == pytest.approx(summary['best']['val_accuracy'])
+  labels_N, classes_N, names = classification.predictions(c, tmp_path)
+  assert names == ('negative', 'positive') and len(labels_N) == 16
+  assert (labels_N == classes_N).mean() == pytest.approx(summary['best']['val_accuracy'])
   assert len(checkpoint.read_meta(tmp_path / 'checkpoints', 60)['base']) == 16
 
 

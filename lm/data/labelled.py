@@ -160,7 +160,7 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
         again, by = _reworded(c, [e.texts for e in chosen], ids_N, labels_N, frame, tokenizer)
   blank = Labelled(np.int32(frame.pad), np.int32(0), np.int32(-1), np.int32(0) if frame.types else None,
                    np.int32(0) if c.pack else None)
-  return memory.Data(c, seed, tokenizer, sets, blank, again, by)
+  return memory.Data(c, seed, tokenizer, sets, blank, again, by, tuple(names))
 
 
 def _read(c):

@@ -34,6 +34,7 @@ class Data:
     blank: one row that counts nowhere, which fills up an evaluation's last batch.
     again: (numbers of training rows, epoch, seed) -> those rows, where an epoch's differ from `splits` (augmentation).
     again_by: json-able, what `again` does and with what; '' = there is none.
+    names: of the classes, in the order of their numbers; () = there are none.
   """
 
   config: Any
@@ -43,6 +44,7 @@ class Data:
   blank: Rows
   again: Callable[[np.ndarray, int, int], Rows] | None = None
   again_by: Any = ''
+  names: tuple[str, ...] = ()
 
   def rows(self, split: str) -> int:
     return len(jax.tree.leaves(self.splits[split])[0])
