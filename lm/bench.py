@@ -4,10 +4,13 @@ scripts/bench_* are made of it: one process asks, a round at a time, so that dri
 sides; the others serve. They speak JSON, a line each way.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
+import itertools
 import json
 import os
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -50,8 +53,12 @@ class Side:
       self._process.stdin.flush()
       return json.loads(self._process.stdout.readline())
     except (OSError, ValueError) as error:
-      raise Error(f'{" ".join(self._process.args)}: the worker died; its error is above; the torch side needs '
-                  'pip install -e .[oracle]') from error
+      with contextlib.suppress(OSError):
+        self._process.stdin.close()  # one that lives ends at that
+      killed = self._process.wait() == -signal.SIGKILL
+      raise Error(f'{" ".join(self._process.args)}: the worker ' + (
+          'was killed, as the kernel does when memory runs out; choose smaller sizes' if killed else
+          'died; its error is above; the torch side needs pip install -e .[oracle]')) from error
 
   def close(self) -> None:
     self._process.stdin.close()
@@ -106,8 +113,8 @@ def alone(*arguments: str) -> None:
     raise Error(f'{" ".join(command)}: failed; its error is above')
 
 
-def steps(c: run_lib.Config, task: run_lib.Task, batch: Any) -> Callable[[int], None]:
-  """run(n): n steps of a training run on the same batch, from random weights."""
+def steps(c: run_lib.Config, task: run_lib.Task, batches: Iterator[Any]) -> Callable[[int], None]:
+  """run(n): n steps of a training run, a batch each, from random weights."""
   parts, key = run_lib.build(c, task), jax.random.key(1)
   make = lambda key: train.init(task.specs, parts.tx, parts.trainable, key)
   with sharding.use(parts.mesh):
@@ -117,13 +124,13 @@ def steps(c: run_lib.Config, task: run_lib.Task, batch: Any) -> Callable[[int], 
     nonlocal state
     with sharding.use(parts.mesh):
       for _ in range(n):
-        state, _ = parts.step(state, batch, key)
+        state, _ = parts.step(state, next(batches), key)
       jax.block_until_ready(state)
   return run
 
 
-def rows(B: int, T: int, V: int) -> Batch:
-  """Random ids without padding, all of them targets: [B, T + 1]."""
+def rows(B: int, T: int, V: int) -> Iterator[Batch]:
+  """Always the same random ids without padding, all of them targets: [B, T + 1]."""
   ids_BT = jax.random.randint(jax.random.key(0), (B, T + 1), 0, V)
   positions_BT = jnp.broadcast_to(jnp.arange(T + 1)[None], ids_BT.shape)
-  return Batch(ids_BT, jnp.ones_like(ids_BT), positions_BT, jnp.ones(ids_BT.shape, bool))
+  return itertools.repeat(Batch(ids_BT, jnp.ones_like(ids_BT), positions_BT, jnp.ones(ids_BT.shape, bool)))

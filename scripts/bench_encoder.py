@@ -7,6 +7,7 @@ time, and answers with a line of JSON (`lm.bench.serve`); first a line: {'tokens
 """
 
 import dataclasses
+import itertools
 
 from absl import flags
 
@@ -51,7 +52,8 @@ def _config(model, changes):
 
 def _ours(model, c):
   """run(n): n steps of this package."""
-  return bench.steps(c, *(_labelled if model == 'minilm' else _pretraining)(c))
+  task, batch = (_labelled if model == 'minilm' else _pretraining)(c)
+  return bench.steps(c, task, itertools.repeat(batch))
 
 
 def _pretraining(c):

@@ -3,13 +3,23 @@
 
 The config is `smollm2` of experiments/lora.py: SmolLM2-135M's shape, rank 8 on every matrix of the blocks; with 4 rows
 of 256 tokens, all of them targets. Weights are random; f32, no dropout, clip 1, AdamW. Changes by --set (peft.targets,
-peft.rank, model.layers, data.batch, ...) hold for both sides; PyTorch takes bfloat16 by autocast. Reads how many
-steps to take from stdin, a line each time, and answers with a line of JSON (`lm.bench.serve`); first a line: {'tokens'
-(of a step), 'flops' (of a token)}.
+peft.rank, model.layers, data.batch, ...) hold for both sides; PyTorch takes bfloat16 by autocast.
+
+With data.corpus and data.tokenizer the rows are conversations, the assistant's tokens the targets. This package packs
+them, as its experiments do. PEFT's side takes as many of them a step, on average, in batches drawn at random and padded
+to their longest, as transformers' and TRL's trainers do by default; with --grouped in batches of like lengths, by
+transformers' sampler for `train_sampling_strategy='group_by_length'`. Counted are the conversations' tokens alone.
+
+Reads how many steps to take from stdin, a line each time, and answers with a line of JSON (`lm.bench.serve`), of
+conversations with the 'tokens' that these steps had; first a line: {'tokens' (of a step), 'flops' (of a token)}.
 """
 
+from collections.abc import Iterator
+import contextlib
 import dataclasses
+import itertools
 import re
+import sys
 
 from absl import flags
 
@@ -19,6 +29,7 @@ from lm.errors import ConfigError
 
 _SIDE = flags.DEFINE_enum('side', 'lm', ['lm', 'peft'], 'Whose steps.')
 _FULL = flags.DEFINE_bool('full', False, 'Train all parameters.')
+_GROUPED = flags.DEFINE_bool('grouped', False, 'Of --side=peft: batches of conversations of like lengths.')
 _SET = flags.DEFINE_multi_string('set', [], 'Changes to the config.')
 MODULES = {'attn/q': 'q_proj', 'attn/k': 'k_proj', 'attn/v': 'v_proj', 'attn/o': 'o_proj', 'mlp/up': 'up_proj',
            'mlp/gate': 'gate_proj', 'mlp/down': 'down_proj'}  # our names of the blocks' matrices, and theirs
@@ -31,8 +42,14 @@ def main(_: list[str]) -> None:
   flops = instruct.task(c).flops
   if not _FULL.value:  # of a frozen weight no gradient is formed: 4 N instead of 6 N
     flops = dataclasses.replace(flops, matmul=flops.matmul * 2 / 3)
-  run = {'lm': _ours, 'peft': _theirs}[_SIDE.value](c)
-  bench.serve(run, tokens=c.data.batch * c.data.length, flops=flops.total)
+  taken = []  # conversations' tokens, of each batch
+  run = {'lm': _ours, 'peft': _theirs}[_SIDE.value](c, taken)
+
+  def counted(n):
+    taken.clear()
+    run(n)
+    return {'tokens': sum(map(int, taken))} if c.data.corpus else None
+  bench.serve(counted, tokens=c.data.batch * c.data.length, flops=flops.total)
 
 
 def make_config(changes, full: bool):
@@ -55,14 +72,60 @@ def modules(targets: str) -> list[str]:
   return found
 
 
-def _ours(c):
+def _ours(c, taken):
   """run(n): n steps of this package."""
   from lm import instruct
 
-  return bench.steps(c, instruct.task(c), bench.rows(c.data.batch, c.data.length, c.model.vocab))
+  batches = _packed(c, taken) if c.data.corpus else bench.rows(c.data.batch, c.data.length, c.model.vocab)
+  return bench.steps(c, instruct.task(c), batches)
 
 
-def _theirs(c):
+def _packed(c, taken):
+  """Batches of packed conversations."""
+  from lm import sharding
+  from lm.data import memory
+
+  for batch in memory.train_batches(_read(c), sharding.batch_sharding(sharding.make_mesh(c.mesh))):
+    taken.append((batch.segments_BT > 0).sum())
+    yield batch
+
+
+def _read(c):
+  """The rows of the corpus; what is said of it goes to stderr."""
+  from lm.data import conversations
+
+  with contextlib.redirect_stdout(sys.stderr):
+    return conversations.prepare(c.data, '')
+
+
+def padded(c, grouped: bool, taken: list[int]) -> Iterator:
+  """Batches for PyTorch, one conversation a row: (ids, 1 where a token is, labels), [B, longest of them].
+
+  Args:
+    c: of both sides, with a corpus.
+    grouped: conversations of like lengths together.
+    taken: gets the real tokens of each batch.
+  """
+  import torch
+  from torch.utils import data as torch_data
+  from transformers import trainer_pt_utils
+
+  packed = _read(c)
+  lone = _read(dataclasses.replace(c, data=dataclasses.replace(c.data, pack=False))).splits['train']
+  ids_NT, real_NT, mask_NT = (torch.tensor(x) for x in (lone.ids_BT, lone.segments_BT > 0, lone.mask_BT))
+  lengths_N = real_NT.sum(1)
+  B = round(c.data.batch * len(lengths_N) / packed.rows('train'))
+  sampler = (trainer_pt_utils.LengthGroupedSampler(B, lengths=lengths_N.tolist()) if grouped
+             else torch_data.RandomSampler(range(len(lengths_N))))
+  while True:
+    for rows in torch_data.BatchSampler(sampler, B, drop_last=True):
+      width = int(lengths_N[rows].max())
+      ids, real, mask = (x[rows, :width] for x in (ids_NT, real_NT, mask_NT))
+      taken.append(int(real.sum()))
+      yield ids.long(), real.long(), torch.where(mask, ids, -100).long()
+
+
+def _theirs(c, taken):
   """run(n): n steps of PEFT, or in full, of transformers' Llama."""
   import peft
   import torch
@@ -82,13 +145,18 @@ def _theirs(c):
   trained = [p for p in model.parameters() if p.requires_grad]
   tx = torch.optim.AdamW(trained, lr=1e-4, betas=(c.optim.b1, c.optim.b2), eps=c.optim.eps,
                          weight_decay=c.optim.weight_decay)
-  ids = torch.randint(m.vocab, (c.data.batch, c.data.length + 1))
+  if c.data.corpus:
+    batches = padded(c, _GROUPED.value, taken)
+  else:
+    ids = torch.randint(m.vocab, (c.data.batch, c.data.length + 1))
+    batches = itertools.repeat((ids, None, ids))
 
   def run(n):
     for _ in range(n):
+      ids, real, labels = next(batches)
       with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=m.dtype == 'bfloat16'):
-        logits = model(input_ids=ids[:, :-1]).logits
-        loss = torch.nn.functional.cross_entropy(logits.view(-1, m.vocab), ids[:, 1:].reshape(-1))
+        logits = model(input_ids=ids[:, :-1], attention_mask=real if real is None else real[:, :-1]).logits
+        loss = torch.nn.functional.cross_entropy(logits.view(-1, m.vocab), labels[:, 1:].reshape(-1))
       loss.backward()
       torch.nn.utils.clip_grad_norm_(trained, 1.0)
       tx.step()

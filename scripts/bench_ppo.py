@@ -2,7 +2,8 @@
 `python -m scripts.bench_rlhf --part=ppo`, which is what to run.
 
 Both sides hold a policy and a value model of its own that train in full, and a frozen reference and reward model; all
-four are the decoder of --model, a value and a score are one linear head on it (random, or 0). An iteration draws
+four are the decoder of --model, a value and a score are one linear head on it (random, or 0); with --set value=shared
+this package's value is a head on the policy, which leaves out one of the two trained trunks. An iteration draws
 --max_new tokens to each of --batch prompts at temperature 1 without stopping, scores the rows, takes log-probabilities,
 reference and values, and makes --epochs x --minibatches updates. f32, no dropout, AdamW without decay or clipping, the
 losses' constants as TRL has them (its defaults and ours are the same).

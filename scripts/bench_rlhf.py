@@ -13,7 +13,9 @@ ppo: whole iterations, responses to --ppo_batch prompts (32 tokens, then 32 new 
 and 2 epochs of 2 minibatches; policy and value model train in full (scripts/bench_ppo.py). The peer is TRL's
 PPOTrainer. The TRL of the oracle extras has none any more, so 1.10 goes into a folder of its own,
 --peer_packages, which only the peer's process looks into. Without --model a random decoder of --shape is taken, which
-needs some 9 GB for both sides together; SmolLM2-135M is estimated to need 16 to 20.
+needs some 9 GB for both sides together; of SmolLM2-135M, with 64 new tokens, this side alone peaked at 16.5 GiB and the
+peer at 8.4. With --set value=shared the value is a head on the policy's trunk, as in `cpu` of experiments/ppo.py and
+arXiv:1909.08593; TRL's PPOTrainer always runs a value model of its own.
 
 Each side lives in a process of its own with all cores; they take turns, a round at a time, so drift of the machine's
 speed hits both. Columns: tokens/s drawn (median, least and most over the rounds), peak memory; then the median of the

@@ -20,7 +20,8 @@ BertForSequenceClassification.
 
 --peft=lora takes the LoRA step of experiments/lora.py's `smollm2` on random weights (scripts/bench_peft.py) against
 PEFT on the same shape, rank and targets, which --set changes for both. With --full both sides also train in full, and
-the share of that step's time that LoRA's takes is printed for each.
+the share of that step's time that LoRA's takes is printed for each. With --set data.corpus=... --set data.tokenizer=...
+both train on its conversations, packed here and padded there; of PEFT with --grouped in batches of like lengths.
 """
 
 import statistics
@@ -42,6 +43,7 @@ _SHAPES = flags.DEFINE_list('shapes', ['6x384', '12x768'], f'Which of {", ".join
 _MODEL = flags.DEFINE_enum('model', 'gpt', ['gpt', 'bert', 'electra', 'deberta', 'minilm'], 'What is trained.')
 _PEFT = flags.DEFINE_enum('peft', 'none', ['none', 'lora'], 'Fine-tune a decoder with few parameters.')
 _FULL = flags.DEFINE_bool('full', False, 'With --peft: also in full, on both sides.')
+_GROUPED = flags.DEFINE_bool('grouped', False, 'With --peer=peft and data.corpus: its batches are of like lengths.')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
 _STEPS = flags.DEFINE_integer('steps', 0, 'Steps a turn; 0 = about ten seconds.', lower_bound=0)
 _SET = flags.DEFINE_multi_string('set', [], 'Changes to this package\'s config, e.g. --set model.scan_layers=True; '
@@ -76,9 +78,11 @@ def check_flags() -> None:
   if few and (_MODEL.value != 'gpt' or _PEER.value == 'torch'):
     raise ConfigError(f'--peft={_PEFT.value}: trains SmolLM2 and compares with PEFT; expected no --model, and '
                       '--peer=peft or none; drop the other flag')
-  for flag, given in (('peer=peft', _PEER.value == 'peft'), ('full', _FULL.value)):
+  for flag, given in (('peer=peft', _PEER.value == 'peft'), ('full', _FULL.value), ('grouped', _GROUPED.value)):
     if given and not few:
       raise ConfigError(f'--{flag}: expected with --peft only; add --peft=lora')
+  if _GROUPED.value and not (_PEER.value == 'peft' and any(item.startswith('data.corpus=') for item in _SET.value)):
+    raise ConfigError('--grouped: expected with --peer=peft and conversations; add --set data.corpus=...')
 
 
 def _compare(shape, tokens=None, flops=None):
@@ -93,7 +97,8 @@ def _compare(shape, tokens=None, flops=None):
   rates = {side: [] for side in workers}
   for _ in range(_ROUNDS.value):
     for side in sides:
-      rates[side].append(steps * said[side]['tokens'] / workers[side].ask(steps)['seconds'])
+      answer = workers[side].ask(steps)
+      rates[side].append(answer.get('tokens', steps * said[side]['tokens']) / answer['seconds'])
     rates['matmul'].append(3 / workers['matmul'].ask(3)['seconds'])
   width = workers['matmul'].facts['width']
   peak = 2 * width**3 * statistics.median(rates['matmul'])
@@ -119,7 +124,8 @@ def command(side: str, shape: str) -> list[str]:
   changes = [f'--set={item}' for item in _SET.value]
   module = [sys.executable, '-m']
   if who != 'matmul' and _PEFT.value != 'none':
-    return [*module, 'scripts.bench_peft', f'--side={who}', *(f'--{word}' for word in full), *changes]
+    grouped = ['--grouped'] if who == 'peft' and _GROUPED.value else []
+    return [*module, 'scripts.bench_peft', f'--side={who}', *(f'--{word}' for word in full), *grouped, *changes]
   changes = changes if who == 'lm' else []
   if who != 'matmul' and _MODEL.value != 'gpt':
     return [*module, 'scripts.bench_encoder', f'--side={who}', f'--model={_MODEL.value}', *changes]

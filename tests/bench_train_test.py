@@ -18,6 +18,12 @@ CASES = [  # (flags, part of the error, or for each side the words of its proces
         'lm full': 'scripts.bench_peft --side=lm --full --set=peft.rank=4',
         'peft full': 'scripts.bench_peft --side=peft --full --set=peft.rank=4',
         'matmul': 'scripts.bench_train --worker=matmul'}),
+    (['--grouped'], '--grouped: expected with --peft only'),
+    (['--peft=lora', '--peer=peft', '--grouped'], '--grouped: expected with --peer=peft and conversations'),
+    (['--peft=lora', '--peer=peft', '--grouped', '--set=data.corpus=chat'], {
+        'lm': 'scripts.bench_peft --side=lm --set=data.corpus=chat',
+        'peft': 'scripts.bench_peft --side=peft --grouped --set=data.corpus=chat',
+        'matmul': 'scripts.bench_train --worker=matmul'}),
     (['--peft=lora'], {'lm': 'scripts.bench_peft --side=lm', 'matmul': 'scripts.bench_train --worker=matmul'}),
     (['--model=minilm', '--peer=torch', '--set=data.batch=2'], {
         'lm': 'scripts.bench_encoder --side=lm --model=minilm --set=data.batch=2',
@@ -97,6 +103,7 @@ def test_the_flags_name_the_processes(number, lines):
 def test_each_pair_of_sides_is_compared(lines):
   assert [line.split(':')[0].split(None, 1) for line in lines if ' / ' in line] == [
       ['lora', 'lm / peft'], ['lora', 'lm full / peft full'], ['lora', 'lm'], ['lora', 'peft'],
+      ['lora', 'lm / peft'],
       ['minilm', 'lm / torch'], ['4x128', 'lm / torch']]
 
 
