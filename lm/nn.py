@@ -7,13 +7,12 @@ R rotary half (H // 2). Norms and softmax are computed in f32 whatever the activ
 from collections.abc import Callable, Sequence
 import dataclasses
 import functools
-import math
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 
-from lm import sharding
+from lm import products
 from lm.errors import ConfigError
 
 NEVER = -1e30  # a logit that softmax turns into zero; finite, so that a row with no key stays finite
@@ -41,66 +40,16 @@ def dot(w: jax.Array, x: jax.Array, equation: str, key: 'Key | None' = None) -> 
   Dispatches on the type of `w`: a LoRA leaf registers its own rule here, whose dropout `key` turns on.
   """
   del key
-  return _dot(equation, x, w)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dot(equation, x, w):
-  return jnp.einsum(equation, x, w.astype(x.dtype))
-
-
-def _dot_backward(equation, residuals, g):
-  """The derivative, with the weight's as one product of matrices.
-
-  Einsum's own derivative contracts over batch and length as two dimensions. On a CPU XLA copies an operand transposed
-  for that, and forms what it holds a second time on the way: a sixth of a training step.
-  """
-  x, w = residuals
-  (x_axes, w_axes), out = equation.split('->')[0].split(','), equation.split('->')[1]
-  g = jax.lax.optimization_barrier(g)
-  dx = jnp.einsum(f'{out},{w_axes}->{x_axes}', g, w.astype(x.dtype))
-  inner = sum(axis in x_axes for axis in w_axes)
-  rows = lambda a, columns: a.reshape(-1, math.prod(columns))
-  dw = jax.lax.dot_general(rows(x, w.shape[:inner]), rows(g, w.shape[inner:]), (((0,), (0,)), ((), ())),
-                           preferred_element_type=jnp.float32)
-  return dx, dw.reshape(w.shape).astype(w.dtype)
-
-
-_dot.defvjp(lambda equation, x, w: (_dot(equation, x, w), (x, w)), _dot_backward)
+  return products.product(equation, x, w)
 
 
 def dots(ws: Sequence[jax.Array], x: jax.Array, equations: Sequence[str], key: 'Key | None' = None
          ) -> tuple[jax.Array, ...]:
-  """`dot` of one x with several weights, such as those of queries, keys and values.
-
-  Where weights are divided over devices, each has a part of the derivative by x from each weight. These are summed
-  before devices add theirs up: one array is sent and not one a weight.
-  """
-  if sharding.local() or not all(isinstance(w, jax.Array) for w in ws):
+  """`dot` of one x with several weights, such as those of queries, keys and values; see `products.products`."""
+  if not all(isinstance(w, jax.Array) for w in ws):
     pairs = zip(ws, equations, strict=True)
     return tuple(dot(w, x, equation, fold(key, i)) for i, (w, equation) in enumerate(pairs))
-  return _dots(tuple(equations), x, tuple(ws))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _dots(equations, x, ws):
-  return tuple(jnp.einsum(equation, x, w.astype(x.dtype)) for w, equation in zip(ws, equations, strict=True))
-
-
-def _dots_backward(equations, residuals, gs):
-  x, ws = residuals
-  pairs = [_dot_backward(equation, (x, w), g) for equation, w, g in zip(equations, ws, gs, strict=True)]
-  # The first dimension that a weight adds (heads, mlp) is what devices divide; a single key head is on all of them.
-  first = x.ndim - 1
-  divided = [i for i, g in enumerate(gs) if g.shape[first] > 1]
-  heads = min(gs[i].shape[first] for i in divided)
-  g = jnp.concatenate([gs[i].reshape(*x.shape[:-1], heads, -1) for i in divided], axis=-1)
-  w = jnp.concatenate([ws[i].reshape(x.shape[-1], heads, -1).astype(x.dtype) for i in divided], axis=-1)
-  dx = jnp.einsum('...KX,DKX->...D', g, w)
-  return sum((pairs[i][0] for i in range(len(gs)) if i not in divided), dx), tuple(dw for _, dw in pairs)
-
-
-_dots.defvjp(lambda equations, x, ws: (_dots(equations, x, ws), (x, ws)), _dots_backward)
+  return products.products(tuple(equations), x, tuple(ws))
 
 
 @functools.singledispatch

@@ -9,7 +9,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
-    'errors hosts config params sharding nn kernels',
+    'errors hosts config params sharding products nn kernels',
     'models text data rewards',
     'losses logprobs metrics peft peft_hf peft_nodes mixout optim ema budget scaling hlo hlo_module targets',
     'host train parallel pipeline checkpoint seal weights decode rollout loop logs evaluate samples run start summary '
