@@ -44,8 +44,8 @@ def test_products_are_einsums(lead, dtype, rtol):
     np.testing.assert_allclose(a, b, rtol=rtol, atol=rtol * np.abs(b).max())
 
 
-def test_weights_are_joined_where_products_are_small_and_rows_are_many():
-  for lead, expected in ((FEW, 9), (MANY, 3), (LARGE, 9)):  # values, and derivatives by x and by w
+def test_the_derivative_joins_weights_where_products_are_small_and_rows_are_many():
+  for lead, expected in ((FEW, 9), (MANY, 5), (LARGE, 9)):  # values, and derivatives by x and by w
     args = arrays(lead)
     program = both(lambda x, ws: products.products(EQUATIONS, x, ws), *args)
     assert program.as_text().count(' dot(') == expected

@@ -4,7 +4,6 @@ Shapes: B batch, T length, D embed; parameters of the L blocks are stacked.
 """
 
 from collections.abc import Callable
-import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -82,14 +81,9 @@ def _products(primitive, *arrays, **options):
 
 
 def _equations(jaxpr):
-  """All of them, of loops and branches too, without what a kernel does inside."""
   for equation in jaxpr.eqns:
-    known = equation.params
-    inner = [known[name] for name in ('jaxpr', 'call_jaxpr') if name in known] + [*known.get('branches', ())]
-    if equation.primitive.name == 'pallas_call' or not inner:
-      yield equation
-    else:
-      yield from itertools.chain.from_iterable(_equations(each.jaxpr) for each in inner)
+    inner = equation.params.get('jaxpr')
+    yield from [equation] if inner is None else _equations(inner.jaxpr)
 
 
 def bias(x: jax.Array, b: jax.Array) -> jax.Array:
