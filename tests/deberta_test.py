@@ -153,7 +153,8 @@ def test_order_is_seen_only_through_the_terms():
     assert np.allclose(got, turned[:, ::-1], atol=1e-5) != seen
 
 
-@pytest.mark.parametrize(('name', 'model'), [('v1', deberta.apply), ('v2', deberta.decode_masked)])
+@pytest.mark.parametrize(('name', 'model'), [
+    ('v1', deberta.apply), pytest.param('v2', deberta.decode_masked, marks=pytest.mark.slow)])
 def test_scan_unroll_and_remat_agree(name, model):
   ids_BT, c = random_ids(2, 10), dataclasses.replace(KINDS[name], dropout=nn.Dropout(0.1, 0.2, 0.2))
   p = {**weights(name), 'decoder': random_tree(deberta.decoder_specs(c))}
@@ -192,7 +193,7 @@ def test_bfloat16_activations_stay_near(name):
   np.testing.assert_allclose(x_BTD.astype(jnp.float32), apply(weights(name), KINDS[name], random_ids(2, 9)), atol=0.15)
 
 
-@pytest.mark.parametrize('name', ['v1', 'v2'])
+@pytest.mark.parametrize('name', [pytest.param('v1', marks=pytest.mark.slow), 'v2'])
 def test_a_mesh_changes_nothing(name):
   c, p = KINDS[name], {**weights(name), 'decoder': random_tree(deberta.decoder_specs(KINDS[name]))}
   ids_BT = random_ids(4, 9)

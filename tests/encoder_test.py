@@ -180,6 +180,7 @@ def test_roberta_counts_positions_from_its_offset():
   np.testing.assert_allclose(apply(p, c, ids_BT), apply(shifted, dataclasses.replace(c, offset=0), ids_BT), atol=2e-5)
 
 
+@pytest.mark.slow  # decoder_test has it in the default suite
 def test_scan_unroll_and_remat_agree():
   ids_BT = random_ids(2, 10)
 

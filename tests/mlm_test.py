@@ -238,6 +238,7 @@ def test_ngrams_lie_in_their_windows():
   assert few.max() == round(0.15 * 256) > few.min()  # a window in 6 is more than the rate: the last ones stay whole
 
 
+@pytest.mark.slow  # compiles long
 def test_draws_do_not_depend_on_the_neighbours_and_do_on_the_key():
   inputs = inputs_of(LENGTHS, 64)
   part = jax.tree.map(lambda x: x[4:9], inputs)
