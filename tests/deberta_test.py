@@ -79,7 +79,7 @@ def plain_attention(q, k, v, tables, visible, scale):
 
 
 @pytest.mark.parametrize('terms', [('c2p', 'p2c'), ('c2p',), ('p2c',), ()])
-@pytest.mark.parametrize('T', [1, 2, 5, 13])
+@pytest.mark.parametrize('T', [1, *(pytest.param(T, marks=pytest.mark.slow) for T in (2, 5)), 13])
 def test_attention_equals_the_plain_form(monkeypatch, terms, T):
   monkeypatch.setattr(disentangled, 'BLOCK', 4)
   keys = jax.random.split(jax.random.key(T), 6)
