@@ -77,7 +77,7 @@ def _joined(x, ws, gs):
       [a.reshape(-1, n) for a, n in zip(arrays, columns, strict=True)], axis=1)
   dx, dw = _backward('rd,de->re', (x.reshape(-1, D), side_by_side(ws)), side_by_side(gs))
   dws = jnp.split(dw, np.cumsum(columns[:-1]), axis=1)
-  return dx.reshape(x.shape), tuple(dw.reshape(w.shape) for dw, w in zip(dws, ws, strict=True))
+  return dx.reshape(x.shape), tuple(dw.reshape(w.shape).astype(w.dtype) for dw, w in zip(dws, ws, strict=True))
 
 
 def _apart(equations, x, ws, gs):
