@@ -58,6 +58,7 @@ def test_an_iteration_scores_what_was_drawn_and_learns_from_it_in_every_pass(tmp
   assert passes == [sorted(rows) for rows in scored for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_ppo_is_a_line_of_numbers():
   done = bench('-m', 'scripts.bench_rlhf', '--part=ppo', '--shape=1x16x64', '--ppo_batch=4', '--rounds=1', *TOY)
   assert done.returncode == 0, done.stderr

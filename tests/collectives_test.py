@@ -75,6 +75,7 @@ def test_zero_1_and_2(zero):
   assert 2 * nbytes <= of_axis(found, 'fsdp') / ring(8) <= 2 * 1.15 * nbytes
 
 
+@pytest.mark.slow
 def test_zero_2_scatters_every_microbatch_and_zero_1_once():
   once, nbytes = sent({'fsdp': 8, 'zero': 1}, microbatches=2)
   every, _ = sent({'fsdp': 8, 'zero': 2}, microbatches=2)

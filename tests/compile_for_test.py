@@ -50,6 +50,7 @@ def test_a_plan_counts_the_program(here):
   assert p.usd(1.0, 2.0) == pytest.approx(p.days(1.0) * 24 * 8 * 2.0)
 
 
+@pytest.mark.slow
 def test_remat_costs_a_third_more_flops(here):
   ratio = {remat: (lambda p: p.flops / p.model_flops)(plan.make(small(f'model.remat={remat}', *MESH), here))
            for remat in ('none', 'full')}

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+from marks import slow
 import numpy as np
 import pytest
 from safetensors import numpy as st
@@ -40,6 +41,7 @@ def test_to_a_workdir_and_back(tmp_path):
   assert 'not empty' in out.stderr
 
 
+@pytest.mark.slow
 def test_a_run_of_an_encoder_becomes_a_folder_that_loads_to_the_same_values(tmp_path):
   for name, kind in (('bert_cpu', bert), ('electra_cpu', electra), ('deberta_v3_cpu', deberta)):
     c = getattr(kind, name)()
@@ -93,7 +95,7 @@ def _talks(bases, method):
                          peft=peft.Config(method, train='', rank=2, length=3, hidden=5))
 
 
-@pytest.mark.parametrize('kind', ['gpt2', 'bert'])
+@pytest.mark.parametrize('kind', ['gpt2', slow('bert')])
 def test_lora_of_a_run_goes_to_peft_and_back_onto_its_base(bases, kind, tmp_path):
   root, _, model = bases
   c, task = _talks(bases, 'lora'), instruct.task
@@ -115,6 +117,7 @@ def test_lora_of_a_run_goes_to_peft_and_back_onto_its_base(bases, kind, tmp_path
   assert tokenizer.load(tmp_path / 'merged').sha256 == tokenizer.byte().sha256
 
 
+@pytest.mark.slow
 def test_a_prefix_goes_to_peft_and_is_merged_with_nothing(bases, tmp_path):
   root, model, _ = bases
   c = _talks(bases, 'prefix')

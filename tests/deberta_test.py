@@ -6,6 +6,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -79,7 +80,7 @@ def plain_attention(q, k, v, tables, visible, scale):
 
 
 @pytest.mark.parametrize('terms', [('c2p', 'p2c'), ('c2p',), ('p2c',), ()])
-@pytest.mark.parametrize('T', [1, *(pytest.param(T, marks=pytest.mark.slow) for T in (2, 5)), 13])
+@pytest.mark.parametrize('T', [1, slow(2), 5, slow(13)])
 def test_attention_equals_the_plain_form(monkeypatch, terms, T):
   monkeypatch.setattr(disentangled, 'BLOCK', 4)
   keys = jax.random.split(jax.random.key(T), 6)
@@ -153,8 +154,8 @@ def test_order_is_seen_only_through_the_terms():
     assert np.allclose(got, turned[:, ::-1], atol=1e-5) != seen
 
 
-@pytest.mark.parametrize(('name', 'model'), [
-    ('v1', deberta.apply), pytest.param('v2', deberta.decode_masked, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(('name', 'model'), [('v1', deberta.apply), ('v2', deberta.decode_masked)])
 def test_scan_unroll_and_remat_agree(name, model):
   ids_BT, c = random_ids(2, 10), dataclasses.replace(KINDS[name], dropout=nn.Dropout(0.1, 0.2, 0.2))
   p = {**weights(name), 'decoder': random_tree(deberta.decoder_specs(c))}
@@ -193,7 +194,8 @@ def test_bfloat16_activations_stay_near(name):
   np.testing.assert_allclose(x_BTD.astype(jnp.float32), apply(weights(name), KINDS[name], random_ids(2, 9)), atol=0.15)
 
 
-@pytest.mark.parametrize('name', [pytest.param('v1', marks=pytest.mark.slow), 'v2'])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['v1', 'v2'])
 def test_a_mesh_changes_nothing(name):
   c, p = KINDS[name], {**weights(name), 'decoder': random_tree(deberta.decoder_specs(KINDS[name]))}
   ids_BT = random_ids(4, 9)

@@ -7,6 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import pytest
 
@@ -89,7 +90,7 @@ def test_a_token_never_sees_the_future(name):
   assert not np.allclose(a[:, 7:], b[:, 7:])
 
 
-@pytest.mark.parametrize('name', ['gpt2', 'palm'])
+@pytest.mark.parametrize('name', ['gpt2', slow('palm')])
 def test_scan_unroll_and_remat_agree(name):
   ids_BT = random_ids(2, 10)
   drop = nn.Dropout(0.1, 0.1, 0.2)

@@ -6,6 +6,7 @@ import signal
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import optax
 import pytest
@@ -115,7 +116,7 @@ def test_a_decay_out_of_range_is_named(value):
     optim.Config(ema=value)
 
 
-@pytest.mark.parametrize('mesh', [dict(fsdp=4, tensor=2), dict(data=2, fsdp=4, zero=1)], ids=str)
+@pytest.mark.parametrize('mesh', [slow(dict(fsdp=4, tensor=2)), dict(data=2, fsdp=4, zero=1)], ids=str)
 def test_it_lives_where_moments_do_and_is_evaluated_on_any_mesh(mesh):
   c = config.replace(GPT, optim__ema=0.5, mesh=sharding.Config(**mesh))
   task = pretrain.task(c)
@@ -184,6 +185,7 @@ def test_evaluation_and_what_is_read_from_a_checkpoint_are_of_the_average(corpus
   assert summary['val_loss'] == pytest.approx(float(sums.total) / float(sums.weight), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_few_parameters_are_averaged_and_loaded(tmp_path):
   """LoRA: what trains has an average, what is frozen has none, and the loaded model is the base with the average."""
   (tmp_path / 'chat.jsonl').write_text('\n'.join(

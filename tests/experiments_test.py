@@ -3,6 +3,7 @@
 import json
 
 import jax
+from marks import slow
 import pytest
 
 from experiments import chinchilla, gpt2, gpt3, llama, palm
@@ -47,10 +48,10 @@ def test_round_trip_and_documentation(name):
   assert ALL[name].__doc__
 
 
-KINDS = ('quickstart', 'gpt2_355m', 'llama3_8b', 'palm_62b', 'chinchilla_70b')
+KINDS = ('quickstart', 'llama3_8b', 'palm_62b')
 
 
-@pytest.mark.parametrize('name', [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in ALL])
+@pytest.mark.parametrize('name', [n if n in KINDS else slow(n) for n in ALL])
 def test_three_steps_of_each_kind(name, tmp_path):
   (tmp_path / 'text.txt').write_text('the quick brown fox 敏捷的棕色狐狸 ' * 60, encoding='utf-8')
   c = ALL[name]()

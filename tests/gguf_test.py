@@ -11,6 +11,7 @@ import struct
 import gguf as package
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import pytest
 import tokenizers
@@ -274,7 +275,7 @@ def smollm2():
   return gguf.load(path)
 
 
-@pytest.mark.parametrize('cached', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('cached', [False, slow(True)])
 def test_smollm2_answers(smollm2, cached):
   c, p, tok = smollm2
   assert params.count(p) == params.count(decoder.specs(c)) == 134_515_008

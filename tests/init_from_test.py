@@ -135,6 +135,7 @@ def test_a_pooler_that_was_not_pretrained_is_named(root, tmp_path, monkeypatch):
     begun(films(root, c.model, tmp_path / 'run', pooling='pooler'), tmp_path, monkeypatch)
 
 
+@pytest.mark.slow
 def test_from_pretraining_to_predictions(root, tmp_path):
   """A run of BERT with an average, tuned by LoRA on its averaged weights and pooler, read again from both workdirs."""
   c = shrink(bert.bert_cpu(), data__corpus=str(root / 'text.jsonl'), data__tokenizer=str(root / 'x.model'),

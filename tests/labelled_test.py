@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import pytest
 
@@ -119,7 +120,7 @@ def parameters(c):
   return jax.jit(lambda key: params.init(classification.task(c).base.specs, key))(jax.random.key(1))
 
 
-@pytest.mark.parametrize('kind', [classification.Encoder, classification.Disentangled])
+@pytest.mark.parametrize('kind', [classification.Encoder, slow(classification.Disentangled)])
 def test_a_word_that_decides_is_learned_in_memory(root, kind, monkeypatch):
   data = prepared(root, [*films(64), *films(20, 'validation')], length=16, batch=16)
   c = task_config(kind, data)
@@ -133,6 +134,7 @@ def test_a_word_that_decides_is_learned_in_memory(root, kind, monkeypatch):
   assert len(traced) == 2 * once  # three seeds, compiled once
 
 
+@pytest.mark.slow
 def test_in_memory_it_is_the_run_of_a_seed(root, tmp_path):
   rng = np.random.default_rng(0)  # some labels are wrong, so that seeds differ
   rows = [(text, 'py'[(label == 'y') ^ (rng.random() < 0.3)], split)

@@ -140,6 +140,7 @@ def test_mistakes_in_a_config(changes, message, root):
   assert message in str(raised.value)
 
 
+@pytest.mark.slow
 def test_a_run_saves_what_trains_and_knows_its_base(root, tmp_path):
   """It resumes bit for bit, refuses another base, and is sampled without any."""
   shutil.copytree(root / 'base', tmp_path / 'base')
@@ -160,6 +161,7 @@ def test_a_run_saves_what_trains_and_knows_its_base(root, tmp_path):
     run.run(config.replace(c, optim__steps=10), task, tmp_path / 'stopped', resume_with_changes=True)
 
 
+@pytest.mark.slow
 def test_microbatches_and_meshes_draw_the_same(root):
   """After three steps at a high rate, so that there is something to mix."""
   losses = []

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import optax
 import pytest
@@ -127,12 +128,11 @@ def same(got, want):
 
 
 # The default suite has the mesh that uses every axis's code; the others are heavy.
-QUICK = {('decoder', 'fsdp 2 tensor 2 pipe 2'), ('palm', 'tensor 4 data 2, sequence'), ('bert', 'fsdp 8'),
-         ('bert', 'tensor 4'), ('deberta', 'data 2 tensor 2 pipe 2')}
+QUICK = {('decoder', 'fsdp 2 tensor 2 pipe 2'), ('bert', 'tensor 4')}
 FAMILIES = ('decoder', 'bert', 'electra', 'deberta')
-BESIDE = {('deberta-v2', 'pipe 4 data 2')}
+BESIDE = {('deberta-v2', 'pipe 4 data 2'), ('palm', 'tensor 4 data 2, sequence')}
 ALIKE = ('fsdp 4 data 2, zero 2', 'fsdp 2 tensor 2 pipe 2')  # what other members of a family are tried on
-PAIRS = [pytest.param(kind, mesh, marks=() if (kind, mesh) in QUICK else pytest.mark.slow)
+PAIRS = [(kind, mesh) if (kind, mesh) in QUICK else slow(kind, mesh)
          for kind in KINDS for mesh in MESHES if kind in FAMILIES or mesh in ALIKE or (kind, mesh) in QUICK | BESIDE]
 
 
@@ -143,7 +143,7 @@ def test_a_mesh_is_one_device(kind, mesh):
   same(curve(kind, MESHES[mesh], steps=30, devices=devices), one_device(kind))
 
 
-@pytest.mark.parametrize('mesh', [{}, {'data': 4, 'fsdp': 2}, {'pipe': 2, 'fsdp': 2, 'data': 2}], ids=str)
+@pytest.mark.parametrize('mesh', [{}, slow({'data': 4, 'fsdp': 2}), slow({'pipe': 2, 'fsdp': 2, 'data': 2})], ids=str)
 def test_microbatches(mesh):
   """Neither sums nor dropout depend on the number of microbatches."""
   same(curve('decoder', mesh, steps=2, microbatches=2), one_device('decoder'))
@@ -153,7 +153,7 @@ def bytes_on_a_device(tree):
   return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
-@pytest.mark.parametrize('mesh', ['data 8', 'fsdp 8, zero 1', 'fsdp 4 data 2, zero 2', 'fsdp 2 tensor 2 pipe 2'])
+@pytest.mark.parametrize('mesh', ['data 8', 'fsdp 8, zero 1', slow('fsdp 4 data 2, zero 2'), 'fsdp 2 tensor 2 pipe 2'])
 def test_bytes_of_zero(mesh):
   """Each leaf takes its size over the axes that divide it: parameters from ZeRO's stage 3 on, moments from 1 on, over
   fsdp; both over tensor and pipe."""
@@ -169,7 +169,7 @@ def test_bytes_of_zero(mesh):
   assert bytes_on_a_device((state.opt_state.mu, state.opt_state.nu)) == 2 * expected(specs, ways)
 
 
-@pytest.mark.parametrize('kind', ['decoder', 'electra'])
+@pytest.mark.parametrize('kind', ['decoder', slow('electra')])
 def test_evaluation(kind):
   """The validation loss of a mesh is that of one device."""
   found = []
@@ -184,6 +184,7 @@ def test_evaluation(kind):
     assert found[1][name] == pytest.approx(value, rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_frozen_leaves():
   c, _ = make('decoder', MESHES['fsdp 2 tensor 2 pipe 2'])
   c = dataclasses.replace(c, optim=dataclasses.replace(c.optim, freeze='attn|tokens'))

@@ -93,14 +93,13 @@ def same(make, method, mesh):
   assert all(np.abs(g).max() > 0 for g in want.gradient.values())
 
 
-QUICK = ('prefix', 'pipe 2 data 2')  # in the default suite
 APART = ('top', 'prefix by an MLP')  # keep their layers together, which a pipeline divides
-PAIRS = [pytest.param(method, mesh, marks=() if (method, mesh) == QUICK else pytest.mark.slow)
-         for mesh in ('fsdp 2 tensor 2', 'pipe 2 data 2') for method in METHODS
+PAIRS = [(method, mesh) for mesh in ('fsdp 2 tensor 2', 'pipe 2 data 2') for method in METHODS
          if 'fsdp' in mesh or method not in APART]
 
 
 @pytest.mark.parametrize('method, mesh', PAIRS)
+@pytest.mark.slow
 def test_a_conversation(method, mesh):
   same(conversation, method, mesh)
 

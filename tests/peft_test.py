@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import pytest
 
@@ -214,8 +215,7 @@ def test_only_what_trains_has_optimizer_state_and_moves(method):
   assert not {path for path in still - frozen if 'lora_a' not in path}  # b is 0 still: a has no gradient yet
 
 
-@pytest.mark.parametrize('scan_layers, chunk', [(True, 64), *(pytest.param(*x, marks=pytest.mark.slow) for x in (
-    (False, 1024), (False, 64), (True, 1024)))])
+@pytest.mark.parametrize('scan_layers, chunk', [(True, 64), slow(False, 1024), slow(False, 64), slow(True, 1024)])
 def test_no_gradient_of_a_frozen_weight_is_formed(scan_layers, chunk):
   """FLOPs of the compiled step: forward and the way back through activations, two thirds of a full step, and LoRA's."""
   c = decoder.Config(vocab=512, length=64, layers=4, embed=256, heads=4, kv_heads=4, head_dim=64, mlp=1024,

@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import pytest
 
@@ -21,7 +22,7 @@ METHODS = {'full': peft.Config('full', train=''), 'top': peft.Config('top', trai
            'prefix': peft.Config('prefix', train='', length=3, hidden=5)}
 
 
-QUICK = [pytest.param(m, marks=() if m in ('full', 'lora') else pytest.mark.slow) for m in METHODS]
+QUICK = [m if m in ('full', 'lora') else slow(m) for m in METHODS]
 
 
 def make(method='lora', kind=policy.PPO, **changes):
@@ -111,6 +112,7 @@ def test_a_critic_reads_its_own_trunk():
   assert not np.array_equal(values(p | {'critic': bent(p['critic'])}), values(p))
 
 
+@pytest.mark.slow
 def test_groups_and_the_best_of_them():
   c = make('full', policy.GRPO, loss=grpo.Config(beta=0.1))
   _, p = tree_of(c)
@@ -127,7 +129,7 @@ def test_groups_and_the_best_of_them():
   assert float(stats['best']) == 2.25 and best.kept == 4 and best.rows == 8
 
 
-@pytest.mark.parametrize('kind', [policy.PPO, policy.GRPO])
+@pytest.mark.parametrize('kind', [policy.PPO, slow(policy.GRPO)])
 def test_what_a_prompt_says_is_not_scored(kind):
   """Logits begin where responses do; the gradient is that of scoring all and masking."""
   c = make('full', kind)

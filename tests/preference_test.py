@@ -7,6 +7,7 @@ import shutil
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import optax
 import pytest
@@ -69,9 +70,8 @@ def direct(p, rows):
   return out
 
 
-@pytest.mark.parametrize('few', [
-    pytest.param(c, id=c.method, marks=[pytest.mark.slow] * (c.method == 'full')) for c in (
-        FULL, LORA, peft.Config('prompt', train='', length=3))])
+@pytest.mark.parametrize('few', [slow(FULL), LORA, slow(peft.Config('prompt', train='', length=3))],
+                         ids=lambda c: c.method)
 def test_it_starts_at_its_reference(few, root, tmp_path):
   """log 2, no margin and no favourite; the reference is what the model's logits say, where no prompt comes first."""
   c = make(root, peft=few, optim__lr=0.0, optim__steps=1, loop__eval_every=1)
@@ -117,7 +117,7 @@ def stopped(c, task, workdir, step=5):
     run.run(c, task, workdir)
 
 
-@pytest.mark.parametrize('few', [FULL, LORA], ids=lambda c: c.method)
+@pytest.mark.parametrize('few', [slow(FULL), LORA], ids=lambda c: c.method)
 def test_a_stopped_run_goes_on_as_if_it_had_not(few, straight, tmp_path):
   """In full even where the model it started from is another one by then: its reference is not."""
   c, task, whole = straight(few)
@@ -211,6 +211,7 @@ def test_rows_without_a_better_answer_have_no_weight(root):
   np.testing.assert_array_equal(found.pair.rejected.ids_BT[0], rows.answers.ids_BT[0, 1 - b])
 
 
+@pytest.mark.slow
 def test_on_a_mesh_it_is_the_same_run(straight, tmp_path):
   c, _, alone = straight(LORA)
   c = config.replace(c, mesh=sharding.Config(data=2, fsdp=2, tensor=2))
@@ -248,8 +249,8 @@ def toy(make):
                 'model.dtype': 'float32', 'model.remat': 'none', 'loop.log_every': 1, 'loop.eval_every': 3}
 
 
-@pytest.mark.parametrize('make', [pytest.param(f, id=f.__name__, marks=[pytest.mark.slow] * (f.__name__ != 'ipo'))
-                                  for f in experiment.CONFIGS if f.__name__ != 'smollm2_reviews'])
+@pytest.mark.slow
+@pytest.mark.parametrize('make', [f for f in experiment.CONFIGS if f.__name__ != 'smollm2_reviews'])
 def test_three_steps_of_a_config(make, root, tmp_path):
   c = config.override(make(), f'data.corpus={root / "pairs.jsonl"}', *(f'{k}={v}' for k, v in toy(make).items()))
   assert run.run(c, preference.task(c), tmp_path)['steps'] == 3

@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+from marks import slow
 import numpy as np
 import pytest
 import tiny
@@ -88,7 +89,8 @@ def state_of(c, task, workdir):
   return step, params.flatten(state.params) | (state.carry or {})
 
 
-@pytest.mark.parametrize('kind', [policy.PPO, *(pytest.param(k, marks=pytest.mark.slow) for k in list(KINDS)[1:])])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', KINDS)
 def test_the_score_rises(kind, root, tmp_path, capsys):
   c = make(root, kind, data__batch=16, optim__steps=40, loop__eval_every=20, optim__lr=0.02)
   summary = run.run(c, reinforce.task(c, low, held_out=lambda records, texts: [-x for x in low(records, texts)]),
@@ -120,8 +122,8 @@ class Stop:
 
 
 @pytest.mark.parametrize(('kind', 'method'), [
-    (policy.PPO, 'lora'), *(pytest.param(*some, marks=pytest.mark.slow) for some in (
-        (policy.PPO, 'full'), (policy.GRPO, 'full'), (policy.GRPO, 'lora'), (policy.BestOf, 'full')))])
+    (policy.PPO, 'lora'), slow(policy.PPO, 'full'), slow(policy.GRPO, 'full'), slow(policy.GRPO, 'lora'),
+    slow(policy.BestOf, 'full')])
 def test_a_run_stopped_in_the_middle_of_an_iteration_goes_on_as_if_it_had_not(kind, method, root, tmp_path):
   c = make(root, kind, peft__method=method, peft__targets='^blocks/attn/[qkvo]$')
   run.run(c, reinforce.task(c, low), tmp_path / 'straight')
@@ -172,7 +174,8 @@ def test_any_mesh_gives_the_curve_of_one_device(kind, changes, mesh, root, tmp_p
         assert one[k] == pytest.approx(other[k], rel=2e-3, abs=2e-4), k
 
 
-@pytest.mark.parametrize('method', [pytest.param('full', marks=pytest.mark.slow), 'lora'])
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['full', 'lora'])
 def test_a_critic_starts_as_the_reward_model_scores(method, root, tmp_path):
   graded = [{'prompt': '', 'answers': [f'aaa {i}', f'bbb {i}'], 'grades': [1, 0], 'split': 'validation' if i > 9 else
              'train'} for i in range(16)]
@@ -199,6 +202,7 @@ def test_a_critic_starts_as_the_reward_model_scores(method, root, tmp_path):
     make(root, critic_from='x')
 
 
+@pytest.mark.slow
 def test_a_mixture_with_text_learns_from_both_and_goes_on(root, tmp_path):
   text = loader.Config(str(root / 'text.txt'), tokenizer='byte', split='tail', validation_fraction=0.1, length=16,
                        batch=4)
@@ -221,6 +225,7 @@ def test_no_further_pass_once_the_policy_has_moved_enough(root, tmp_path):
   assert [row['updates'] for row in rows] == [2, 2]  # the first moves nothing before it, the second stops
 
 
+@pytest.mark.slow
 def test_the_logged_rate_is_that_of_an_iterations_first_update(root, tmp_path):
   c = make(root, optim__schedule='linear')
   run.run(c, reinforce.task(c, low), tmp_path)
@@ -276,8 +281,8 @@ def test_fractions_of_a_score_stay(root, tmp_path):
   assert summary['val_score_std'] == 0
 
 
-@pytest.mark.parametrize(('method', 'value'), [('lora', 'separate'), pytest.param('houlsby', 'shared',
-                                                                                  marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(('method', 'value'), [('lora', 'separate'), ('houlsby', 'shared')])
 def test_a_trained_policy_is_loaded_without_what_served_training(method, value, root, tmp_path):
   c = make(root, peft__method=method, peft__width=4, value=value, optim__steps=4, loop__eval_every=0)
   run.run(c, reinforce.task(c, low), tmp_path)
@@ -291,6 +296,7 @@ def test_a_trained_policy_is_loaded_without_what_served_training(method, value, 
   assert changed and all(('attn/' in path) == (method == 'lora') for path in changed)
 
 
+@pytest.mark.slow
 def test_responses_are_cut_behind_a_token(root, tmp_path):
   c = make(root, optim__steps=2, rollout__cut='e', rollout__cut_after=2, rollout__new_tokens=20, data__evaluated=0)
   seen = []

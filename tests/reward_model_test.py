@@ -5,6 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import pytest
 
@@ -118,7 +119,7 @@ def test_an_output_matrix_is_left_behind():
 
 
 @pytest.mark.parametrize('kind, method', [
-    *(pytest.param('decoder', m, marks=() if m in ('full', 'prefix') else pytest.mark.slow) for m in METHODS),
+    *(('decoder', m) if m in ('full', 'prefix') else slow('decoder', m) for m in METHODS),
     ('pooler', 'prompt'), ('first', 'lora')])
 def test_every_method_trains_its_part_and_the_head(kind, method, root):
   c = made(kind, root, peft=peft.Config(method, train='^classify/', layers=1, rank=2, width=3, length=3, hidden=5))
@@ -167,6 +168,7 @@ def test_the_loss_is_that_of_the_scores():
   np.testing.assert_array_equal(loss(p, other)[0]['preference'].total, terms['preference'].total)
 
 
+@pytest.mark.slow
 def test_dropout_differs_between_answers_and_not_between_microbatches():
   c = made(model__dropout=nn.Dropout(hidden=0.3), model__layers=1)
   p, flat = started(c), some_rows(1)
@@ -251,8 +253,7 @@ def test_scores_are_brought_to_the_mean_of_given_answers(trained, tmp_path):
   np.testing.assert_allclose(np.asarray(model.score(model.params, said)).mean(), 0, atol=1e-5)
 
 
-@pytest.mark.parametrize('make', [pytest.param(experiment.ziegler_124m, marks=pytest.mark.slow), experiment.minilm,
-                                  experiment.smollm2])
+@pytest.mark.parametrize('make', [slow(experiment.ziegler_124m), experiment.minilm, slow(experiment.smollm2)])
 def test_the_command_line_from_start_to_end(make, root, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr('lm.budget.peak_flops', lambda device: 1e9)
   model = SMALL | {'scan_layers': False} | ({'kv_heads': 1} if make().__class__ is reward_model.Decoder else {})

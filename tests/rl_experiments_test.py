@@ -12,8 +12,7 @@ from lm.data import loader
 from lm.losses import grpo as grpo_loss
 from lm.text import tokenizer as tokenizers
 
-ALL = [pytest.param(m, f, id=f'{m.__name__.split(".")[1]}-{f.__name__}',
-                    marks=[pytest.mark.slow] * (f.__name__ != 'cpu_best_of')) for m in (ppo, grpo) for f in m.CONFIGS]
+ALL = [pytest.param(m, f, id=f'{m.__name__.split(".")[1]}-{f.__name__}') for m in (ppo, grpo) for f in m.CONFIGS]
 SMALL = {'vocab': 300, 'length': 64, 'layers': 2, 'embed': 16, 'heads': 2, 'kv_heads': 1, 'head_dim': 8, 'mlp': 24,
          'remat': 'none', 'dtype': 'float32'}
 
@@ -55,6 +54,7 @@ def task_of(experiment):
 
 
 @pytest.mark.parametrize('module, make', ALL)
+@pytest.mark.slow
 def test_two_iterations(module, make, root, tmp_path, monkeypatch):
   monkeypatch.setattr('lm.budget.peak_flops', lambda device: 1e9)
   c = made(make, root)

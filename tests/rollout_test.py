@@ -238,6 +238,7 @@ def test_no_array_of_length_times_vocabulary():
   assert 32 * v <= max(sizes) < b * t * v / 2
 
 
+@pytest.mark.slow
 def test_a_mesh_draws_and_says_the_same():
   """Rows over data and fsdp, weights over fsdp and tensor."""
   mesh, s = sharding.make_mesh(sharding.Config(data=2, fsdp=2, tensor=2)), Sampling(max_new=10, stop=STOP)

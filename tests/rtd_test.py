@@ -5,6 +5,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import pytest
 
@@ -149,7 +150,7 @@ def test_no_gradient_reaches_the_generator_through_the_discriminator():
   assert np.asarray(jax.grad(term)(parameters(untied=False), 'discriminator')['g']['tokens']).any()
 
 
-@pytest.mark.parametrize('microbatches', [2, 4])
+@pytest.mark.parametrize('microbatches', [2, slow(4)])
 def test_accumulation_weighs_both_terms_by_what_was_drawn(microbatches):
   p, inputs, key = parameters(), inputs_of(), jax.random.key(2)
   grads, value, _ = jax.jit(train.accumulate(loss, microbatches))(p, inputs, key)
@@ -172,6 +173,7 @@ def test_nothing_to_learn_from_gives_zero():
   assert np.isfinite(float(loss(parameters(), inputs_of(), None)[0]['discriminator'].total))
 
 
+@pytest.mark.slow
 def test_any_mesh_gives_the_same():
   p, inputs, key = parameters(), inputs_of(), jax.random.key(2)
   gradient = train.accumulate(loss, 1)

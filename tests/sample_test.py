@@ -41,6 +41,7 @@ def test_several_prompts_make_a_block_each(folder):
   assert done.stdout.startswith(b'ab') and b'\n\nc' in done.stdout
 
 
+@pytest.mark.slow
 def test_the_space_behind_a_prompt_is_not_lost(tmp_path):
   """A model that says one word of SentencePiece's again and again, alone and beside another prompt."""
   text = 'the cat sat on the mat, and that cat and a dog sat there.'

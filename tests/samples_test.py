@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import pytest
 import tiny
@@ -78,8 +79,7 @@ def greedy(c, p, prompt, n):
   return ids[-n:]
 
 
-@pytest.mark.parametrize('method', ['lora', 'prefix', 'prompt', *(
-    pytest.param(name, marks=pytest.mark.slow) for name in ('full', 'houlsby', 'top'))])
+@pytest.mark.parametrize('method', ['lora', *map(slow, ('prefix', 'prompt', 'full', 'houlsby', 'top'))])
 def test_replies_are_those_of_the_weights_that_were_evaluated(method, root, tmp_path, monkeypatch):
   """With an average of the parameters, at every evaluation, compiled once."""
   traced = []
@@ -106,6 +106,7 @@ def test_replies_are_those_of_the_weights_that_were_evaluated(method, root, tmp_
     assert done.stdout.decode().rstrip('\n') == ''.join(decode.pieces(found.tokenizer.decode, want)).rstrip('\n')
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_each_row_once(root, tmp_path):
   """A stop after one evaluation; a row that a kill left is written again. At a temperature, by the step's key."""
   c = make(root, samples__temperature=1.0)

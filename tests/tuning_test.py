@@ -10,6 +10,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import pytest
 import tiny
@@ -89,7 +90,7 @@ def films(root, kind=classification.Encoder, **changes):
   return config.replace(c, **changes)
 
 
-@pytest.mark.parametrize('kind', [classification.Encoder, classification.Disentangled, classification.Decoder])
+@pytest.mark.parametrize('kind', [classification.Encoder, slow(classification.Disentangled), classification.Decoder])
 def test_a_word_that_decides_is_learned(kind, root, tmp_path):
   c = films(root, kind)
   task = classification.task(c)
@@ -98,8 +99,8 @@ def test_a_word_that_decides_is_learned(kind, root, tmp_path):
   assert run.run(c, task, tmp_path)['val_accuracy'] == 1.0  # complete: the data is recognised
 
 
-@pytest.mark.parametrize('pooling, method', [('pooler', 'lora'), ('mean', 'houlsby'), ('first', 'top'),
-                                             ('mean', 'pfeiffer')])
+@pytest.mark.parametrize('pooling, method', [('pooler', 'lora'), slow('mean', 'houlsby'), slow('first', 'top'),
+                                             slow('mean', 'pfeiffer')])
 def test_few_parameters_learn_it_too(pooling, method, root, tmp_path):
   few = peft.Config(method, train='^(classify|pooler)/', rank=4, width=8, length=4, hidden=16, layers=1,
                     targets='^blocks/(attn/[qkvo]|mlp/(up|down))$')
@@ -112,7 +113,7 @@ def test_few_parameters_learn_it_too(pooling, method, root, tmp_path):
   assert len(checkpoint.read_meta(tmp_path / 'checkpoints', 60)['base']) == 16
 
 
-@pytest.mark.parametrize('method', ['prefix', 'prompt'])
+@pytest.mark.parametrize('method', ['prefix', slow('prompt')])
 def test_virtual_positions_learn(method, root, tmp_path):
   """Before weights that know nothing they cannot do much: the loss of the rows trained on falls."""
   c = films(root, peft=peft.Config(method, length=4, hidden=16), optim__lr=0.03, loop__log_every=1)
@@ -159,6 +160,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not(root, base, tmp_path):
   assert again['val_loss'] == whole['val_loss']
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_with_the_same_wordings(root, tmp_path, monkeypatch):
   c = films(root, data__augment=('typos:0.5', 'case'), data__augment_share=0.9, optim__steps=12, loop__log_every=1)
   losses = lambda place: [json.loads(line)['loss'] for line in (tmp_path / place / 'metrics.jsonl').open()]
@@ -182,6 +184,7 @@ def test_a_stopped_run_goes_on_with_the_same_wordings(root, tmp_path, monkeypatc
   assert losses('plain') != losses('straight')
 
 
+@pytest.mark.slow
 def test_on_a_mesh_it_is_the_same_run(root, base, tmp_path):
   losses = []
   for mesh in ({}, dict(data=2, fsdp=2, tensor=2)):
@@ -191,7 +194,7 @@ def test_on_a_mesh_it_is_the_same_run(root, base, tmp_path):
   assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize('method', ['full', 'houlsby', 'prefix', 'top', 'prompt'])
+@pytest.mark.parametrize('method', ['prefix', *map(slow, ('full', 'houlsby', 'top', 'prompt'))])
 def test_a_tuned_decoder_decodes_as_it_was_trained(method, root, base, tmp_path):
   """The loaded model's logits with a cache are those of the forward pass that training used."""
   few = peft.Config(method, train='', length=3, hidden=8, width=4, layers=1)
