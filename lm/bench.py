@@ -74,16 +74,22 @@ def serve(run: Callable[[int], dict[str, Any] | None], **facts: Any) -> None:
   for line in sys.stdin:
     start = time.perf_counter()
     more = (run(int(line)) if int(line) else None) or {}
-    torch = sys.modules.get('torch')
-    if on_gpu() and torch:
-      torch.cuda.synchronize()
-    print(json.dumps({'seconds': time.perf_counter() - start, 'peak': _peak(torch)} | more), flush=True)
+    if on_gpu() and _with_torch():
+      sys.modules['torch'].cuda.synchronize()
+    print(json.dumps({'seconds': time.perf_counter() - start, 'peak': _peak()} | more), flush=True)
 
 
-def _peak(torch):
+def _peak():
   if not on_gpu():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-  return torch.cuda.max_memory_allocated() if torch else jax.devices()[0].memory_stats()['peak_bytes_in_use']
+  if _with_torch():
+    return sys.modules['torch'].cuda.max_memory_allocated()
+  return jax.devices()[0].memory_stats()['peak_bytes_in_use']
+
+
+def _with_torch():
+  """Is it PyTorch that this process works with? Packages that JAX's side imports import it, too, where it is there."""
+  return 'torch' in sys.modules and sys.modules['torch'].cuda.is_initialized()
 
 
 def on_gpu() -> bool:

@@ -30,6 +30,7 @@ from lm.errors import ConfigError
 _SIDE = flags.DEFINE_enum('side', 'lm', ['lm', 'peft'], 'Whose steps.')
 _FULL = flags.DEFINE_bool('full', False, 'Train all parameters.')
 _GROUPED = flags.DEFINE_bool('grouped', False, 'Of --side=peft: batches of conversations of like lengths.')
+_COMPILE = flags.DEFINE_bool('compile', False, 'Of --side=peft: its model by torch.compile.')
 _SET = flags.DEFINE_multi_string('set', [], 'Changes to the config.')
 MODULES = {'attn/q': 'q_proj', 'attn/k': 'k_proj', 'attn/v': 'v_proj', 'attn/o': 'o_proj', 'mlp/up': 'up_proj',
            'mlp/gate': 'gate_proj', 'mlp/down': 'down_proj'}  # our names of the blocks' matrices, and theirs
@@ -115,8 +116,9 @@ def padded(c, grouped: bool, taken: list[int]) -> Iterator:
   ids_NT, real_NT, mask_NT = (torch.tensor(x) for x in (lone.ids_BT, lone.segments_BT > 0, lone.mask_BT))
   lengths_N = real_NT.sum(1)
   B = round(c.data.batch * len(lengths_N) / packed.rows('train'))
-  sampler = (trainer_pt_utils.LengthGroupedSampler(B, lengths=lengths_N.tolist()) if grouped
-             else torch_data.RandomSampler(range(len(lengths_N))))
+  draw = torch.Generator(torch.get_default_device())
+  sampler = (trainer_pt_utils.LengthGroupedSampler(B, lengths=lengths_N.tolist(), generator=draw) if grouped
+             else torch_data.RandomSampler(range(len(lengths_N)), generator=draw))
   while True:
     for rows in torch_data.BatchSampler(sampler, B, drop_last=True):
       width = int(lengths_N[rows].max())
@@ -143,6 +145,7 @@ def _theirs(c, taken):
         target_modules=modules(c.peft.targets), task_type='CAUSAL_LM'))
   model.train()
   trained = [p for p in model.parameters() if p.requires_grad]
+  forward = torch.compile(model) if _COMPILE.value else model
   tx = torch.optim.AdamW(trained, lr=1e-4, betas=(c.optim.b1, c.optim.b2), eps=c.optim.eps,
                          weight_decay=c.optim.weight_decay)
   if c.data.corpus:
@@ -155,7 +158,7 @@ def _theirs(c, taken):
     for _ in range(n):
       ids, real, labels = next(batches)
       with torch.autocast(ids.device.type, dtype=torch.bfloat16, enabled=m.dtype == 'bfloat16'):
-        logits = model(input_ids=ids[:, :-1], attention_mask=real if real is None else real[:, :-1]).logits
+        logits = forward(input_ids=ids[:, :-1], attention_mask=real if real is None else real[:, :-1]).logits
         loss = torch.nn.functional.cross_entropy(logits.view(-1, m.vocab), labels[:, 1:].reshape(-1))
       loss.backward()
       torch.nn.utils.clip_grad_norm_(trained, 1.0)

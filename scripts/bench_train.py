@@ -21,7 +21,8 @@ BertForSequenceClassification.
 --peft=lora takes the LoRA step of experiments/lora.py's `smollm2` on random weights (scripts/bench_peft.py) against
 PEFT on the same shape, rank and targets, which --set changes for both. With --full both sides also train in full, and
 the share of that step's time that LoRA's takes is printed for each. With --set data.corpus=... --set data.tokenizer=...
-both train on its conversations, packed here and padded there; of PEFT with --grouped in batches of like lengths.
+both train on its conversations, packed here and padded there; of PEFT with --grouped in batches of like lengths. With
+--compile PEFT's model is compiled.
 """
 
 import statistics
@@ -44,6 +45,7 @@ _MODEL = flags.DEFINE_enum('model', 'gpt', ['gpt', 'bert', 'electra', 'deberta',
 _PEFT = flags.DEFINE_enum('peft', 'none', ['none', 'lora'], 'Fine-tune a decoder with few parameters.')
 _FULL = flags.DEFINE_bool('full', False, 'With --peft: also in full, on both sides.')
 _GROUPED = flags.DEFINE_bool('grouped', False, 'With --peer=peft and data.corpus: its batches are of like lengths.')
+_COMPILE = flags.DEFINE_bool('compile', False, 'With --peer=peft: its model by torch.compile.')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
 _STEPS = flags.DEFINE_integer('steps', 0, 'Steps a turn; 0 = about ten seconds.', lower_bound=0)
 _SET = flags.DEFINE_multi_string('set', [], 'Changes to this package\'s config, e.g. --set model.scan_layers=True; '
@@ -81,6 +83,8 @@ def check_flags() -> None:
   for flag, given in (('peer=peft', _PEER.value == 'peft'), ('full', _FULL.value), ('grouped', _GROUPED.value)):
     if given and not few:
       raise ConfigError(f'--{flag}: expected with --peft only; add --peft=lora')
+  if _COMPILE.value and _PEER.value != 'peft':
+    raise ConfigError('--compile: expected with --peer=peft; add it')
   if _GROUPED.value and not (_PEER.value == 'peft' and any(item.startswith('data.corpus=') for item in _SET.value)):
     raise ConfigError('--grouped: expected with --peer=peft and conversations; add --set data.corpus=...')
 
@@ -124,8 +128,8 @@ def command(side: str, shape: str) -> list[str]:
   changes = [f'--set={item}' for item in _SET.value]
   module = [sys.executable, '-m']
   if who != 'matmul' and _PEFT.value != 'none':
-    grouped = ['--grouped'] if who == 'peft' and _GROUPED.value else []
-    return [*module, 'scripts.bench_peft', f'--side={who}', *(f'--{word}' for word in full), *grouped, *changes]
+    theirs = [f'--{flag.name}' for flag in (_GROUPED, _COMPILE) if flag.value and who == 'peft']
+    return [*module, 'scripts.bench_peft', f'--side={who}', *(f'--{word}' for word in full), *theirs, *changes]
   changes = changes if who == 'lm' else []
   if who != 'matmul' and _MODEL.value != 'gpt':
     return [*module, 'scripts.bench_encoder', f'--side={who}', f'--model={_MODEL.value}', *changes]

@@ -1,7 +1,9 @@
 """lm.bench: sides answer a line for a line, and how one ended is told; no timing."""
 
 import sys
+import types
 
+import jax
 import pytest
 
 from lm import bench
@@ -37,3 +39,14 @@ def test_how_a_side_ended_is_told(end):
   worker = side(f'print("{{}}", flush=True); input(); {code}')
   with pytest.raises(Error, match=expected):
     worker.ask(1)
+
+
+@pytest.mark.parametrize('works', [False, True])
+def test_the_peak_on_a_gpu_is_that_of_the_framework_that_works_there(works, monkeypatch):
+  """Where PyTorch is installed, packages that JAX's side needs import it, too."""
+  cuda = types.SimpleNamespace(is_initialized=lambda: works, max_memory_allocated=lambda: 7)
+  monkeypatch.setitem(sys.modules, 'torch', types.SimpleNamespace(cuda=cuda))
+  monkeypatch.setenv('JAX_PLATFORMS', 'cuda')
+  device = types.SimpleNamespace(memory_stats=lambda: {'peak_bytes_in_use': 5})
+  monkeypatch.setattr(jax, 'devices', lambda: [device])
+  assert bench._peak() == (7 if works else 5)

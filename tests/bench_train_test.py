@@ -20,9 +20,10 @@ CASES = [  # (flags, part of the error, or for each side the words of its proces
         'matmul': 'scripts.bench_train --worker=matmul'}),
     (['--grouped'], '--grouped: expected with --peft only'),
     (['--peft=lora', '--peer=peft', '--grouped'], '--grouped: expected with --peer=peft and conversations'),
-    (['--peft=lora', '--peer=peft', '--grouped', '--set=data.corpus=chat'], {
+    (['--peft=lora', '--compile'], '--compile: expected with --peer=peft'),
+    (['--peft=lora', '--peer=peft', '--grouped', '--compile', '--set=data.corpus=chat'], {
         'lm': 'scripts.bench_peft --side=lm --set=data.corpus=chat',
-        'peft': 'scripts.bench_peft --side=peft --grouped --set=data.corpus=chat',
+        'peft': 'scripts.bench_peft --side=peft --grouped --compile --set=data.corpus=chat',
         'matmul': 'scripts.bench_train --worker=matmul'}),
     (['--peft=lora'], {'lm': 'scripts.bench_peft --side=lm', 'matmul': 'scripts.bench_train --worker=matmul'}),
     (['--model=minilm', '--peer=torch', '--set=data.batch=2'], {

@@ -113,6 +113,7 @@ def test_all_together():
   assert 4 * L * each <= of_axis(found, 'tensor') <= 1.15 * (4 * L + 2) * each
 
 
+@pytest.mark.slow
 def test_pipeline_with_others():
   """A stage's weights are gathered once a step, their gradients scattered once."""
   found, nbytes = sent({'fsdp': 2, 'tensor': 2, 'pipe': 2})

@@ -57,6 +57,7 @@ def test_remat_costs_a_third_more_flops(here):
   assert ratio['full'] < 1.35 and 1.2 < ratio['full'] / ratio['none'] < 1.4
 
 
+@pytest.mark.slow
 def test_a_scanned_program_counts_as_an_unrolled_one(here):
   scanned, unrolled = (plan.make(small(f'model.scan_layers={on}', *MESH), here) for on in (True, False))
   assert scanned.flops == pytest.approx(unrolled.flops, rel=0.02)

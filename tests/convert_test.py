@@ -135,6 +135,7 @@ def test_a_prefix_goes_to_peft_and_is_merged_with_nothing(bases, tmp_path):
     assert not (tmp_path / 'out').exists()
 
 
+@pytest.mark.slow
 def test_what_has_no_adapter_or_no_base_is_told(bases, tmp_path):
   root, run, adapter = bases[0], tmp_path / 'run', tmp_path / 'adapter'
   (run / 'checkpoints').mkdir(parents=True)

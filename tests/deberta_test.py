@@ -228,6 +228,7 @@ def test_decoder_runs_the_last_block_twice(name):
   assert not np.allclose(first, block(first), atol=1e-2)
 
 
+@pytest.mark.slow
 def test_gradient_reaches_the_last_block_from_both_passes(monkeypatch):
   p = {**weights('v1'), 'decoder': random_tree(deberta.decoder_specs(V1))}
   grads = []

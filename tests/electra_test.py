@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from marks import slow
 import numpy as np
 import pytest
 
@@ -37,7 +36,8 @@ def test_tree():
     assert {key: tied[key] for key in encoder.specs(c)} == encoder.specs(c)
 
 
-@pytest.mark.parametrize('tied', [slow(True), False])
+@pytest.mark.slow
+@pytest.mark.parametrize('tied', [True, False])
 def test_gradients_meet_in_the_shared_embeddings_only(tied):
   c = dataclasses.replace(PAIR, tied=tied)
   p, ids_BT = params.init(electra.specs(c), jax.random.key(0)), jnp.arange(14).reshape(2, 7)

@@ -6,7 +6,6 @@ import signal
 
 import jax
 import jax.numpy as jnp
-from marks import slow
 import numpy as np
 import optax
 import pytest
@@ -116,7 +115,8 @@ def test_a_decay_out_of_range_is_named(value):
     optim.Config(ema=value)
 
 
-@pytest.mark.parametrize('mesh', [slow(dict(fsdp=4, tensor=2)), dict(data=2, fsdp=4, zero=1)], ids=str)
+@pytest.mark.slow
+@pytest.mark.parametrize('mesh', [dict(fsdp=4, tensor=2), dict(data=2, fsdp=4, zero=1)], ids=str)
 def test_it_lives_where_moments_do_and_is_evaluated_on_any_mesh(mesh):
   c = config.replace(GPT, optim__ema=0.5, mesh=sharding.Config(**mesh))
   task = pretrain.task(c)

@@ -153,6 +153,7 @@ def test_gradients_of_detection_stop_at_the_generator(sharing):
     assert not np.any(p['discriminator']['embed']['tokens'])  # the difference starts at 0
 
 
+@pytest.mark.slow
 def test_next_sentences_and_words_are_both_learned():
   c = config.replace(shrink(bert.bert_cpu()), optim__lr=1e-2, optim__warmup=5, optim__schedule='linear',
                      optim__steps=100)

@@ -200,6 +200,7 @@ def test_evaluation_draws_nothing(root):
     assert same[0] == pytest.approx(same[1], rel=1e-5)  # until a weight has moved there is nothing to mix
 
 
+@pytest.mark.slow
 def test_an_encoder_is_classified_with_it(root, tmp_path):
   tokenizers.train_sentencepiece(['good film 好电影 bad film 坏电影 the a of'] * 20, root / 'x.model', vocab=282,
                                  control_symbols=('[CLS]', '[SEP]', '[MASK]'))

@@ -8,6 +8,7 @@ import re
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec as P
+from marks import slow
 import numpy as np
 import pytest
 
@@ -98,11 +99,11 @@ def assert_equal(got, want, output=1e-5, gradient=1e-4):
 
 USUAL = {'microbatches': 4, 'rounds': 1, 'scan_layers': True, 'remat': 'full'}
 CASES = [
-    ({'pipe': 4}, {}), ({'pipe': 4}, {'microbatches': 1, 'remat': 'none'}),
-    ({'pipe': 4}, {'microbatches': 8, 'remat': 'dots', 'scan_layers': False}),
+    slow({'pipe': 4}, {}), slow({'pipe': 4}, {'microbatches': 1, 'remat': 'none'}),
+    slow({'pipe': 4}, {'microbatches': 8, 'remat': 'dots', 'scan_layers': False}),
     ({'pipe': 4}, {'microbatches': 8, 'rounds': 2, 'remat': 'dots'}),
-    ({'pipe': 2, 'tensor': 2}, {'remat': 'dots'}), ({'pipe': 2, 'tensor': 2}, {'rounds': 2, 'scan_layers': False}),
-    ({'pipe': 2, 'data': 2}, {'microbatches': 8}), ({'pipe': 2, 'data': 2}, {'rounds': 2, 'remat': 'none'}),
+    slow({'pipe': 2, 'tensor': 2}, {'remat': 'dots'}), ({'pipe': 2, 'tensor': 2}, {'rounds': 2, 'scan_layers': False}),
+    slow({'pipe': 2, 'data': 2}, {'microbatches': 8}), ({'pipe': 2, 'data': 2}, {'rounds': 2, 'remat': 'none'}),
     ({'pipe': 1, 'data': 2}, {'rounds': 2}),
     ({'pipe': 4}, {'first': 1, 'last': 6}), ({'pipe': 2, 'tensor': 2}, {'rounds': 2, 'first': 3, 'last': -1}),
 ]

@@ -90,7 +90,8 @@ def films(root, kind=classification.Encoder, **changes):
   return config.replace(c, **changes)
 
 
-@pytest.mark.parametrize('kind', [classification.Encoder, slow(classification.Disentangled), classification.Decoder])
+@pytest.mark.parametrize('kind', [classification.Decoder, *map(slow, (
+    classification.Encoder, classification.Disentangled))])
 def test_a_word_that_decides_is_learned(kind, root, tmp_path):
   c = films(root, kind)
   task = classification.task(c)
@@ -113,7 +114,8 @@ def test_few_parameters_learn_it_too(pooling, method, root, tmp_path):
   assert len(checkpoint.read_meta(tmp_path / 'checkpoints', 60)['base']) == 16
 
 
-@pytest.mark.parametrize('method', ['prefix', slow('prompt')])
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['prefix', 'prompt'])
 def test_virtual_positions_learn(method, root, tmp_path):
   """Before weights that know nothing they cannot do much: the loss of the rows trained on falls."""
   c = films(root, peft=peft.Config(method, length=4, hidden=16), optim__lr=0.03, loop__log_every=1)
