@@ -106,6 +106,46 @@ def start_torch() -> str:
   return 'cuda' if on_gpu() else 'cpu'
 
 
+def torch_gpt(layers: int, embed: int, heads: int, length: int, vocab: int, gelu: str = 'tanh'
+              ) -> tuple[Any, list[dict[str, Any]]]:
+  """nanoGPT on PyTorch, without biases and dropout: (module, [B, T] ids -> [B, T, V] logits; AdamW's groups).
+
+  gelu: 'tanh' or 'none', PyTorch's names of the approximations. Matrices decay by .1, norms do not.
+  """
+  import torch
+  from torch import nn
+  from torch.nn import functional as F
+
+  class Block(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.norm1, self.norm2 = nn.LayerNorm(embed, bias=False), nn.LayerNorm(embed, bias=False)
+      self.qkv, self.out = nn.Linear(embed, 3 * embed, bias=False), nn.Linear(embed, embed, bias=False)
+      self.up, self.down = nn.Linear(embed, 4 * embed, bias=False), nn.Linear(4 * embed, embed, bias=False)
+
+    def forward(self, x):
+      heads_first = lambda a: a.unflatten(-1, (heads, embed // heads)).transpose(1, 2)
+      a = F.scaled_dot_product_attention(*map(heads_first, self.qkv(self.norm1(x)).chunk(3, -1)), is_causal=True)
+      x = x + self.out(a.transpose(1, 2).flatten(2))
+      return x + self.down(F.gelu(self.up(self.norm2(x)), approximate=gelu))
+
+  class GPT(nn.Module):
+    def __init__(self):
+      super().__init__()
+      self.tokens, self.positions = nn.Embedding(vocab, embed), nn.Embedding(length, embed)
+      self.blocks, self.norm = nn.ModuleList(Block() for _ in range(layers)), nn.LayerNorm(embed, bias=False)
+
+    def forward(self, ids):
+      x = self.tokens(ids) + self.positions(torch.arange(ids.shape[1], device=ids.device))
+      for block in self.blocks:
+        x = block(x)
+      return self.norm(x) @ self.tokens.weight.T
+
+  model = GPT()
+  return model, [{'params': [p for p in model.parameters() if (p.dim() > 1) == matrix], 'weight_decay': decay}
+                 for matrix, decay in ((True, 0.1), (False, 0.0))]
+
+
 def ratio(rates: Sequence[float], others: Sequence[float]) -> str:
   """The median over the rounds, and their range."""
   ratios = [a / b for a, b in zip(rates, others, strict=True)]

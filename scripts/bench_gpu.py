@@ -89,37 +89,12 @@ def _torch(layers, embed, heads, batch, T=1024):
   from torch import nn
   from torch.nn import functional as F
 
-  class Block(nn.Module):
-    def __init__(self):
-      super().__init__()
-      self.norm1, self.norm2 = nn.LayerNorm(embed, bias=False), nn.LayerNorm(embed, bias=False)
-      self.qkv, self.out = nn.Linear(embed, 3 * embed, bias=False), nn.Linear(embed, embed, bias=False)
-      self.up, self.down = nn.Linear(embed, 4 * embed, bias=False), nn.Linear(4 * embed, embed, bias=False)
-
-    def forward(self, x):
-      q, k, v = (a.view(batch, T, heads, -1).transpose(1, 2) for a in self.qkv(self.norm1(x)).chunk(3, -1))
-      a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-      x = x + self.out(a.transpose(1, 2).reshape(batch, T, embed))
-      return x + self.down(F.gelu(self.up(self.norm2(x))))
-
-  class GPT(nn.Module):
-    def __init__(self):
-      super().__init__()
-      self.tokens, self.positions = nn.Embedding(V, embed), nn.Embedding(T, embed)
-      self.blocks, self.norm = nn.ModuleList(Block() for _ in range(layers)), nn.LayerNorm(embed, bias=False)
-
-    def forward(self, ids, targets):
-      x = self.tokens(ids) + self.positions(torch.arange(T, device=ids.device))
-      for block in self.blocks:
-        x = block(x)
-      return F.cross_entropy((self.norm(x) @ self.tokens.weight.T).view(-1, V), targets.reshape(-1))
-
   torch.set_float32_matmul_precision('high')
-  model = GPT().cuda()
-  groups = [{'params': [p for p in model.parameters() if p.dim() >= 2], 'weight_decay': 0.1},
-            {'params': [p for p in model.parameters() if p.dim() < 2], 'weight_decay': 0.0}]
+  with torch.device('cuda'):
+    model, groups = bench.torch_gpt(layers, embed, heads, T, V, gelu='none')
   tx = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), fused=True)
-  ids, compiled = torch.randint(V, (batch, T + 1), device='cuda'), torch.compile(model)
+  ids = torch.randint(V, (batch, T + 1), device='cuda')
+  compiled = torch.compile(lambda ids, targets: F.cross_entropy(model(ids).view(-1, V), targets.reshape(-1)))
 
   def run(steps):
     for _ in range(steps):

@@ -169,36 +169,8 @@ def _torch(layers, embed, heads, T, B, V):
   from torch import nn
   from torch.nn import functional as F
 
-  class Block(nn.Module):
-    def __init__(self):
-      super().__init__()
-      self.norm1, self.norm2 = nn.LayerNorm(embed, bias=False), nn.LayerNorm(embed, bias=False)
-      self.qkv, self.out = nn.Linear(embed, 3 * embed, bias=False), nn.Linear(embed, embed, bias=False)
-      self.up, self.down = nn.Linear(embed, 4 * embed, bias=False), nn.Linear(4 * embed, embed, bias=False)
-
-    def forward(self, x):
-      q, k, v = (a.view(B, T, heads, embed // heads).transpose(1, 2) for a in self.qkv(self.norm1(x)).chunk(3, -1))
-      a = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-      x = x + self.out(a.transpose(1, 2).reshape(B, T, embed))
-      return x + self.down(F.gelu(self.up(self.norm2(x)), approximate='tanh'))
-
-  class GPT(nn.Module):
-    def __init__(self):
-      super().__init__()
-      self.tokens, self.positions = nn.Embedding(V, embed), nn.Embedding(T, embed)
-      self.blocks, self.norm = nn.ModuleList(Block() for _ in range(layers)), nn.LayerNorm(embed, bias=False)
-
-    def forward(self, ids):
-      x = self.tokens(ids) + self.positions(torch.arange(T, device=ids.device))
-      for block in self.blocks:
-        x = block(x)
-      return self.norm(x) @ self.tokens.weight.T
-
   torch.set_default_device(bench.start_torch())
-  model = GPT()
-  matrices = [p for p in model.parameters() if p.dim() >= 2]
-  vectors = [p for p in model.parameters() if p.dim() < 2]
-  groups = [{'params': matrices, 'weight_decay': 0.1}, {'params': vectors, 'weight_decay': 0.0}]
+  model, groups = bench.torch_gpt(layers, embed, heads, T, V)
   tx = torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
   ids = torch.randint(V, (B, T + 1))
 
