@@ -106,7 +106,7 @@ def _torch(c, seed, rates):
   rows = (len(held) - 1) // T
   held_x, held_y = held[:rows * T].view(rows, T), held[1:rows * T + 1].view(rows, T)
 
-  model, groups = bench.torch_gpt(m.layers, m.embed, m.heads, T, len(letters), gelu='none')
+  model, groups = bench.torch_gpt(m.layers, m.embed, m.heads, T, m.vocab, gelu='none')
   for name, p in model.named_parameters():
     if p.dim() > 1:
       residual = name.endswith(('out.weight', 'down.weight'))
