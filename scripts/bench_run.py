@@ -29,7 +29,9 @@ from lm.errors import ConfigError, Error
 _CORPUS = flags.DEFINE_string('corpus', '', 'A text; nanoGPT takes tinyshakespeare.txt.')
 _SEEDS = flags.DEFINE_integer('seeds', 1, 'Runs with seeds 0, 1, ...', lower_bound=1)
 _PEER = flags.DEFINE_enum('peer', 'none', ['none', 'torch'], 'Whom to compare with.')
-_SET = flags.DEFINE_multi_string('set', [], 'Changes for both sides, of optim and loop: e.g. --set optim.steps=200.')
+FIELDS = ('loop.eval_every', *(f'optim.{name}' for name in (
+    'lr', 'min_lr', 'schedule', 'steps', 'warmup', 'decay_steps', 'b1', 'b2', 'eps', 'clip')))  # what both sides know
+_SET = flags.DEFINE_multi_string('set', [], f'Changes for both sides, of {", ".join(FIELDS)}.')
 _WORKER = flags.DEFINE_integer('worker', None, 'Internal: this process is the run of PyTorch with this seed.')
 
 
@@ -59,8 +61,8 @@ def main(_: list[str]) -> None:
 def make_config():
   """What both sides train."""
   for item in _SET.value:
-    if not item.startswith(('optim.', 'loop.')):
-      raise ConfigError(f'--set {item}: expected a field of optim or loop; those of both sides are changed')
+    if item.split('=')[0] not in FIELDS:
+      raise ConfigError(f'--set {item}: PyTorch\'s side does not know it; expected one of {", ".join(FIELDS)}')
   return config.override(gpt2.shakespeare_char_cpu(), f'data.corpus={_CORPUS.value}', *_SET.value)
 
 

@@ -15,7 +15,8 @@ def run(*arguments):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('flags, part', [((), "--corpus='': no such file"), (('--set=data.batch=2',), 'optim or loop')])
+@pytest.mark.parametrize('flags, part', [
+    ((), "--corpus='': no such file"), (('--set=optim.name=muon',), '--set optim.name=muon: PyTorch\'s side')])
 def test_a_wrong_flag_is_one_line(flags, part, tmp_path):
   (tmp_path / 'text.txt').write_text('to be or not to be')
   done = run(*flags, *([f'--corpus={tmp_path}/text.txt'] if flags else []))

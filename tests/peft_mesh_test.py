@@ -98,8 +98,8 @@ PAIRS = [(method, mesh) for mesh in ('fsdp 2 tensor 2', 'pipe 2 data 2') for met
          if 'fsdp' in mesh or method not in APART]
 
 
-@pytest.mark.parametrize('method, mesh', PAIRS)
 @pytest.mark.slow
+@pytest.mark.parametrize('method, mesh', PAIRS)
 def test_a_conversation(method, mesh):
   same(conversation, method, mesh)
 

@@ -54,8 +54,8 @@ def task_of(experiment):
   return (instruct.task, None) if experiment is sft else (reward_model.task, reward_model.finish)
 
 
-@pytest.mark.parametrize('module, make', ALL)
 @pytest.mark.slow
+@pytest.mark.parametrize('module, make', ALL)
 def test_two_iterations(module, make, root, tmp_path, monkeypatch):
   monkeypatch.setattr('lm.budget.peak_flops', lambda device: 1e9)
   c = made(make, root)
