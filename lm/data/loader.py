@@ -116,10 +116,13 @@ class Data:
             'isolate': c.isolate} | ({'copies': c.copies} if c.packing == 'bert_pairs' else {})
 
   @functools.cached_property
-  def picks(self) -> grain.MapDataset:
+  def pick(self) -> Callable[[int], tuple[int, int]]:
     """Row of the run -> (dataset, row of that dataset), mixed in proportion to `weights`: rows are equal in tokens."""
+    if len(self.plans) == 1:
+      return lambda row: (0, row)
     rows = grain.MapDataset.range(placing.ENDLESS)
-    return grain.MapDataset.mix([rows.map(lambda row, i=i: (i, row)) for i in range(len(self.plans))], self.weights)
+    return grain.MapDataset.mix([rows.map(lambda row, i=i: (i, row)) for i in range(len(self.plans))],
+                                self.weights).__getitem__
 
   @functools.cached_property
   def evaluation(self) -> Callable[[str], tuple[packing.Stream | packing.Fit | inputs.Plan, ...]]:
@@ -260,7 +263,7 @@ def _kind(data):
 
 
 def _train_arrays(data: Data, rows: np.ndarray, step: int) -> Arrays:
-  picks = (data.picks[step * data.config.batch + row] for row in rows.tolist())
+  picks = (data.pick(step * data.config.batch + row) for row in rows.tolist())
   return _fill(data, 'train', [(d, data.plans[d].row(row)) for d, row in picks])
 
 

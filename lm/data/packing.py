@@ -96,22 +96,17 @@ class Stream:
     """Spans of row `number` of the endless run of epochs."""
     epoch, k = divmod(number, self.rows)
     order, ends, offset, rows = self._epoch(epoch)
-    start = offset + int(rows[k]) * self.length
+    start = (offset + int(rows[k]) * self.length) % self.total
     stop = start + self.length + 1
-    if self.shuffle:
-      start, stop = start % self.total, start % self.total + self.length + 1
-      parts = [_spans(ends, start, min(stop, self.total)), _spans(ends, 0, stop - self.total)]
-    else:
-      parts = [_spans(ends, start, min(stop, self.total))]
-    spans = np.concatenate(parts)
+    spans = _spans(ends, start, min(stop, self.total))
+    if self.shuffle and stop > self.total:
+      spans = np.concatenate([spans, _spans(ends, 0, stop - self.total)])
     spans[:, 0] = order[spans[:, 0]]
     return spans
 
 
 def _spans(ends: np.ndarray, start: int, stop: int) -> np.ndarray:
-  """Tokens [start, stop) of the concatenation as (document, start, stop) rows; none where stop <= start."""
-  if stop <= start:
-    return np.zeros((0, 3), np.int64)
+  """Tokens [start, stop) of the concatenation as (document, start, stop) rows; start < stop."""
   first = np.searchsorted(ends, start, 'right') - 1
   last = np.searchsorted(ends, stop, 'left')
   begin = ends[first:last]

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -27,6 +28,7 @@ from lm.text import tokenizer as tokenizers
 
 FORMAT = 1
 PIECE = 4096
+PIECES_KEPT = 1024  # of each open dataset: 16 MiB of tokens, decompressed once
 SPLITS = ('train', 'validation')
 
 
@@ -217,6 +219,7 @@ class Dataset:
     self.sha256 = corpora.sha256_file(self.path / 'manifest.json')
     self.vocab_size = self.manifest['tokenizer']['vocab_size']
     self.lengths, self._first, self._shard_ends, self._readers = {}, {}, {}, {}
+    self._piece = functools.lru_cache(PIECES_KEPT)(self._read_piece)
     for name in SPLITS:
       split = self.manifest['splits'][name]
       for entry in (*split['shards'], split['index']):
@@ -239,42 +242,33 @@ class Dataset:
     return self.manifest['splits'][split]['utf8_bytes']
 
   def read(self, split: str, spans: np.ndarray) -> np.ndarray:
-    """The tokens of the spans (document, start, stop), one after another, int32; one batched read of their records.
+    """The tokens of the spans (document, start, stop), one after another, int32.
 
     Raises:
       DataError: an unreadable record, or an id beyond the vocabulary, as shard:record:position.
     """
-    document, start, stop = np.asarray(spans, np.int64).reshape(-1, 3).T
-    if not len(document):
-      return np.zeros(0, np.int32)
-    first, last = (self._first[split][document] + at // PIECE for at in (start, stop - 1))
-    records = np.unique(_ranges(first, last + 1))
-    flat, offset = self._pieces(split, records)
-    begin = offset[np.searchsorted(records, first)] + start % PIECE
-    return flat[_ranges(begin, begin + stop - start)]
+    parts = [np.zeros(0, np.int32)]
+    for document, start, stop in np.asarray(spans, np.int64).reshape(-1, 3).tolist():
+      first = int(self._first[split][document])
+      for n in range(start // PIECE, -(-stop // PIECE)):
+        parts.append(self._piece(split, first + n)[max(start - n * PIECE, 0):stop - n * PIECE])
+    return np.concatenate(parts)
 
   def document(self, split: str, number: int) -> np.ndarray:
     return self.read(split, [(number, 0, self.lengths[split][number])])
 
-  def _pieces(self, split, records):
-    """(tokens of the records, one after another; where each begins)."""
-    flat, offset, total = [], [], 0
-    shards = np.searchsorted(self._shard_ends[split], records, 'right')
-    for shard in np.unique(shards).tolist():
-      entry = self.manifest['splits'][split]['shards'][shard]
-      local = records[shards == shard] - (self._shard_ends[split][shard] - entry['records'])
-      raw = self._guarded(entry['name'], self._readers[split][shard].read, local.tolist())
-      ids = np.frombuffer(b''.join(raw), self.manifest['dtype'])
-      begins = np.cumsum([0, *map(len, raw)]) // ids.itemsize
-      if ids.max() >= self.vocab_size:
-        at = int(np.argmax(ids >= self.vocab_size))
-        nth = int(np.searchsorted(begins, at, 'right')) - 1
-        raise DataError(f'{self.path / entry["name"]}:{local[nth]}:{at - begins[nth]}: id {ids[at]}; expected less '
-                        f'than {self.vocab_size}; prepare the dataset again')
-      flat.append(ids.astype(np.int32))
-      offset.append(begins[:-1] + total)
-      total += len(ids)
-    return np.concatenate(flat), np.concatenate(offset)
+  def _read_piece(self, split, record):
+    """The tokens of one record, int32."""
+    shard = int(np.searchsorted(self._shard_ends[split], record, 'right'))
+    entry = self.manifest['splits'][split]['shards'][shard]
+    local = record - int(self._shard_ends[split][shard]) + entry['records']
+    raw, = self._guarded(entry['name'], self._readers[split][shard].read, [local])
+    ids = np.frombuffer(raw, self.manifest['dtype'])
+    if ids.max() >= self.vocab_size:
+      at = int(np.argmax(ids >= self.vocab_size))
+      raise DataError(f'{self.path / entry["name"]}:{local}:{at}: id {ids[at]}; expected less than {self.vocab_size}; '
+                      'prepare the dataset again')
+    return ids.astype(np.int32)
 
   def _guarded(self, shard, f, *args):
     try:
@@ -282,12 +276,6 @@ class Dataset:
     except Exception as error:  # riegeli's errors arrive as RuntimeError, IndexError or ValueError
       raise DataError(f'{self.path / shard}: {str(error)[:200]!r}; expected a shard as it was written; delete '
                       f'{self.path} and prepare it again') from error
-
-
-def _ranges(start: np.ndarray, stop: np.ndarray) -> np.ndarray:
-  """np.concatenate([np.arange(a, b) for a, b in zip(start, stop)])."""
-  count = stop - start
-  return np.repeat(start - np.cumsum(count) + count, count) + np.arange(count.sum())
 
 
 def _verify(file, entry, content):
