@@ -53,7 +53,7 @@ def shakespeare_char_cpu() -> pretrain.Config:
                   init=decoder.Init(residual=decoder.residual_std(4))),
       data=loader.Config(tokenizer='char', split='tail', validation_fraction=0.1, length=64, batch=12),
       optim=optim.Config(lr=1e-3, min_lr=1e-4, schedule='cosine', warmup=100, steps=2000, b2=0.99, weight_decay=0.1),
-      loop=loop.Config(eval_every=250), checkpoint=checkpoint.Config(every=500), published=1.88)
+      loop=loop.Config(eval_every=250, eval_batch=48), checkpoint=checkpoint.Config(every=500), published=1.88)
 
 
 def shakespeare_char_cpu_modern() -> pretrain.Config:
@@ -70,7 +70,7 @@ def shakespeare_char_gpu() -> pretrain.Config:
       c, model=model(6, 384, 6, vocab=65, length=256, activation='gelu_erf', bias=False, norm_bias=False,
                      dtype='bfloat16', dropout=nn.Dropout(0.2, 0.2, 0.2),
                      init=decoder.Init(residual=decoder.residual_std(6))),
-      data__length=256, data__batch=64, optim__steps=5000, published=1.4697)
+      data__length=256, data__batch=64, loop__eval_batch=0, optim__steps=5000, published=1.4697)
 
 
 def gpt2_124m() -> pretrain.Config:

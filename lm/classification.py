@@ -154,7 +154,7 @@ def accuracies(c: Config, p: params.Tree, data: memory.Data, seeds: int) -> list
                                desc=f'fine-tuning, seed {seed}'):
           state, _ = parts.step(state, batch, key)
       sums = jax.device_get([parts.evaluate(state, batch, None)['accuracy'] for batch in labelled.eval_batches(
-          data, 'validation', c.data.batch, place)])
+          data, 'validation', c.eval_batch, place)])
       found.append(sum(float(s.total) for s in sums) / sum(float(s.weight) for s in sums))
   return found
 
@@ -176,7 +176,7 @@ def predictions(c: Config, workdir: str | os.PathLike, split: str = 'validation'
   data = labelled.prepare(c.data, workdir, c.seed, encoder=family is not decoder)
   place = sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
   found = [(batch.labels_B.reshape(-1), score(p, batch).argmax(-1).reshape(-1))
-           for batch in labelled.eval_batches(data, split, c.data.batch, place)]
+           for batch in labelled.eval_batches(data, split, c.eval_batch, place)]
   labels_N, classes_N = (np.concatenate(jax.device_get(x)) for x in zip(*found, strict=True))
   return labels_N[labels_N >= 0], classes_N[labels_N >= 0], data.names
 

@@ -43,7 +43,7 @@ def _key(c):
 
 
 def _batches(c, task, parts, data):
-  return task.source.eval_batches(data, 'validation', c.data.batch, sharding.batch_sharding(parts.mesh))
+  return task.source.eval_batches(data, 'validation', c.eval_batch, sharding.batch_sharding(parts.mesh))
 
 
 def _sums(c, task, parts, abstract, data):

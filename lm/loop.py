@@ -31,6 +31,7 @@ class Config:
     log_every: steps between rows of metrics.jsonl.
     eval_every: steps between evaluations; 0 = only at the end.
     eval_first: also before the first step.
+    eval_batch: rows of an evaluation's batch; 0 = data.batch. It needs no activations, so that more may fit.
     patience: evaluations without improvement before stopping early; 0 = never.
     min_delta: an improvement betters the best value so far by more than this.
     max_skipped: consecutive non-finite steps before giving up; looked at whenever a row is written.
@@ -39,12 +40,14 @@ class Config:
   log_every: int = 10
   eval_every: int = 250
   eval_first: bool = False
+  eval_batch: int = 0
   patience: int = 0
   min_delta: float = 0.0
   max_skipped: int = 5
 
   def __post_init__(self):
-    for name, least in (('log_every', 1), ('eval_every', 0), ('patience', 0), ('min_delta', 0), ('max_skipped', 1)):
+    for name, least in (('log_every', 1), ('eval_every', 0), ('eval_batch', 0), ('patience', 0), ('min_delta', 0),
+                        ('max_skipped', 1)):
       if not least <= getattr(self, name) < math.inf:
         raise ConfigError(f'loop.{name}={getattr(self, name)}; expected a finite number, at least {least}')
 

@@ -179,7 +179,7 @@ def _evaluation(c, parts, data, draw, judge, reward, held_out):
   def evaluate(state):
     p, found = train.averaged(state), []
     shown.clear()
-    batches = prompts.eval_batches(data, 'validation', c.data.batch, sharding.batch_sharding(parts.mesh))
+    batches = prompts.eval_batches(data, 'validation', c.eval_batch, sharding.batch_sharding(parts.mesh))
     for i, batch in enumerate(batches):
       r, seen = draw(p, batch, jax.random.fold_in(key, i))
       policy_B, reference_B = jax.device_get(judge(p, r))

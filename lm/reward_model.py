@@ -168,7 +168,7 @@ def finish(c: Config, workdir: str | os.PathLike) -> dict[str, Any]:
   score, place = jax.jit(found.score), sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
   data = preferences.prepare(c.data, workdir, c.seed, encoder=isinstance(c, Encoder))
   scored = [(score(found.params, _flat(batch.answers)).reshape(batch.exists_NK.shape), batch.grades_NK, batch.exists_NK)
-            for batch in preferences.eval_batches(data, 'validation', c.data.batch, place)]
+            for batch in preferences.eval_batches(data, 'validation', c.eval_batch, place)]
   scores_NK, grades_NK, exists_NK = (np.concatenate(jax.device_get(x)) for x in zip(*scored, strict=True))
   metrics = losses.loss(scores_NK, -grades_NK, exists_NK, c=losses.Config())[1]
   table = losses.reliability(scores_NK, -grades_NK, exists_NK)

@@ -64,8 +64,15 @@ class Config:
     if self.data.batch % rows:
       raise ConfigError(f'data.batch={self.data.batch} is not divisible by optim.microbatches x mesh.data x mesh.fsdp '
                         f'x mesh.pipe = {rows}; choose data.batch as a multiple of {rows}')
+    if self.loop.eval_batch % self.mesh.rows:
+      raise ConfigError(f'loop.eval_batch={self.loop.eval_batch} is not divisible by mesh.data x mesh.fsdp x mesh.pipe '
+                        f'= {self.mesh.rows}; choose a multiple')
     if not 0 <= self.seed < 2**32:
       raise ConfigError(f'seed={self.seed}; expected 0 <= seed < 2**32')
+
+  @property
+  def eval_batch(self) -> int:
+    return self.loop.eval_batch or self.data.batch
 
 
 @dataclasses.dataclass(frozen=True)

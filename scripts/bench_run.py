@@ -118,7 +118,8 @@ def _torch(c, seed, rates):
 
   @torch.no_grad()
   def validation():
-    return sum(loss_of(x, y, 'sum').item() for x, y in zip(held_x.split(B), held_y.split(B), strict=True)) / (rows * T)
+    pairs = zip(held_x.split(c.eval_batch), held_y.split(c.eval_batch), strict=True)
+    return sum(loss_of(x, y, 'sum').item() for x, y in pairs) / (rows * T)
 
   training, began = 0.0, time.perf_counter()
   for n in range(c.optim.steps):

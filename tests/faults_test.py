@@ -161,6 +161,8 @@ FAULTS = [
     ('embedding over fsdp', ['--set=mesh.fsdp=8', '--set=model.embed=12'], None, 2,
      r'mesh.fsdp=8 does not divide model.embed=12'),
     ('batch over data', ['--set=mesh.data=3'], None, 2, r'data.batch=8 is not divisible by .*mesh.data.* = 3'),
+    ('evaluation over data', ['--set=mesh.data=2', '--set=loop.eval_batch=3'], None, 2,
+     r'loop.eval_batch=3 is not divisible by .*mesh.data.* = 2; choose'),
     ('batch over microbatches', ['--set=optim.microbatches=3'], None, 2, r'data.batch=8 is not divisible'),
     ('too few devices', ['--set=mesh.data=4'], None, 2, r'mesh: data=4 .*needs 4 devices, 8 are here'),
     ('no axis', ['--set=mesh.data=0'], None, 2, r'mesh.data=0; expected at least 1'),

@@ -119,6 +119,18 @@ def test_validation_is_the_whole_split_and_bits_are_per_byte_of_text(straight, c
   assert summary['val_accuracy'] == pytest.approx((logits.argmax(-1) == ids[1:]).mean(), abs=1e-6)
 
 
+def test_rows_of_an_evaluation_are_its_own_number(straight, tmp_path, corpus, monkeypatch):
+  c, workdir, _ = straight
+  seen, batches = [], loader.eval_batches
+  monkeypatch.setattr(loader, 'eval_batches', lambda data, split, batch, *rest: (
+      seen.append(batch), batches(data, split, batch, *rest))[1])
+  run.run(config.replace(c, loop__eval_batch=24), TASK, tmp_path)
+  assert set(seen) == {24}
+  mine, theirs = (logs.read(folder)[-1] for folder in (tmp_path, workdir))
+  assert mine['loss'] == theirs['loss']
+  assert mine['val_loss'] == pytest.approx(theirs['val_loss'], rel=1e-6)
+
+
 @pytest.mark.parametrize('number, kind', [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)])
 def test_stopped_and_started_again_equals_the_straight_run(straight, tmp_path, monkeypatch, capsys, number, kind):
   """At steps that neither an evaluation nor the schedule would have saved, the first (compiling) one among them."""
