@@ -11,8 +11,9 @@ losses' constants as TRL has them (its defaults and ours are the same).
 This package's is the step of a run of `lm.reinforce`: texts go through the host, where a reward function takes them.
 The words of this benchmark's texts are the numbers of ids, so that what is scored are the tokens that were drawn.
 TRL's is one call of `train` for so many episodes; it takes the policy's log-probabilities from the logits of
-`generate`, which it keeps, where this package asks the policy once more. It also collects Python's garbage twice in an
-iteration, some half a second in all; this package looks at the gradient's norm, and whether it is finite.
+`generate`, which it keeps, where this package asks the policy once more (a pass that the FLOPs leave out). It also
+collects Python's garbage twice in an iteration, some half a second in all; this package looks at the gradient's norm,
+and whether it is finite.
 
 Reads how many iterations to take from stdin, a line each time, and answers with a line of JSON: {'seconds', 'drawn'
 (those of them until all responses were there), 'peak' (bytes)}; first a line when it is ready. --side=random writes a
@@ -51,8 +52,8 @@ def main(_: list[str]) -> None:
     _random()
     return
   with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-    iterate = {'lm': _ours, 'trl': _theirs}[_SIDE.value](folder, stack)
-    bench.serve(lambda n: {'drawn': sum(iterate() for _ in range(n))})
+    iterate, facts = {'lm': _ours, 'trl': _theirs}[_SIDE.value](folder, stack)
+    bench.serve(lambda n: {'drawn': sum(iterate() for _ in range(n))}, **facts)
 
 
 class Numbers:
@@ -82,6 +83,17 @@ def make_config(model):
   return config.override(c, *_SET.value)
 
 
+def flops(c):
+  """What an iteration of `c` takes: rows are drawn, asked of reference, value and reward model, and learnt from."""
+  from lm import budget, policy
+
+  length, specs = _PROMPT.value + _MAX_NEW.value, policy.base_specs(c)
+  words, trunk = (budget.training_flops(specs, c.model.heads * c.model.head_dim, c.model.layers, length, share).total
+                  for share in (_MAX_NEW.value / length, 0))  # of a token, forward and backward; forward is a third
+  learnt = words + (trunk if c.value == 'separate' else 0)
+  return _BATCH.value * length * ((2 * words + 2 * trunk) / 3 + _EPOCHS.value * learnt)
+
+
 def _ids(vocab):
   return np.random.default_rng(0).integers(vocab // 100, vocab, (_BATCH.value, _PROMPT.value))
 
@@ -103,7 +115,7 @@ def _random():
 
 
 def _ours(folder, stack):
-  """() -> seconds until all was drawn, of an iteration of this package."""
+  """(() -> seconds until all was drawn, of an iteration of this package; what both sides' iterations take)."""
   import jax
 
   from lm import loop, reinforce, run, sharding, train, weights
@@ -137,7 +149,7 @@ def _ours(folder, stack):
     state, metrics = step(state, rows, key)
     jax.block_until_ready((state, metrics))
     return called[-1] - start
-  return iterate
+  return iterate, {'flops': {'lm': flops(c), 'trl': flops(dataclasses.replace(c, value='separate'))}}
 
 
 def _scorer(c, p):
@@ -163,7 +175,7 @@ def _scorer(c, p):
 
 
 def _theirs(folder, stack):
-  """() -> seconds until all was drawn, of an iteration of TRL."""
+  """(() -> seconds until all was drawn, of an iteration of TRL; nothing)."""
   del stack
   os.environ['TRL_EXPERIMENTAL_SILENCE'] = '1'
   import torch
@@ -205,7 +217,7 @@ def _theirs(folder, stack):
     with contextlib.redirect_stdout(io.StringIO()):  # its log; the answers have stdout
       trainer.train()
     return drawn[-1] - start
-  return iterate
+  return iterate, {}
 
 
 if __name__ == '__main__':

@@ -19,8 +19,8 @@ arXiv:1909.08593; TRL's PPOTrainer always runs a value model of its own.
 
 Each side lives in a process of its own with all cores; they take turns, a round at a time, so drift of the machine's
 speed hits both. Columns: tokens/s drawn (median, least and most over the rounds), peak memory; then the median of the
-rounds' ratios and their range. Of ppo also seconds an iteration, episodes/s, and the share of the time that passes
-until all responses are there.
+rounds' ratios and their range. Of ppo also seconds an iteration, episodes/s, the share of the time that passes until
+all responses are there, and the share of the machine's own f32 matmul rate that the models' FLOPs amount to.
 """
 
 import pathlib
@@ -95,14 +95,17 @@ def _compare_ppo(folder):
   workers = {'lm': _side('bench_ppo', '--side=lm', f'--model={model}', *sizes, *(f'--set={x}' for x in _SET.value))}
   if _PEER.value == 'torch':
     workers['trl'] = _side('bench_ppo', '--side=trl', f'--model={exported}', *sizes, packages=packages)
+  workers['matmul'] = bench.Side([sys.executable, '-m', 'scripts.bench_train', '--worker=matmul'], None, _DEVICE.value)
+  flops, width = workers['lm'].facts['flops'], workers['matmul'].facts['width']
   said = _rounds(workers, 1)
+  peak = 2 * width**3 / statistics.median(one['seconds'] for one in said.pop('matmul'))
   print(f'{"part":8} {"batch":>5} {"side":6} {"tokens/s":>8} {"least":>7} {"most":>7} {"peak MiB":>8} {"s/iter.":>8} '
-        f'{"episodes/s":>10} {"drawing":>7}', flush=True)
+        f'{"episodes/s":>10} {"drawing":>7} {"of matmul":>9}', flush=True)
   for side, own in said.items():
     seconds = statistics.median(one['seconds'] for one in own)
     drawing = statistics.median(one['drawn'] / one['seconds'] for one in own)
     print(f'{"ppo":8} {batch:5} {side:6} {_rates(own, batch)} {own[-1]["peak"] / 2**20:8.0f} {seconds:8.2f} '
-          f'{batch / seconds:10.2f} {drawing:7.0%}', flush=True)
+          f'{batch / seconds:10.2f} {drawing:7.0%} {flops[side] / seconds / peak:9.2f}', flush=True)
   _ratio(batch, said)
   _close(workers)
 

@@ -33,11 +33,11 @@ def scoring(*args):
 
 run.build, bench_ppo._scorer = building, scoring
 with contextlib.ExitStack() as stack:
-  iterate = bench_ppo._ours(sys.argv[1], stack)
+  iterate, facts = bench_ppo._ours(sys.argv[1], stack)
   seconds = [iterate() for _ in range(2)]
 words = bench_ppo.Numbers()
 print(json.dumps([bench_ppo._ids(64).tolist(), [[words.encode(text) for text in some] for some in texts], updates,
-                  min(seconds)]))
+                  min(seconds), facts['flops']]))
 """
 
 
@@ -50,10 +50,13 @@ def bench(*arguments):
 def test_an_iteration_scores_what_was_drawn_and_learns_from_it_in_every_pass(tmp_path):
   done = bench('-c', DRIVER, str(tmp_path), '--shape=1x16x64', '--batch=4', *TOY)
   assert done.returncode == 0, done.stderr
-  prompts, scored, updates, seconds = json.loads(done.stdout.splitlines()[-1])
+  prompts, scored, updates, seconds, flops = json.loads(done.stdout.splitlines()[-1])
   assert len(scored) == 2 and scored[0] != scored[1] and seconds > 0
   assert [row[:4] for rows in scored for row in rows] == prompts * 2
   assert all(len(row) == 7 for rows in scored for row in rows)
+  trunk = 6 * (4 * 16 * 16 + 3 * 16 * 42) + 12 * 16 * 7  # of a token, forward and backward
+  words = trunk + 6 * 16 * 64 * 3 / 7
+  assert flops['trl'] == flops['lm'] == pytest.approx(4 * 7 * (2 * (words + trunk) / 3 + 2 * (words + trunk)))
   passes = [sorted(a + b) for a, b in zip(updates[::2], updates[1::2], strict=True)]
   assert passes == [sorted(rows) for rows in scored for _ in range(2)]
 
@@ -63,9 +66,10 @@ def test_ppo_is_a_line_of_numbers():
   done = bench('-m', 'scripts.bench_rlhf', '--part=ppo', '--shape=1x16x64', '--ppo_batch=4', '--rounds=1', *TOY)
   assert done.returncode == 0, done.stderr
   names, numbers = done.stdout.splitlines()
-  row = dict(zip(names.replace('peak MiB', 'peak').split(), numbers.split(), strict=True))
+  row = dict(zip(names.replace('peak MiB', 'peak').replace('of matmul', 'share').split(), numbers.split(), strict=True))
   assert [row['part'], row['batch'], row['side']] == ['ppo', '4', 'lm']
   assert float(row['tokens/s']) == pytest.approx(3 * float(row['episodes/s']), rel=0.02)
+  assert 0 <= float(row['share']) < 1
   assert float(row['peak']) > 100 and 0 <= float(row['drawing'].rstrip('%')) <= 100
 
 
