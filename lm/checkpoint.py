@@ -31,7 +31,6 @@ FORMAT = 1
 _SHOWN = 4  # items of a list in one message
 _READ_S = 3600  # the others wait while process 0 reads all of a step, to seal or to verify it
 _NONE, _BROKEN = -1, -2  # what process 0 broadcasts when it has no step
-
 _kind = lambda x: f'{x.dtype}{list(x.shape)}'
 Tree = params.Tree
 Path = str | os.PathLike
@@ -92,18 +91,15 @@ class Saver:
   def save(self, step: int, state: Tree, meta: dict, metrics: dict[str, float], finite: bool = True) -> bool:
     """Starts saving `state` and returns once the state may be donated; sealing and pruning follow in the background.
 
-    Waits first for the save before this one. `meta` must be plain JSON.
-
-    Returns:
-      Whether a save began: not where the state is not `finite`, and not where the newest sealed step is this one.
+    Waits first for the save before this one. `meta` must be plain JSON. The newest sealed step, saved again, gets its
+    new `meta` and `metrics` alone. Returns whether a save began: a state that is not `finite` is not saved.
 
     Raises:
       CheckpointError: this save or the one before failed, or `step` is older than the newest.
     """
-    if finite:
-      self.wait()
-    if not finite or step == self._newest:
+    if not finite:
       return False
+    self.wait()
     if step < self._newest:
       raise CheckpointError(f'{self._directory}: step {step}; expected one newer than {self._newest}; restore it first')
     leaves = params.flatten(state)
@@ -111,6 +107,10 @@ class Saver:
         'format_version': FORMAT, 'step': step, 'meta': meta, 'metrics': {k: float(v) for k, v in metrics.items()},
         'leaves': {path: _kind(x) for path, x in leaves.items()}}))
     with self._saving(step):
+      if step == self._newest:
+        if jax.process_index() == 0:
+          seal.amend(self._directory, step, record)
+        return False
       self._orbax.save(self._directory / str(step),
                        args=ocp.args.PyTreeSave(traverse_util.unflatten_dict(leaves, sep='/')))
     self._pending = self._thread.submit(self._finish, step, record)

@@ -47,8 +47,7 @@ class Logs:
       return
     rows = [row for row in read(self._dir) if row['step'] <= start]
     with self._failing():
-      tokenizer.write_atomically(str(self._dir / 'metrics.jsonl'), ''.join(json.dumps(r) + '\n' for r in rows).encode())
-      self._file = open(self._dir / 'metrics.jsonl', 'a', buffering=1, encoding='utf-8')
+      self._file = _rewritten(self._dir, rows)
       (self._dir / 'tensorboard').mkdir(exist_ok=True)
       for old in (self._dir / 'tensorboard').glob('events.out.tfevents.*'):
         old.unlink()
@@ -74,6 +73,16 @@ class Logs:
       self._bar.update(step - self._bar.n)
     else:
       print(f'step {step}: ' + ', '.join(f'{k} {v}' for k, v in shown.items()), flush=True)
+
+  def amend(self, step: int, values: dict[str, float]) -> None:
+    """Adds to the row of `step` if that is the last, and makes one otherwise."""
+    rows = [] if self._quiet else read(self._dir)
+    row = rows.pop() if rows and rows[-1]['step'] == step else {}
+    if row:
+      with self._failing():
+        self._file.close()
+        self._file = _rewritten(self._dir, rows)
+    self.row(step, {k: v for k, v in row.items() if k != 'step'} | values)
 
   def say(self, text: str) -> None:
     """A line for the person, which does not tear the progress bar."""
@@ -103,6 +112,13 @@ class Logs:
   def _failing(self):
     return seal.failing(f'--workdir: cannot log into {self._dir}', 'sealed checkpoints are intact; mend the disk and '
                         'start again')
+
+
+def _rewritten(workdir, rows):
+  """metrics.jsonl with these rows alone, open for more."""
+  path = workdir / 'metrics.jsonl'
+  tokenizer.write_atomically(str(path), ''.join(json.dumps(row) + '\n' for row in rows).encode())
+  return open(path, 'a', buffering=1, encoding='utf-8')
 
 
 def say(text: str) -> None:

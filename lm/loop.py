@@ -88,13 +88,23 @@ class Signals:
     if kind is KeyboardInterrupt and self.received is not None:
       raise self.error('no step was under way, and nothing is lost') from error
 
+  def deferred(self) -> contextlib.AbstractContextManager[None]:
+    return self._set(True)
+
+  def at_once(self) -> contextlib.AbstractContextManager[None]:
+    """Inside `deferred`, for what can be done again: a signal raises KeyboardInterrupt and need not wait for its end.
+
+    Not in a job of several processes, as they must agree on where they stop.
+    """
+    return self._set(self._deferred and jax.process_count() > 1)
+
   @contextlib.contextmanager
-  def deferred(self) -> Iterator[None]:
-    self._deferred = True
+  def _set(self, deferred):
+    before, self._deferred = self._deferred, deferred
     try:
       yield
     finally:
-      self._deferred = False
+      self._deferred = before
 
   def stop_at(self, step: int) -> bool:
     """Whether to save this step and leave; to be asked at every step, by every process."""
@@ -164,8 +174,9 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
   """Trains from step `start` to the end, or until early stopping.
 
   Args:
-    evaluations: of the steps up to `start`, when resuming.
-    signals: deferred; whether one came is looked at after every step.
+    evaluations: of the steps up to `start`, when resuming. If that of `start` is missing, it is made up for.
+    signals: deferred; whether one came is looked at after every step. An evaluation does not delay the save: it is
+      left out, or broken off in a job of one process.
 
   Returns:
     The final state and all evaluations; the last is at the last step.
@@ -173,10 +184,17 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
   Raises:
     Diverged: too many consecutive non-finite steps. Preempted, Interrupted: after saving.
   """
-  if c.eval_first and not evaluations and not start:
-    evaluations = [[0, program.evaluate(state)]]
-    logs.row(0, evaluations[0][1])
-    program.watch(0, state)
+  due = lambda n: n == program.steps or bool(c.eval_every and n % c.eval_every == 0)
+  if (due(start) if start else c.eval_first) and (not evaluations or evaluations[-1][0] != start):
+    with signals.at_once():
+      evaluations = [*evaluations, [start, program.evaluate(state)]]
+    logs.amend(start, evaluations[-1][1])
+    program.watch(start, state)
+    last = start == program.steps or _judge(program, c, evaluations)[1]
+    if start:
+      program.save(start, state, evaluations, last)  # with what it was saved without
+    if start and last:
+      return state, evaluations
   report = _Report(program, c, start, int(state.skipped), logs)
   for n in range(start + 1, program.steps + 1):
     state, metrics = program.step(state, next(batches), program.key)
@@ -186,17 +204,18 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
     if (n - 1) % c.log_every == 0:
       report.flush()  # of the steps before this one, on which the device is busy now
     report.add(n, metrics)
-    last, best, stopping = n == program.steps, False, signals.stop_at(n)
-    if last or (c.eval_every and n % c.eval_every == 0):
-      evaluations = [*evaluations, [n, report.flush(functools.partial(program.evaluate, state))]]
+    last, best, stopping = False, False, signals.stop_at(n)
+    found = report.flush(functools.partial(_evaluate, program, state, signals)) if due(n) and not stopping else None
+    if found is not None:
+      evaluations = [*evaluations, [n, found]]
       with report.paused():
         program.watch(n, state)
         host.release_freed_memory()
-      watched = [values.get(program.metric, math.nan) for _, values in evaluations]
-      best = stale(watched, 0.0, program.mode) == 0
-      if c.patience and stale(watched, c.min_delta, program.mode) >= c.patience and not last:
-        last = True
+      best, worn_out = _judge(program, c, evaluations)
+      last = n == program.steps or worn_out
+      if worn_out and n != program.steps:
         logs.say(f'stopped early at step {n}: no better {program.metric} in {c.patience} evaluations')
+    stopping = stopping or (due(n) and found is None)
     if last or best or stopping or n % program.save_every == 0:
       report.flush()  # rows come before the save that covers them
       with report.paused():
@@ -208,6 +227,24 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
       program.wait()
       raise signals.error(f'step {n} is saved')
   return state, evaluations
+
+
+def _evaluate(program, state, signals):
+  """Its metrics; None where a signal broke it off."""
+  try:
+    with signals.at_once():
+      return program.evaluate(state)
+  except KeyboardInterrupt:
+    if signals.received is None:
+      raise
+    return None
+
+
+def _judge(program, c, evaluations):
+  """(is the last the best? is it time to stop early?)"""
+  watched = [values.get(program.metric, math.nan) for _, values in evaluations]
+  return (stale(watched, 0.0, program.mode) == 0,
+          bool(c.patience) and stale(watched, c.min_delta, program.mode) >= c.patience)
 
 
 class _Report:
@@ -231,8 +268,8 @@ class _Report:
     yield
     self._since += time.perf_counter() - began
 
-  def flush(self, more: Callable[[], dict[str, float]] = dict) -> dict[str, float]:
-    """Writes one row, of the newest waiting step, and adds to it what `more` finds while the clock stands."""
+  def flush(self, more: Callable[[], dict[str, float] | None] = dict) -> dict[str, float] | None:
+    """Writes one row, of the newest waiting step, and adds what `more` finds, if it does, while the clock stands."""
     if not self._waiting:
       return {}
     rows, self._waiting = jax.device_get(self._waiting), []
@@ -247,7 +284,7 @@ class _Report:
     row |= self._rates(n) | {'elapsed_s': self._program.elapsed()}
     with self.paused():
       found = {} if hopeless else more()
-    self._logs.row(n, row | found)
+    self._logs.row(n, row | (found or {}))
     if hopeless:
       raise Diverged(f'step {hopeless}: loss or gradient was not finite {self._c.max_skipped} times in a row; nothing '
                      'of it reached the parameters; lower optim.lr or look at the data, then start again')

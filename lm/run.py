@@ -198,7 +198,8 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
       parts = build(c, task)
     evaluate.check(c, task, parts, abstract, data)
     at, state, meta = start.resume(c, task, parts, abstract, data, workdir, resume_with_changes, restore_step)
-    if at >= steps or (meta['finished'] and not resume_with_changes):
+    owed = at == steps and (not meta['evaluations'] or meta['evaluations'][-1][0] != at)  # its evaluation: `loop.fit`
+    if (at >= steps and not owed) or (meta['finished'] and not resume_with_changes):
       logs.say(f'already complete: step {at} of {steps} in {workdir}; nothing was trained')
       return summary.write(c, task, workdir, at, meta)
     if at:

@@ -64,7 +64,15 @@ def write(directory: pathlib.Path, step: int, record: dict) -> None:
   for path in [*files.values(), *(p for p in folder.rglob('*') if p.is_dir()), folder]:
     _fsync(path)
   sums = zip(files.items(), _hashes(files), strict=True)
-  record = record | {'files': {name: [p.stat().st_size, sha] for (name, p), sha in sums}}
+  _put(directory, step, record | {'files': {name: [p.stat().st_size, sha] for (name, p), sha in sums}})
+
+
+def amend(directory: pathlib.Path, step: int, record: dict) -> None:
+  """Puts another record beside the files of a sealed step, atomically."""
+  _put(directory, step, record | {'files': read(directory, step)['files']})
+
+
+def _put(directory, step, record):
   final = path_of(directory, step)
   tmp = final.with_name(final.name + '.tmp')
   with tmp.open('w') as f:

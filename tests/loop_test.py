@@ -26,6 +26,12 @@ class Rows:
   def row(self, step, values):
     self.rows.append({'step': step} | values)
 
+  def amend(self, step, values):
+    if self.rows and self.rows[-1]['step'] == step:
+      self.rows[-1] |= values
+    else:
+      self.row(step, values)
+
   def say(self, text):
     self.said.append(text)
 
@@ -47,9 +53,9 @@ class World:
   evaluation 1,000 s, a save 300 s.
   """
 
-  def __init__(self, steps=20, losses=(), mode='min', save_every=1000, bad=(), skipped=0, at=None):
+  def __init__(self, steps=20, losses=(), mode='min', save_every=1000, bad=(), skipped=0, at=None, done=()):
     self.losses, self.bad, self.at, self.clock, self.fetched = list(losses), set(bad), at or {}, Clock(), []
-    self.saves, self.waits, self.polls, self.evaluated, self.dispatched, self.done = [], 0, 0, [], 0, {}
+    self.saves, self.waits, self.polls, self.evaluated, self.dispatched, self.done = [], 0, 0, [], 0, dict(done)
     self.logs, self.signals, self.skipped = Rows(), loop.Signals(), skipped
     self.program = loop.Program(
         step=self.step, evaluate=self.evaluate, save=self.save, poll=self.poll, wait=self.wait, steps=steps, key=None,
@@ -327,10 +333,44 @@ def test_ctrl_c_after_sigterm_leaves_the_exit_status_to_the_first(monkeypatch):
     w.fit()
 
 
-def test_a_signal_in_the_last_step_changes_nothing(monkeypatch):
-  w = world(monkeypatch, steps=6, at={6: lambda: os.kill(os.getpid(), signal.SIGTERM)})
-  assert w.fit()[0].n == 6
-  assert w.saves == [(6, True, [6])]
+@pytest.mark.parametrize('step', [4, 6])
+def test_a_signal_where_an_evaluation_is_due_leaves_it_out(monkeypatch, step):
+  """Who ends a job gives it seconds; an evaluation may take minutes. 6 is the last step."""
+  w = world(monkeypatch, steps=6, at={step: lambda: os.kill(os.getpid(), signal.SIGTERM)})
+  with pytest.raises(Preempted, match=f'step {step} is saved'):
+    w.fit(eval_every=4)
+  assert (w.saves[-1], w.steps_logged()[-1]) == ((step, False, [4][:step - 4]), step)
+  assert w.evaluated == [4][:step - 4]
+
+
+@pytest.mark.parametrize('number, kind', [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)])
+def test_a_signal_breaks_an_evaluation_off(monkeypatch, number, kind):
+  w = world(monkeypatch, steps=20)
+
+  def evaluate(state):
+    os.kill(os.getpid(), number)
+    pytest.fail('went on')
+  w.program = dataclasses.replace(w.program, evaluate=evaluate)
+  with pytest.raises(kind, match='step 4 is saved; start again to resume'):
+    w.fit(eval_every=4)
+  assert (w.saves, w.waits, w.logs.rows[-1]['loss'], len(w.logs.rows)) == ([(4, False, [])], 1, 0.25, 1)
+  with pytest.raises(kind, match='nothing is lost; start again'):  # that before the first step
+    w.fit(eval_first=True)
+
+
+def test_an_evaluation_that_the_run_was_stopped_in_is_made_up_for(monkeypatch):
+  w = world(monkeypatch, steps=20, done={8: 0.0})
+  w.logs.row(8, {'loss': 0.125})
+  _, evaluations = w.fit(start=8, evaluations=[[4, {'val_loss': 0.25}]], eval_every=4)
+  assert [n for n, _ in evaluations] == [4, 8, 12, 16, 20]
+  assert w.logs.rows[0] == {'step': 8, 'loss': 0.125, 'val_loss': 0.125}
+  assert w.saves[0] == (8, False, [4, 8])
+  w = world(monkeypatch, steps=20, done={20: 0.0})
+  assert [n for n, _ in w.fit(start=20, evaluations=[[16, {'val_loss': 0.1}]], eval_every=8)[1]] == [16, 20]
+  assert w.saves == [(20, True, [16, 20])] and not w.dispatched
+  w = world(monkeypatch, steps=20, losses=[0.3], done={8: 0.0})
+  w.fit(start=8, evaluations=[[4, {'val_loss': 0.2}]], eval_every=4, patience=1)
+  assert w.saves == [(8, True, [4, 8])] and not w.dispatched
 
 
 @pytest.mark.parametrize('number, kind', [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)])

@@ -147,6 +147,31 @@ def test_stopped_and_started_again_equals_the_straight_run(straight, tmp_path, m
   assert summary['best'] == straight[2]['best']
 
 
+@pytest.mark.parametrize('number, kind', [(signal.SIGTERM, Preempted), (signal.SIGINT, Interrupted)])
+def test_stopped_in_an_evaluation_and_started_again_is_the_straight_run(straight, tmp_path, monkeypatch, number, kind):
+  """In those of steps 8 and 12, the last; and in that which makes up for it."""
+  c, want, summary = straight
+  batches, left = loader.eval_batches, []
+
+  def stopping(*args):
+    last = left and not left.pop()
+    for n, batch in enumerate(batches(*args)):
+      if last and n == 1:
+        os.kill(os.getpid(), number)
+      yield batch
+  monkeypatch.setattr(loader, 'eval_batches', stopping)
+  for evaluation, said in ((2, 'step 8 is saved'), (1, 'no step was under way'), (2, 'step 12 is saved')):
+    left[:] = range(2 + evaluation)  # two look at its first batch alone
+    with pytest.raises(kind, match=said):
+      run.run(c, TASK, tmp_path)
+    assert checkpoint.steps(tmp_path / 'checkpoints')[-1] == (12 if '12' in said else 8)
+    assert 'val_loss' not in logs.read(tmp_path)[-1]
+  left.clear()
+  assert run.run(c, TASK, tmp_path)['best'] == summary['best']
+  assert exact(tmp_path) == exact(want)
+  assert tiny.state_sha(c, TASK, tmp_path) == tiny.state_sha(c, TASK, want)
+
+
 def test_rows_after_the_restored_step_are_written_again(straight, tmp_path, monkeypatch):
   """A kill leaves rows that no checkpoint covers."""
   c, want, _ = straight
