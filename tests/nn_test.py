@@ -85,6 +85,17 @@ def test_rotary_scores_depend_on_the_distance_only():
   assert nn.rotary(q.astype(jnp.bfloat16), jnp.array([[9]]), 1e4).dtype == jnp.bfloat16
 
 
+def test_sines_are_computed_once_and_are_the_same(monkeypatch):
+  """Not for every head of every layer that turns by them."""
+  x, positions = jax.random.normal(jax.random.key(0), (2, 8, 4, 16)), jnp.arange(16).reshape(2, 8)
+  turned = jax.jit(lambda x, positions: nn.rotary(jnp.sin(nn.rotary(x, positions, 1e4) @ jnp.eye(16)), positions, 1e4))
+  got, text = turned(x, positions), turned.lower(x, positions).compile().as_text()
+  assert text.count(' cosine(') == 1
+  monkeypatch.setattr(nn, '_sines_once', nn._sines)
+  jax.clear_caches()
+  np.testing.assert_array_equal(got, turned(x, positions))
+
+
 def test_sinusoids():
   got = transformer_xl.sinusoids(jnp.array([[0, 3], [7, -2]]), 6)
   for (i, j), p in np.ndenumerate([[0, 3], [7, -2]]):
