@@ -205,7 +205,7 @@ FAULTS = [
     ('missing shard', ['--set=data.corpus={d}/prepared'], lambda d: next(d.glob('prepared/train-*')).unlink(), 3,
      r'{d}/prepared/train-00000.array_record: missing'),
     ('ids out of range', ['--set=data.corpus={d}/prepared', '--set=data.tokenizer='], foreign_ids, 3,
-     r'{d}/prepared/train-00000.array_record:0:\d+: id 999; expected less than 258'),
+     r'{d}/prepared/train-00000.array_record:\d+:0: id 999; expected less than 258'),
     ('damaged manifest', ['--set=data.corpus={d}/prepared'], write('prepared/manifest.json', '{'), 3,
      r'{d}/prepared/manifest.json: .*strict JSON'),
     ('workdir is a file', ['--workdir={d}/text.txt'], None, 2, r'--workdir: {d}/text.txt is a file; expected a'),
