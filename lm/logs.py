@@ -67,22 +67,28 @@ class Logs:
     with self._failing():
       self._file.write(json.dumps(row) + '\n')
       self._event(row)
+    self._show(step, values)
+
+  def amend(self, step: int, values: dict[str, float]) -> None:
+    """Adds to the row of `step` if that is the last, and makes one otherwise; a kill leaves it as it was, or whole."""
+    rows = [] if self._quiet else read(self._dir)
+    if not rows or rows[-1]['step'] != step:
+      self.row(step, values)
+      return
+    more = {k: _jsonable(v) for k, v in values.items()}
+    with self._failing():
+      self._file.close()
+      self._file = _rewritten(self._dir, [*rows[:-1], rows[-1] | more])
+      self._event({k: rows[-1][k] for k in ('step', 'elapsed_s') if k in rows[-1]} | more)
+    self._show(step, values)
+
+  def _show(self, step, values):
     shown = {k: _short(values[k]) for k in TOLD if k in values}
     if self._bar is not None:
       self._bar.set_postfix(shown, refresh=False)
       self._bar.update(step - self._bar.n)
     else:
       print(f'step {step}: ' + ', '.join(f'{k} {v}' for k, v in shown.items()), flush=True)
-
-  def amend(self, step: int, values: dict[str, float]) -> None:
-    """Adds to the row of `step` if that is the last, and makes one otherwise."""
-    rows = [] if self._quiet else read(self._dir)
-    row = rows.pop() if rows and rows[-1]['step'] == step else {}
-    if row:
-      with self._failing():
-        self._file.close()
-        self._file = _rewritten(self._dir, rows)
-    self.row(step, {k: v for k, v in row.items() if k != 'step'} | values)
 
   def say(self, text: str) -> None:
     """A line for the person, which does not tear the progress bar."""

@@ -189,8 +189,7 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
     with signals.at_once():
       evaluations = [*evaluations, [start, program.evaluate(state)]]
     logs.amend(start, evaluations[-1][1])
-    program.watch(start, state)
-    last = start == program.steps or _judge(program, c, evaluations)[1]
+    _, last = _follow(program, c, evaluations, state, logs)
     if start:
       program.save(start, state, evaluations, last)  # with what it was saved without
     if start and last:
@@ -209,12 +208,8 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
     if found is not None:
       evaluations = [*evaluations, [n, found]]
       with report.paused():
-        program.watch(n, state)
+        best, last = _follow(program, c, evaluations, state, logs)
         host.release_freed_memory()
-      best, worn_out = _judge(program, c, evaluations)
-      last = n == program.steps or worn_out
-      if worn_out and n != program.steps:
-        logs.say(f'stopped early at step {n}: no better {program.metric} in {c.patience} evaluations')
     stopping = stopping or (due(n) and found is None)
     if last or best or stopping or n % program.save_every == 0:
       report.flush()  # rows come before the save that covers them
@@ -240,11 +235,15 @@ def _evaluate(program, state, signals):
     return None
 
 
-def _judge(program, c, evaluations):
-  """(is the last the best? is it time to stop early?)"""
+def _follow(program, c, evaluations, state, logs):
+  """What follows an evaluation: (is it the best so far? does the run end here, at its last step or early?)"""
+  n = evaluations[-1][0]
+  program.watch(n, state)
   watched = [values.get(program.metric, math.nan) for _, values in evaluations]
-  return (stale(watched, 0.0, program.mode) == 0,
-          bool(c.patience) and stale(watched, c.min_delta, program.mode) >= c.patience)
+  worn_out = bool(c.patience and n) and stale(watched, c.min_delta, program.mode) >= c.patience
+  if worn_out and n != program.steps:
+    logs.say(f'stopped early at step {n}: no better {program.metric} in {c.patience} evaluations')
+  return stale(watched, 0.0, program.mode) == 0, n == program.steps or worn_out
 
 
 class _Report:

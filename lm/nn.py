@@ -108,8 +108,8 @@ def _sines(angle):
 def _sines_once(angle_BT1R):
   """The same, bit for bit, behind a product with the identity.
 
-  XLA computes a sine anew in each element that reads it, so for every head of every layer, 6% of a training step on a
-  CPU; a product it computes once.
+  XLA computes a sine anew in each element that reads it, so for every head of every layer, unless they are scanned; a
+  product it computes once. On a CPU that was 6% of a training step of 4 x 512.
   """
   both_BT1R = jnp.concatenate(_sines(angle_BT1R), -1)
   same = jax.lax.dot_general(both_BT1R, jnp.eye(both_BT1R.shape[-1]), (((3,), (0,)), ((), ())), precision='highest')

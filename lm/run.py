@@ -71,7 +71,7 @@ class Config:
       raise ConfigError(f'seed={self.seed}; expected 0 <= seed < 2**32')
 
   @property
-  def eval_batch(self) -> int:
+  def eval_batch(self) -> int:  # rows of an evaluation's batch
     return self.loop.eval_batch or self.data.batch
 
 

@@ -208,7 +208,8 @@ def test_what_is_not_saved(tmp_path):
   with checkpoint.Saver(tmp_path, checkpoint.Config(), None) as saver:
     assert not saver.save(1, state_of(1), {}, {}, finite=False)
     assert saver.save(2, state_of(2), {}, {})
-    before = seal.read(tmp_path, 2) if saver.wait() is None else None
+    saver.wait()
+    before = seal.read(tmp_path, 2)
     assert not saver.save(2, state_of(3), {'evaluated': 2}, {'val_loss': 0.5})  # what was found out since it was saved
     assert seal.read(tmp_path, 2) == before | {'meta': {'evaluated': 2}, 'metrics': {'val_loss': 0.5}}
     assert seal.check(tmp_path, 2) is None

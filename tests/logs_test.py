@@ -106,6 +106,26 @@ def test_events_are_the_rows_across_restarts(tmp_path):
   assert found[4][1] - found[0][1] == pytest.approx(8)
 
 
+def test_a_row_is_amended_in_one_piece(tmp_path, monkeypatch, capsys):
+  write(tmp_path, [{'step': 1, 'loss': math.nan, 'elapsed_s': 2.0}])
+  log = logs.Logs(tmp_path, 100, 1)
+  before = (tmp_path / 'metrics.jsonl').read_bytes()
+  with monkeypatch.context() as m:  # as a kill in it
+    m.setattr(os, 'replace', lambda *args: 1 / 0)
+    with pytest.raises(CheckpointError, match='cannot log into'):
+      log.amend(1, {'val_loss': 0.5})
+  assert (tmp_path / 'metrics.jsonl').read_bytes() == before
+  log.amend(1, {'val_loss': 0.5})
+  log.row(2, {'loss': 0.25})
+  log.amend(3, {'val_loss': 0.75})
+  log.close()
+  first = {'step': 1, 'loss': 'nan', 'elapsed_s': 2.0, 'val_loss': 0.5}
+  assert logs.read(tmp_path) == [first, {'step': 2, 'loss': 0.25}, {'step': 3, 'val_loss': 0.75}]
+  assert [tags for *_, tags in events(tmp_path)][1:] == [
+      {'elapsed_s': 2.0, 'val_loss': 0.5}, {'loss': 0.25}, {'val_loss': 0.75}]
+  assert 'step 1: val_loss 0.5\n' in capsys.readouterr().out
+
+
 def test_events_of_a_living_run_reach_the_disk(tmp_path, monkeypatch):
   monkeypatch.setattr(logs, '_FLUSH_S', 0.0)
   log = logs.Logs(tmp_path, 10, 0)
