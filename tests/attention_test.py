@@ -14,7 +14,7 @@ def inputs(T, N=4, K=2, H=8, B=2):
   return [jax.random.normal(k, (B, T, n, H)) for k, n in zip(keys, (N, K, K), strict=True)]
 
 
-@pytest.mark.parametrize('T', [5, 129, 300])
+@pytest.mark.parametrize('T', [5, 100, 129, 300])
 @pytest.mark.parametrize('kind', ['causal', 'full', 'segments', 'window', 'bias'])
 def test_equals_reference(T, kind):
   q, k, v = inputs(T)
@@ -58,6 +58,25 @@ def test_dropout_drops_and_keeps_the_mean():
   out = attention.attend(q, k, ones, nn.Mask(), rate=0.5, key=jax.random.key(3))
   assert np.asarray(out)[:, 100:].mean() == pytest.approx(1.0, abs=0.02)
   assert np.asarray(out)[:, 100:].std() > 0.02
+
+
+@pytest.mark.parametrize('kind', ['causal', 'window', 'segments'])
+def test_short_attention_equals_blocks_with_dropout_and_earlier_keys(kind, monkeypatch):
+  """The probabilities that are kept give what those formed anew give, with the same draw."""
+  S, T = 96, 64
+  q, k, v = inputs(S)
+  segments_BS = jnp.asarray(np.sort(np.random.default_rng(0).integers(1, 4, (2, S))), jnp.int32)
+  segments = {'q_segments_BT': segments_BS[:, S - T:], 'k_segments_BS': segments_BS} if kind == 'segments' else {}
+  mask = nn.Mask(start=S - T, window=20 if kind == 'window' else None, **segments)
+
+  def run():
+    f = lambda *arrays: attention.attend(*arrays, mask, rate=0.3, key=jax.random.key(5))
+    value, pull = jax.vjp(f, q[:, S - T:], k, v)
+    return value, f(q[:, S - T:], k, v), *pull(jnp.cos(jnp.arange(value.size, dtype=jnp.float32)).reshape(value.shape))
+  short = run()
+  monkeypatch.setattr(attention, 'KEPT', 0)
+  for a, b in zip(short, run(), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
 
 
 def test_no_square_of_scores_is_ever_held():

@@ -5,7 +5,7 @@ and s a block's queries and its keys, X = G * t rows of queries that share keys.
 
 The derivative recomputes each block's probabilities from the saved logarithm of their sum, as FlashAttention does
 (arXiv:2205.14135 §3.1), so nothing of a block outlives it. Programs for NVIDIA GPUs do the same in the kernels of
-`lm.kernels.flash`, where these fit the arrays.
+`lm.kernels.flash`, where these fit the arrays. Of short sequences in f32 the probabilities are few, and are kept.
 """
 
 import functools
@@ -19,6 +19,7 @@ from lm import nn, sharding
 from lm.kernels import flash
 
 SMALLEST, MOST = 128, 8  # a block has at least so many queries; there are at most so many blocks, which are unrolled
+KEPT = 16 << 20  # bytes of scores, if they are one block: to keep them saves a CPU a fifth to a third of its time
 CACHE = 1 << 20  # bytes of a block's scores that a CPU core works on at once
 
 
@@ -37,6 +38,8 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: nn.Mas
   if bias_BNTS is None:
     segments, static = (mask.q_segments_BT, mask.k_segments_BS), mask.replace(q_segments_BT=None, k_segments_BS=None)
     keys_BK = nn.row_keys(key, q_BTNH.shape[0], k_BSKH.shape[2]) if rate and key is not None else None
+    if _is_short(q_BTNH, k_BSKH, mask):
+      return _short(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate)
     return _attend(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate, kernels)
   out = [nn.attend(q_BTNH[:, rows], k_BSKH[:, columns], v_BSKH[:, columns], mask.cut(rows, columns),
                    bias_BNTS=bias_BNTS[:, :, rows, columns], scale=scale, rate=rate, key=nn.fold(key, i))
@@ -203,6 +206,52 @@ def _backward_part(arrays, segments, keys_BK, *, static, scale, rate):
   return tuple(d.astype(x.dtype) for d, x in zip(grads, arrays, strict=False))
 
 
+def _is_short(q_BTNH, k_BSKH, mask):
+  (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
+  fits = len(_blocks(mask, T, S)) == 1 and 4 * B * N * T * S <= KEPT
+  return sharding.local() and q_BTNH.dtype == jnp.float32 and fits
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+def _short(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate):
+  """Attention in one block. Where there will be a derivative the probabilities are kept, [keys, queries], for it."""
+  return _forward(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate, False)[0]
+
+
+def _short_forward(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate):
+  (B, T, N, _), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
+  mask = static.replace(q_segments_BT=segments[0], k_segments_BS=segments[1])
+  q_BKXH, k_BKSH, v_BKHS = _group(q_BTNH * scale, K), _heads_first(k_BSKH), _heads_first(v_BSKH).swapaxes(2, 3)
+  logits_BKSX = _product('BKSH,BKXH->BKSX', k_BKSH, q_BKXH)
+  visible = _visible(mask, slice(0, T), slice(0, S), N // K)
+  if visible is not None:
+    logits_BKSX = jnp.where(visible.swapaxes(2, 3), logits_BKSX, nn.NEVER)
+  p_BKSX = jax.nn.softmax(logits_BKSX, axis=2)
+  keep = None if keys_BK is None else _keep(keys_BK, 0, (B, K, N // K * T, S), rate).swapaxes(2, 3)
+  out_BKHX = _product('BKHS,BKSX->BKHX', v_BKHS, _kept(p_BKSX, keep))
+  return _ungroup(out_BKHX.swapaxes(2, 3), slice(0, T)), (q_BKXH, k_BKSH, v_BKHS, p_BKSX, keep)
+
+
+def _short_backward(static, scale, rate, residuals, g_BTNH):
+  del static, rate
+  q_BKXH, k_BKSH, v_BKHS, p_BKSX, keep = residuals
+  g_BKXH = _group(g_BTNH, k_BKSH.shape[1])
+  dp_BKSX = _kept(_product('BKSH,BKXH->BKSX', v_BKHS.swapaxes(2, 3), g_BKXH), keep)
+  ds_BKSX = p_BKSX * (dp_BKSX - (p_BKSX * dp_BKSX).sum(2, keepdims=True))
+  dq_BKHX = _product('BKHS,BKSX->BKHX', k_BKSH.swapaxes(2, 3), ds_BKSX) * scale
+  dk_BKSH = _product('BKSX,BKXH->BKSH', ds_BKSX, q_BKXH)
+  dv_BKSH = _product('BKSX,BKXH->BKSH', _kept(p_BKSX, keep), g_BKXH)
+  dq_BTNH = _ungroup(dq_BKHX.swapaxes(2, 3), slice(0, g_BTNH.shape[1]))
+  return dq_BTNH, _heads_first(dk_BKSH), _heads_first(dv_BKSH), None, None
+
+
+_short.defvjp(_short_forward, _short_backward)
+
+
+def _kept(x, keep):
+  return x if keep is None else x * keep
+
+
 def _product(equation, a, b):
   return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
@@ -215,6 +264,8 @@ def _heads_first(x_BSKH):
 def _group(x_BtNH, K):
   """[B, t, N, H] -> [B, K, G * t, H]: the queries that share keys are rows of one matrix."""
   B, t, N, H = x_BtNH.shape
+  if N == K:
+    return _heads_first(x_BtNH)  # XLA on a CPU does not see that it is no more than this
   return x_BtNH.reshape(B, t, K, N // K, H).transpose(0, 2, 3, 1, 4).reshape(B, K, N // K * t, H)
 
 
@@ -222,6 +273,8 @@ def _ungroup(x_BKXH, rows):
   """Inverse of `_group`."""
   B, K, X, H = x_BKXH.shape
   t = rows.stop - rows.start
+  if X == t:
+    return _heads_first(x_BKXH)
   return x_BKXH.reshape(B, K, X // t, t, H).transpose(0, 3, 1, 2, 4).reshape(B, t, K * X // t, H)
 
 
