@@ -38,7 +38,7 @@ def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: nn.Mas
   if bias_BNTS is None:
     segments, static = (mask.q_segments_BT, mask.k_segments_BS), mask.replace(q_segments_BT=None, k_segments_BS=None)
     keys_BK = nn.row_keys(key, q_BTNH.shape[0], k_BSKH.shape[2]) if rate and key is not None else None
-    if _is_short(q_BTNH, k_BSKH, mask):
+    if _is_short(q_BTNH, k_BSKH, v_BSKH, mask):
       return _short(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate)
     return _attend(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate, kernels)
   out = [nn.attend(q_BTNH[:, rows], k_BSKH[:, columns], v_BSKH[:, columns], mask.cut(rows, columns),
@@ -206,10 +206,10 @@ def _backward_part(arrays, segments, keys_BK, *, static, scale, rate):
   return tuple(d.astype(x.dtype) for d, x in zip(grads, arrays, strict=False))
 
 
-def _is_short(q_BTNH, k_BSKH, mask):
+def _is_short(q_BTNH, k_BSKH, v_BSKH, mask):
   (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
-  fits = len(_blocks(mask, T, S)) == 1 and 4 * B * N * T * S <= KEPT
-  return sharding.local() and q_BTNH.dtype == jnp.float32 and fits
+  exact = all(x.dtype == jnp.float32 for x in (q_BTNH, k_BSKH, v_BSKH))  # a GPU's kernels take the others
+  return exact and sharding.local() and len(_blocks(mask, T, S)) == 1 and 4 * B * N * T * S <= KEPT
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
