@@ -24,7 +24,7 @@ from matplotlib import figure
 import numpy as np
 
 from experiments import cli
-from lm import checkpoint, classification, config, loop, optim, params, pretrain_encoder, run
+from lm import checkpoint, classification, config, loop, optim, params, pretrain_encoder, run, weights
 from lm.data import labelled, loader, memory
 from lm.errors import ConfigError
 from lm.losses import mlm, rtd
@@ -85,7 +85,7 @@ def main(_: list[str]) -> None:
     place = workdir / f'{name.replace(" ", "_")}_{steps}'
     print(f'{name}, {steps} steps (same {equal} as masked words)', flush=True)
     summary = run.run(*pretraining(c, name, steps), place)
-    body, p, _ = pretrain_encoder.load(place, best=False)
+    body, p, _ = weights.load_encoder(place, best=False)
     numbers = {k: summary[k] for k in ('tokens', 'flops', 'wall_s', 'val_loss')}
     results.append({'name': name, 'equal': equal} | numbers | tune(c, reviews, body, p))
   report(workdir, results)

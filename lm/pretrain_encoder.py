@@ -8,20 +8,16 @@ without `tokens` is good for all but training, and `run` binds it.
 from collections.abc import Callable
 import dataclasses
 import functools
-import json
-import os
-import pathlib
 from typing import Any
 
 import jax
 
-from lm import budget, checkpoint, config, nn, parallel, params, pretrain, run, train, weights
-from lm.data import inputs, masking
-from lm.errors import CheckpointError, ConfigError
+from lm import budget, nn, parallel, pretrain, run, train
+from lm.data import masking
+from lm.errors import ConfigError
 from lm.kernels import attention
 from lm.losses import mlm, rtd
-from lm.models import deberta, deberta_pair, electra, encoder, heads
-from lm.text import tokenizer as tokenizers
+from lm.models import deberta, deberta_pair, electra, encoder, heads, pretrained
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,53 +97,6 @@ def task(c: Config, tokens: masking.Tokens | None = None, attend: Callable[..., 
   return run.Task(specs, loss(c.model, tokens), loss(_quiet(c.model), tokens), vocab, flops)
 
 
-def trained_in(workdir: str | os.PathLike) -> bool:
-  """Is it the workdir of an encoder's run?"""
-  try:
-    saved = json.loads((pathlib.Path(workdir) / 'config.json').read_bytes())
-    return saved['config']['data']['packing'] in inputs.PACKINGS
-  except (OSError, ValueError, KeyError, TypeError):
-    return False
-
-
-def load(workdir: str | os.PathLike, best: bool = True) -> weights.Model:
-  """The encoder of a run with the heads that fine-tuning or transformers can use: of a pair, the discriminator.
-
-  Raises:
-    CheckpointError: no config of an encoder's run, or no intact checkpoint.
-  """
-  workdir = pathlib.Path(workdir)
-  try:
-    saved = json.loads((workdir / 'config.json').read_bytes())['config']
-    names = set(saved['model']), 'decoder' in saved, 'nsp' in saved
-    kind = next(k for k in (Masked, Disentangled, Replaced, DisentangledReplaced) if names == (
-        _fields(type(_defaults(k)['model'])), 'decoder' in _fields(k), 'nsp' in _fields(k)))
-    c = config.from_json(kind, saved)
-  except (OSError, ValueError, KeyError, TypeError, StopIteration, ConfigError) as error:
-    raise CheckpointError(f'{workdir / "config.json"}: {type(error).__name__}: {error}; expected the config of an '
-                          "encoder's run; name another model") from error
-  first = checkpoint.best(workdir / 'checkpoints', c.checkpoint.metric, c.checkpoint.mode) if best else None
-  return weights.Model(*network(c.model, weights.restore(workdir, task(c).specs, first)),
-                       tokenizers.load(workdir / 'tokenizer'))
-
-
-def network(model: Any, p: params.Tree) -> tuple[Any, params.Tree]:
-  """(config, parameters) of the encoder that is kept after pretraining; what served that alone is left out."""
-  if isinstance(model, electra.Config):
-    return model.discriminator, electra.discriminator(p)
-  if isinstance(model, deberta_pair.Config):
-    model, p = model.discriminator, deberta_pair.discriminator(p, model)
-  return model, {k: v for k, v in p.items() if not (isinstance(model, deberta.Config) and k in ('decoder', 'rtd'))}
-
-
-def _fields(cls):
-  return _defaults(cls).keys()
-
-
-def _defaults(cls):
-  return {f.name: f.default for f in dataclasses.fields(cls)}
-
-
 def _unbound(*unused: Any) -> train.Loss:
   raise ConfigError('the task has no tokens yet; expected those of the tokenizer; call task.bind(tokenizer)')
 
@@ -163,12 +112,7 @@ def _masked(c, attend):
   """(specs, FLOPs, (model, tokens) -> loss) of masked language modelling."""
   model = c.model
   disentangled = isinstance(c, Disentangled)
-  specs = (deberta if disentangled else encoder).specs(model) | {
-      'mlm': heads.mlm_specs(model.vocab, model.width, model.embed, model.std)}
-  if disentangled and c.decoder:
-    specs['decoder'] = deberta.decoder_specs(model)
-  if not disentangled and c.nsp:
-    specs |= {'pooler': heads.pooler_specs(model.embed, model.std), 'nsp': heads.nsp_specs(model.embed, model.std)}
+  specs = pretrained.specs(model, nsp=not disentangled and c.nsp, decoder=disentangled and c.decoder)
 
   def loss(model, tokens):
     stack = parallel.stack(c.mesh, specs['blocks'], model.dtype)
@@ -187,7 +131,7 @@ def _masked(c, attend):
 def _replaced(c, attend):
   """(specs, FLOPs, (model, tokens) -> loss) of replaced-token detection."""
   disentangled = isinstance(c, DisentangledReplaced)
-  specs = (deberta_pair if disentangled else electra).specs(c.model)
+  specs = pretrained.specs(c.model)
 
   def loss(model, tokens):
     G, D = model.generator, model.discriminator

@@ -1,4 +1,4 @@
-"""Finds a trained decoder wherever it lies: a workdir of ours, an HF folder, or a GGUF file."""
+"""Finds a trained model wherever it lies: a workdir of ours, an HF folder, or a GGUF file."""
 
 import functools
 import hashlib
@@ -12,8 +12,9 @@ import jax
 import jax.numpy as jnp
 
 from lm import checkpoint, config, params, peft, seal
+from lm.data import inputs
 from lm.errors import CheckpointError, ConfigError
-from lm.models import decoder, gguf, hf
+from lm.models import decoder, gguf, hf, pretrained
 from lm.text import tokenizer as tokenizers
 
 _MIXERS = ((2654435761, 2246822519), (3266489917, 668265263))  # odd, without a pattern in their bits
@@ -30,7 +31,7 @@ class Model(NamedTuple):
 
 
 def load(path: str | os.PathLike, best: bool = True) -> Model:
-  """The model at `path`; of a workdir the best checkpoint by its own metric, or the newest with best=False.
+  """The decoder at `path`; of a workdir the best checkpoint by its own metric, or the newest with best=False.
 
   A damaged checkpoint is passed over for the newest intact one; a warning on stderr names both.
 
@@ -49,6 +50,33 @@ def load(path: str | os.PathLike, best: bool = True) -> Model:
     raise ConfigError(f'{path}: the config is of an encoder; expected a decoder, which generates text; name another '
                       'model')
   return Model(c, p, _tokenizer(path))
+
+
+def load_encoder(workdir: str | os.PathLike, best: bool = True) -> Model:
+  """The encoder of a pretraining run with the heads that fine-tuning or transformers can use: of a pair, the
+  discriminator. Which checkpoint: as `load`.
+
+  Raises:
+    CheckpointError: no config of an encoder's run, or no intact checkpoint.
+  """
+  workdir = pathlib.Path(workdir)
+  try:
+    saved = json.loads((workdir / 'config.json').read_bytes())['config']
+    (c, specs), kept = pretrained.from_json(saved), saved['checkpoint']
+    ranked = checkpoint.best(workdir / 'checkpoints', kept['metric'], kept['mode']) if best else None
+  except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+    raise CheckpointError(f'{workdir / "config.json"}: {type(error).__name__}: {error}; expected the config of an '
+                          "encoder's run; name another model") from error
+  return Model(*pretrained.network(c, restore(workdir, specs, ranked)), tokenizers.load(workdir / 'tokenizer'))
+
+
+def of_encoder(workdir: str | os.PathLike) -> bool:
+  """Is it the workdir of an encoder's pretraining?"""
+  try:
+    saved = json.loads((pathlib.Path(workdir) / 'config.json').read_bytes())
+    return saved['config']['data']['packing'] in inputs.PACKINGS
+  except (OSError, ValueError, KeyError, TypeError):
+    return False
 
 
 def params_from(path: str | os.PathLike, abstract: params.Tree, partial: bool = False) -> params.Tree:
@@ -73,11 +101,9 @@ def params_from(path: str | os.PathLike, abstract: params.Tree, partial: bool = 
 
 def _given(path):
   """All parameters of the model at `path`."""
-  from lm import pretrain_encoder  # which knows how its runs are read, and imports what imports this module
   if kind_of(path) == 'hf':
     return hf.load(path)[1]
-  read = pretrain_encoder.load if pretrain_encoder.trained_in(path) else load
-  return read(path).params
+  return (load_encoder if of_encoder(path) else load)(path).params
 
 
 def fingerprint(tree: params.Tree) -> str:

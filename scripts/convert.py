@@ -37,7 +37,6 @@ from lm import (
   peft_hf,
   preference,
   pretrain,
-  pretrain_encoder,
   run,
   weights,
 )
@@ -94,7 +93,8 @@ def _load(path: str) -> weights.Model:
   if (given / 'adapter_config.json').exists() and not (given / 'config.json').exists():
     raise ConfigError(f"--base: not given, and {path} is PEFT's folder of an adapter; expected the model that it was "
                       'made for, a workdir, a folder or a .gguf file; name it')
-  model = (pretrain_encoder if pretrain_encoder.trained_in(path) else weights).load(path, best=not _NEWEST.value)
+  read = weights.load_encoder if weights.of_encoder(path) else weights.load
+  model = read(path, best=not _NEWEST.value)
   if params.flatten(peft.without(model.params)).keys() != params.flatten(model.params).keys():
     raise ConfigError(f'--to={_TO.value}: {path} has a prefix, a prompt or adapter layers, which stand beside its '
                       'weights and cannot be merged; expected LoRA, or all weights trained; write a prefix or prompt '
@@ -105,7 +105,7 @@ def _load(path: str) -> weights.Model:
 def _merged() -> weights.Model:
   """The base with PEFT's LoRA added to its weights."""
   base = _BASE.value
-  if pretrain_encoder.trained_in(base) or weights.kind_of(base) != 'hf':
+  if weights.of_encoder(base) or weights.kind_of(base) != 'hf':
     model = _load(base)
   else:  # of an encoder, too
     model = weights.Model(*hf.load(base), tokenizer.load(_TOKENIZER.value or base))

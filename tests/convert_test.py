@@ -14,7 +14,7 @@ from safetensors import numpy as st
 from experiments import bert, deberta, electra
 from lm import checkpoint, classification, config, instruct, params, peft, peft_hf, pretrain_encoder, weights
 from lm.data import conversations, labelled
-from lm.models import decoder, encoder, hf
+from lm.models import decoder, encoder, hf, pretrained
 from lm.text import tokenizer
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -55,7 +55,7 @@ def test_a_run_of_an_encoder_becomes_a_folder_that_loads_to_the_same_values(tmp_
     out = _convert(f'--from={run}', f'--out={tmp_path}/{name}.hf')
     assert out.returncode == 0, out.stderr
     got_config, got = hf.load(tmp_path / f'{name}.hf')
-    want_config, want = pretrain_encoder.network(c.model, p)
+    want_config, want = pretrained.network(c.model, p)
     assert got_config.layers == want_config.layers
     want = params.flatten(want)
     got = params.flatten(got)
