@@ -1,4 +1,4 @@
-"""Exact attention in query blocks: a causal block never touches keys ahead of it, and [B, N, T, S] is never held.
+"""Exact attention in query blocks: a causal block never touches keys ahead of it, and no large [B, N, T, S] is held.
 
 Shapes: B batch, T query length, S key length, N query heads, K key/value heads, G = N / K heads a group, H head dim; t
 and s a block's queries and its keys, X = G * t rows of queries that share keys.
@@ -19,7 +19,7 @@ from lm import nn, sharding
 from lm.kernels import flash
 
 SMALLEST, MOST = 128, 8  # a block has at least so many queries; there are at most so many blocks, which are unrolled
-KEPT = 16 << 20  # bytes of scores, if they are one block: to keep them saves a CPU a fifth to a third of its time
+KEPT = 16 << 20  # bytes of scores, if they are one block: to keep them saves a CPU a seventh to a third of its time
 CACHE = 1 << 20  # bytes of a block's scores that a CPU core works on at once
 
 
@@ -207,6 +207,7 @@ def _backward_part(arrays, segments, keys_BK, *, static, scale, rate):
 
 
 def _is_short(q_BTNH, k_BSKH, v_BSKH, mask):
+  """Is it for `_short`? On one device, f32, one block, scores of at most `KEPT` bytes."""
   (B, T, N, _), S = q_BTNH.shape, k_BSKH.shape[1]
   exact = all(x.dtype == jnp.float32 for x in (q_BTNH, k_BSKH, v_BSKH))  # a GPU's kernels take the others
   return exact and sharding.local() and len(_blocks(mask, T, S)) == 1 and 4 * B * N * T * S <= KEPT
