@@ -77,7 +77,7 @@ def main(_: list[str]) -> None:
   workdir.mkdir(parents=True, exist_ok=True)
   reviews = labelled.prepare(labelled.Config(_REVIEWS.value, tokenizer=_TOKENIZER.value, length=c.review), workdir)
   labelled.check(reviews, c.vocab)
-  untrained = jax.jit(lambda key: params.init(encoder.specs(shape(c)), key))(jax.random.key(0))
+  untrained = params.jit_once(lambda key: params.init(encoder.specs(shape(c)), key))(jax.random.key(0))
   results = [{'name': 'none', 'tokens': 0, 'flops': 0.0} | tune(c, reviews, shape(c), untrained)]
   flops = pretraining(c, NAMES[0], c.steps)[1].flops.total
   for equal, name in (*(('tokens', name) for name in NAMES), *(('FLOPs', name) for name in NAMES[1:])):

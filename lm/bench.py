@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lm import run as run_lib, sharding, train
+from lm import params, run as run_lib, sharding, train
 from lm.data.packing import Batch
 from lm.errors import Error
 
@@ -164,7 +164,7 @@ def steps(c: run_lib.Config, task: run_lib.Task, batches: Iterator[Any]) -> Call
   parts, key = run_lib.build(c, task), jax.random.key(1)
   make = lambda key: train.init(task.specs, parts.tx, parts.trainable, key)
   with sharding.use(parts.mesh):
-    state = jax.jit(make, out_shardings=parts.state)(jax.random.key(0))
+    state = params.jit_once(make, out_shardings=parts.state)(jax.random.key(0))
 
   def run(n):
     nonlocal state

@@ -142,8 +142,9 @@ def accuracies(c: Config, p: params.Tree, data: memory.Data, seeds: int) -> list
   made = task(c)
   parts = run.build(c, made)
   given = {name: p[name] for name in made.base.specs}
-  start = jax.jit(lambda p, key: train.state_of(peft_lib.graft(jax.tree.map(jnp.copy, p), made.specs, key), parts.tx,
-                                                parts.trainable), out_shardings=parts.state)
+  begin = lambda p, key: train.state_of(peft_lib.graft(jax.tree.map(jnp.copy, p), made.specs, key), parts.tx,
+                                        parts.trainable)
+  start = params.jit_once(begin, out_shardings=parts.state)
   place, found = sharding.batch_sharding(parts.mesh), []
   with sharding.use(parts.mesh, c.mesh.sequence):
     for seed in range(seeds):

@@ -70,7 +70,7 @@ def first(c: Any, task: Any, parts: Any) -> train.State:
   key = jax.random.fold_in(jax.random.key(c.seed), 0)
   if not c.init_from:
     make = lambda key: train.init(task.specs, parts.tx, parts.trainable, key, task.around.carry)
-    return jax.jit(make, out_shardings=parts.state)(key)
+    return params.jit_once(make, out_shardings=parts.state)(key)
   base = task.base
   given = weights.params_from(c.init_from, params.abstract(base.specs if base else task.specs), partial=bool(base))
   more = [base.more()] if base and base.more else []
@@ -78,7 +78,7 @@ def first(c: Any, task: Any, parts: Any) -> train.State:
                                               parts.trainable, task.around.carry)
   if not base:
     given = jax.device_put(given, params.join(parts.state.params, parts.state.frozen))
-  return jax.jit(make, out_shardings=parts.state)(given, key, *more)
+  return params.jit_once(make, out_shardings=parts.state)(given, key, *more)
 
 
 def _fingerprint(task, state):

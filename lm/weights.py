@@ -174,7 +174,7 @@ def restore(workdir: str | os.PathLike, specs: params.Tree, first: int | None = 
     given = params_from(saved['init_from'], params.abstract(specs if base is None else base), partial=True)
     given = peft.graft(given, whole, key)
   else:
-    given = jax.jit(functools.partial(params.init, whole))(key)  # as the run began: eager sums differ in the last bit
+    given = params.jit_once(functools.partial(params.init, whole))(key)  # as the run began: eager, the last bit differs
   rest = params.split(given, jax.tree.map(lambda x: x is None, learned, is_leaf=lambda x: x is None))[0]
   if fingerprint(rest) != meta['base']:
     raise CheckpointError(f'{workdir}: its frozen weights, from init_from={saved["init_from"]!r}, are not those it was '

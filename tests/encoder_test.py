@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import shutil
 
@@ -226,6 +227,17 @@ def test_the_two_forms_of_gelu_differ():
   erf = dataclasses.replace(SMALL, activation='gelu_erf')
   ids_BT = random_ids(1, 9)
   assert np.abs(apply(weights('bert'), SMALL, ids_BT) - apply(weights('bert'), erf, ids_BT)).max() > 1e-5
+
+
+@pytest.mark.parametrize('dtype, digits', [('float32', 1e-6), ('bfloat16', 5e-2)])
+def test_gelu_with_erf_is_exact_to_its_type(dtype, digits):
+  """In bfloat16 relatively, where 1 + erf(-2.8) would have no digit left; gradients too."""
+  x = np.linspace(-4, 4, 65)
+  cdf = np.array([math.erfc(-v / 2**0.5) / 2 for v in x])
+  y, slope = jax.vmap(jax.value_and_grad(lambda v: blocks.activate(v, 'gelu_erf')))(jnp.asarray(x, dtype))
+  exact = {'float32': {'atol': digits}, 'bfloat16': {'rtol': digits, 'atol': 1e-6}}[dtype]
+  np.testing.assert_allclose(y.astype(jnp.float32), x * cdf, **exact)
+  np.testing.assert_allclose(slope.astype(jnp.float32), cdf + x * np.exp(-x**2 / 2) / (2 * np.pi)**0.5, atol=digits)
 
 
 def test_rows_longer_than_the_position_table_are_refused():

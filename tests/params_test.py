@@ -63,6 +63,14 @@ def test_spread(init, std):
   np.testing.assert_allclose([x.mean(), x.std()], [0, std], rtol=0.02, atol=0.02 * std)
 
 
+@pytest.mark.parametrize('init', [params.Normal(0.1), params.TruncatedNormal(0.1), params.FanIn(1), params.Uniform(0.1),
+                                  params.Stacked(params.Normal(0.1))])
+def test_drawing_once_gives_the_usual_bits(init):
+  draw = lambda key: init(key, (4, 33, 16))
+  usual = jax.jit(draw, compiler_options={'xla_backend_optimization_level': 3})(key())
+  np.testing.assert_array_equal(params.jit_once(draw)(key()), usual)
+
+
 def test_unstack_is_indexing_and_so_is_its_gradient():
   tree = params.init(SPECS['blocks'], key())
   layers = params.unstack(tree)

@@ -277,7 +277,7 @@ def _mlp(p, y_BTD, key, c):
     up_BTF = _bias(up_BTF, p, 'up_bias') * jax.nn.silu(_bias(gate_BTF, p, 'gate_bias'))
   else:
     up_BTF = _bias(nn.dot(p['up'], y_BTD, 'BTD,DF->BTF', key), p, 'up_bias')
-    up_BTF = jax.nn.gelu(up_BTF, approximate=c.activation == 'gelu_tanh')
+    up_BTF = blocks.activate(up_BTF, c.activation)
   return constrain(up_BTF, 'batch', 'length', 'mlp')
 
 
