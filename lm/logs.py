@@ -17,11 +17,9 @@ import time
 from typing import Any
 
 import jax
-from tensorboardX import event_file_writer
-from tensorboardX.proto import event_pb2, summary_pb2
 import tqdm
 
-from lm import seal
+from lm import events, seal
 from lm.errors import CheckpointError
 from lm.text import tokenizer
 
@@ -48,10 +46,7 @@ class Logs:
     rows = [row for row in read(self._dir) if row['step'] <= start]
     with self._failing():
       self._file = _rewritten(self._dir, rows)
-      (self._dir / 'tensorboard').mkdir(exist_ok=True)
-      for old in (self._dir / 'tensorboard').glob('events.out.tfevents.*'):
-        old.unlink()
-      self._events = event_file_writer.EventsWriter(str(self._dir / 'tensorboard' / 'events'), f'.{os.getpid()}')
+      self._events = events.fresh(self._dir / 'tensorboard')
       self._began = time.time() - (rows[-1].get('elapsed_s', 0.0) if rows else 0.0)
       self._flushed = 0.0
       for row in rows:
@@ -107,10 +102,8 @@ class Logs:
       self._bar.close()
 
   def _event(self, row):
-    values = [summary_pb2.Summary.Value(tag=k, simple_value=v) for k, v in row.items()
-              if k != 'step' and isinstance(v, int | float)]
-    self._events.write_event(event_pb2.Event(step=row['step'], wall_time=self._began + row.get('elapsed_s', 0.0),
-                                             summary=summary_pb2.Summary(value=values)))
+    events.scalars(self._events, row['step'], self._began + row.get('elapsed_s', 0.0),
+                   {k: v for k, v in row.items() if k != 'step'})
     if time.monotonic() > self._flushed + _FLUSH_S:
       self._events.flush()
       self._flushed = time.monotonic()

@@ -16,10 +16,8 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from tensorboardX import event_file_writer, summary as texts
-from tensorboardX.proto import event_pb2
 
-from lm import decode, logs, loop, params, peft, seal, sharding, train
+from lm import decode, events, logs, loop, params, peft, seal, sharding, train
 from lm.data import memory, packing
 from lm.errors import ConfigError
 from lm.text import chat, tokenizer as tokenizers
@@ -142,11 +140,7 @@ class Book:
       return
     with self._failing():
       self._rows = [row for row in read(self._dir) if row['step'] <= start]
-      folder = self._dir / 'tensorboard' / 'samples'
-      folder.mkdir(parents=True, exist_ok=True)
-      for old in folder.glob('events.out.tfevents.*'):
-        old.unlink()
-      self._events = event_file_writer.EventsWriter(str(folder / 'events'), f'.{os.getpid()}')
+      self._events = events.fresh(self._dir / 'tensorboard' / 'samples')
     rows, self._rows = self._rows, []
     self.write(rows)
 
@@ -161,8 +155,7 @@ class Book:
       for row in rows:
         seen[row['step']] = i = seen.get(row['step'], -1) + 1
         shown = '\n\n'.join(f'**{name}**\n\n{value}' for name, value in row.items() if name != 'step')
-        self._events.write_event(event_pb2.Event(step=row['step'], wall_time=time.time(),
-                                                 summary=texts.text(f'sample_{i}', shown)))
+        events.text(self._events, row['step'], time.time(), f'sample_{i}', shown)
       self._events.flush()
 
   def close(self):

@@ -1,6 +1,7 @@
 """The house rules that a machine can check: floors, sizes, banned names, nothing done at import."""
 
 import ast
+import os
 import pathlib
 import subprocess
 import sys
@@ -12,8 +13,8 @@ FLOORS = (
     'errors hosts config params sharding products nn kernels',
     'models text data rewards',
     'losses logprobs metrics peft peft_hf peft_nodes mixout optim ema budget scaling hlo hlo_module targets',
-    'host train parallel pipeline checkpoint seal weights decode rollout loop logs evaluate samples run start summary '
-    'pictures monitor pretrain pretrain_encoder instruct preference classification reward_model plan '
+    'host train parallel pipeline checkpoint seal weights decode rollout loop events logs evaluate samples run start '
+    'summary pictures monitor pretrain pretrain_encoder instruct preference classification reward_model plan '
     'plan_search plan_tasks policy experience reinforce bench',
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
@@ -209,14 +210,29 @@ def test_what_the_rules_allow(path, text):
 
 def test_importing_everything_starts_no_backend():
   """The number of fake devices can be set only until a backend is up."""
-  code = """
+  _works("""
 import importlib, pkgutil, jax, lm
 for m in pkgutil.walk_packages(lm.__path__, 'lm.'):
   importlib.import_module(m.name)
 jax.config.update('jax_num_cpu_devices', 3)
 assert jax.device_count() == 3
-"""
-  environment = {'PATH': '', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)}
+""")
+
+
+def test_nothing_imports_pytorch(tmp_path):
+  """Not even where it is installed: a library that looks for it would add more than a second to every start."""
+  (tmp_path / 'torch.py').write_text('raise RuntimeError("PyTorch is imported")')
+  _works(f"""
+import importlib, pathlib, pkgutil, experiments, lm
+for package in (lm, experiments):
+  for m in pkgutil.walk_packages(package.__path__, package.__name__ + '.'):
+    importlib.import_module(m.name)
+lm.events.fresh(pathlib.Path({str(tmp_path)!r}) / 'events').close()
+""", tmp_path)
+
+
+def _works(code, *packages):
+  environment = {'PATH': '', 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': os.pathsep.join(map(str, (*packages, ROOT)))}
   done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=environment, capture_output=True, text=True,
                         timeout=300, check=False)
   assert done.returncode == 0, done.stderr
