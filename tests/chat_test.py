@@ -6,6 +6,7 @@ import json
 import pathlib
 import re
 
+from marks import few
 import numpy as np
 import pytest
 import sentencepiece
@@ -78,7 +79,8 @@ def kinds(tmp_path_factory):
 
 KINDS = ['frozen', 'byte', 'unigram', 'bpe', 'words', 'marks', 'nfkc', 'metaspace']
 EXACT = [kind for kind in KINDS if kind != 'nfkc']
-everywhere = lambda test: pytest.mark.parametrize('kind', KINDS)(pytest.mark.parametrize('name', TEMPLATES)(test))
+QUICK = few(KINDS, 'frozen', 'byte', 'bpe', 'metaspace')
+everywhere = lambda test: pytest.mark.parametrize('kind', QUICK)(pytest.mark.parametrize('name', TEMPLATES)(test))
 
 
 @pytest.mark.parametrize('language', CONVERSATIONS)

@@ -7,7 +7,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from marks import slow
+from marks import few, slow
 import numpy as np
 import pytest
 
@@ -44,7 +44,7 @@ def random_ids(B, T, seed=2):
   return jax.random.randint(jax.random.key(seed), (B, T), 0, SMALL.vocab)
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', few(KINDS, 'llama', 'chinchilla'))
 def test_cache_equals_forward(name):
   c, p, ids_BT = KINDS[name], weights(name), random_ids(2, 11)
   want = apply(p, c, ids_BT)
@@ -56,7 +56,7 @@ def test_cache_equals_forward(name):
   assert int(cache.length) == 11
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', few(KINDS, 'llama', 'chinchilla'))
 def test_left_padding_changes_nothing(name):
   c, p, ids_BT = KINDS[name], weights(name), random_ids(2, 7)
   want = apply(p, c, ids_BT)
@@ -67,7 +67,7 @@ def test_left_padding_changes_nothing(name):
     np.testing.assert_allclose(got[:, pad:], want, atol=2e-5)
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', few(KINDS, 'llama', 'chinchilla'))
 def test_packed_equals_unpacked(name):
   c, p = KINDS[name], weights(name)
   a, b = random_ids(1, 9, 3), random_ids(1, 14, 4)

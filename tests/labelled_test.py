@@ -5,7 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
-from marks import slow
+from marks import few, slow
 import numpy as np
 import pytest
 
@@ -151,8 +151,8 @@ def test_in_memory_it_is_the_run_of_a_seed(root, tmp_path):
 
 
 @pytest.mark.parametrize('kind, pooling, method', [
-    (classification.Encoder, 'pooler', 'full'), (classification.Encoder, 'mean', 'prefix'),
-    (classification.Disentangled, 'first', 'full'), (classification.Decoder, 'last', 'lora')])
+    slow(classification.Encoder, 'pooler', 'full'), (classification.Encoder, 'mean', 'prefix'),
+    slow(classification.Disentangled, 'first', 'full'), (classification.Decoder, 'last', 'lora')])
 def test_packed_examples_do_not_see_each_other(root, kind, pooling, method):
   """The logits of each, and the loss and accuracy of all, are those of a row an example."""
   rows = [*films(30), *films(9, 'validation')]
@@ -338,7 +338,7 @@ def test_a_pair_is_one_text_of_the_quality_check():
   assert kinds == {0: {'label contradictory'}, 1: set(), 2: {'label contradictory', 'duplicate'}, 3: set()}
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', few(KINDS, classification.Encoder))
 def test_the_second_text_decides(root, kind):
   rows = [(f'{"good" if i & 2 else "bad"} film', f'{"good" if i & 1 else "bad"} film' + marks[i // 4 % len(marks)],
            'xy'[i & 1], split) for split, n, marks in (('train', 64, ('', '!!', '!!!')), ('validation', 16, '!'))

@@ -7,6 +7,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from marks import few, slow
 import numpy as np
 import pytest
 
@@ -87,7 +88,7 @@ def chi2(observed, expected):
   return ((observed - expected)**2 / expected).sum()
 
 
-@pytest.mark.parametrize('kind', ['bert', 'roberta', 'electra', 'word', 'span'])
+@pytest.mark.parametrize('kind', few(['bert', 'roberta', 'electra', 'word', 'span'], 'bert', 'span'))
 def test_statistics_of_a_million_tokens(kind):
   """Selection share and place, 80/10/10, and random replacements uniform over the vocabulary."""
   B, T, vocab = 8192, 128, 64
@@ -307,7 +308,7 @@ def test_next_sentence_term():
   assert float(abs(grad['nsp']).max()) > 0
 
 
-@pytest.mark.parametrize('microbatches', [2, 4])
+@pytest.mark.parametrize('microbatches', [slow(2), 4])
 def test_accumulation_of_static_masks_is_exact(microbatches):
   """Rows differ in how much they predict, so a mean of microbatch means would be wrong."""
   p, f, nsp = specs_and_functions()
@@ -361,7 +362,7 @@ def test_any_mesh_gives_the_same():
     np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-@pytest.mark.parametrize('kind', ['bert', 'word', 'span', 'ngram'])
+@pytest.mark.parametrize('kind', few(['bert', 'word', 'span', 'ngram'], 'bert', 'ngram'))
 def test_no_array_of_tokens_times_vocabulary(kind):
   """Neither [B, T, V] nor [B, P, V], forward or backward."""
   B, T, vocab, d = 8, 128, 2048, 16

@@ -5,7 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
-from marks import slow
+from marks import few, slow
 import numpy as np
 import pytest
 
@@ -56,7 +56,7 @@ def moved(p, pattern, by=0.05):
   return params.map_with_path(lambda path, w: shift(path, w) if params.match({path: w}, pattern)[path] else w, p)
 
 
-@pytest.mark.parametrize('kind', FAMILIES)
+@pytest.mark.parametrize('kind', few(FAMILIES, 'llama', 'bert'))
 def test_lora_starts_as_the_model_bit_for_bit(kind):
   family, c, p, specs, tree = tuned(kind, peft.Config('lora', targets=EVERYWHERE, rank=3))
   np.testing.assert_array_equal(hidden(family, c, tree), hidden(family, c, p))
@@ -65,7 +65,7 @@ def test_lora_starts_as_the_model_bit_for_bit(kind):
 
 
 @pytest.mark.parametrize('stabilised', [False, True])
-@pytest.mark.parametrize('kind', FAMILIES)
+@pytest.mark.parametrize('kind', few(FAMILIES, 'llama', 'bert'))
 def test_merged_is_unmerged(kind, stabilised):
   lora = peft.Config('lora', targets=EVERYWHERE, rank=4, alpha=12, rank_stabilised=stabilised)
   family, c, p, specs, tree = tuned(kind, lora)
@@ -97,7 +97,7 @@ def test_dropout_is_on_the_path_of_lora_alone():
   np.testing.assert_allclose(many.mean(0), dot(None), atol=0.02)
 
 
-@pytest.mark.parametrize('kind', FAMILIES)
+@pytest.mark.parametrize('kind', few(FAMILIES, 'llama', 'bert'))
 def test_houlsby_is_two_bottlenecks_before_the_sum(kind):
   """With a zero bottleneck it is the model; else W up(gelu(W down h)) of each branch, as a change of o and down."""
   family, c, p, specs, tree = tuned(kind, peft.Config('houlsby', width=5))
@@ -124,7 +124,7 @@ def test_pfeiffer_reads_the_normed_sum():
 
 
 @pytest.mark.parametrize('hidden_width', [0, 7])
-@pytest.mark.parametrize('kind', ['gpt2', 'llama', 'palm', 'bert'])
+@pytest.mark.parametrize('kind', few(['gpt2', 'llama', 'palm', 'bert'], 'llama', 'bert'))
 def test_a_prefix_is_a_cache_of_tokens_that_never_were(kind, hidden_width):
   """Keys and values of real tokens, taken as prefix, give what those tokens in front give; segments see it all."""
   family, c, p, specs, tree = tuned(kind, peft.Config('prefix', length=3, hidden=hidden_width))
@@ -163,7 +163,7 @@ def test_a_prompt_is_rows_behind_the_table():
   np.testing.assert_array_equal(decoder.logits(tree, c, x_BTD), decoder.logits(p, c, x_BTD))
 
 
-@pytest.mark.parametrize('kind', FAMILIES)
+@pytest.mark.parametrize('kind', few(FAMILIES, 'llama', 'bert'))
 def test_top_trains_the_last_blocks_alone(kind):
   family, c, p, specs, tree = tuned(kind, peft.Config('top', layers=2))
   np.testing.assert_allclose(hidden(family, c, tree), hidden(family, c, p), atol=1e-5)
@@ -192,7 +192,7 @@ def test_published_numbers_of_trainable_parameters():
   assert params.count(stored, 'prefix_') == 245_760
 
 
-@pytest.mark.parametrize('method', ['lora', 'houlsby', 'pfeiffer', 'prefix', 'prompt', 'top'])
+@pytest.mark.parametrize('method', ['lora', slow('houlsby'), slow('pfeiffer'), 'prefix', slow('prompt'), 'top'])
 def test_only_what_trains_has_optimizer_state_and_moves(method):
   c = peft.Config(method, targets=EVERYWHERE, rank=2, width=3, length=2, hidden=4, layers=1)
   family, m, p, specs, tree = tuned('gpt2', c)

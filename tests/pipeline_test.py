@@ -104,8 +104,8 @@ CASES = [
     ({'pipe': 4}, {'microbatches': 8, 'rounds': 2, 'remat': 'dots'}),
     slow({'pipe': 2, 'tensor': 2}, {'remat': 'dots'}), ({'pipe': 2, 'tensor': 2}, {'rounds': 2, 'scan_layers': False}),
     slow({'pipe': 2, 'data': 2}, {'microbatches': 8}), ({'pipe': 2, 'data': 2}, {'rounds': 2, 'remat': 'none'}),
-    ({'pipe': 1, 'data': 2}, {'rounds': 2}),
-    ({'pipe': 4}, {'first': 1, 'last': 6}), ({'pipe': 2, 'tensor': 2}, {'rounds': 2, 'first': 3, 'last': -1}),
+    slow({'pipe': 1, 'data': 2}, {'rounds': 2}),
+    slow({'pipe': 4}, {'first': 1, 'last': 6}), ({'pipe': 2, 'tensor': 2}, {'rounds': 2, 'first': 3, 'last': -1}),
 ]
 COUNTS = [(1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (8, 2)]  # M, v
 EVERY = [({'pipe': 4}, remat, scan_layers, M, v) for remat in ('none', 'dots', 'full') for scan_layers in (True, False)
@@ -246,7 +246,7 @@ def compiled(pipe, microbatches, rounds, width=F, length=T, remat='full'):
     return program(mesh, key=False, **kw).lower(*inputs(width, length)).compile()
 
 
-@pytest.mark.parametrize('p, M, v', [(4, 4, 1), (4, 8, 1), (4, 8, 2), (2, 4, 4)])
+@pytest.mark.parametrize('p, M, v', [(4, 4, 1), slow(4, 8, 1), (4, 8, 2), slow(2, 4, 4)])
 def test_bytes_between_stages(p, M, v):
   found = [c for c in collectives(compiled(p, M, v).as_text()) if c.kind == 'collective-permute']
   ticks, b, row = M * v + p - 1, B // p, T * D * 4
@@ -313,7 +313,7 @@ def test_memory_falls_with_more_microbatches(remat):
 
 
 @pytest.mark.parametrize('M, v, remat, arrays', [
-    (4, 1, 'none', 8), (16, 1, 'none', 8), (4, 1, 'full', 3), (16, 1, 'full', 3), (4, 2, 'none', 5)])
+    slow(4, 1, 'none', 8), (16, 1, 'none', 8), slow(4, 1, 'full', 3), slow(16, 1, 'full', 3), (4, 2, 'none', 5)])
 def test_inner_activations_of_one_microbatch_at_a_time(M, v, remat, arrays):
   """What grows with the width of the layers is less than so many arrays [m, T, F] for each of a chunk's k layers.
 

@@ -6,6 +6,7 @@ import re
 
 import jax
 import jax.numpy as jnp
+from marks import slow
 import numpy as np
 import pytest
 
@@ -344,7 +345,7 @@ def gradient(loss, batch, microbatches=1):
   return jax.jit(train.accumulate(loss, microbatches))(model(), batch, jax.random.key(2))
 
 
-@pytest.mark.parametrize('left, right', [(3, 0), (17, 0), (3, 5)])
+@pytest.mark.parametrize('left, right', [slow(3, 0), slow(17, 0), (3, 5)])
 def test_padding_changes_nothing(left, right):
   (want_e, want_stats), (e, stats) = prepared(0), prepared(left, right)
   (want_grads, want, want_metrics), (grads, got, metrics) = of_model(want_e), of_model(e)

@@ -70,7 +70,7 @@ def direct(p, rows):
   return out
 
 
-@pytest.mark.parametrize('few', [slow(FULL), LORA, slow(peft.Config('prompt', train='', length=3))],
+@pytest.mark.parametrize('few', [FULL, slow(LORA), slow(peft.Config('prompt', train='', length=3))],
                          ids=lambda c: c.method)
 def test_it_starts_at_its_reference(few, root, tmp_path):
   """log 2, no margin and no favourite; the reference is what the model's logits say, where no prompt comes first."""

@@ -5,7 +5,7 @@ import json
 
 import jax
 import jax.numpy as jnp
-from marks import slow
+from marks import few, slow
 import numpy as np
 import pytest
 
@@ -76,7 +76,7 @@ def trained(root, tmp_path_factory):
   return c, workdir, reward_model.finish(c, workdir)['reward']
 
 
-@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('kind', few(KINDS, 'decoder', 'pooler'))
 def test_a_score_knows_neither_padding_nor_neighbours(kind):
   c = made(kind)
   p, rows = jax.tree.map(lambda x: 4 * x, started(c)), some_rows()  # so large that all tokens tell
@@ -120,7 +120,7 @@ def test_an_output_matrix_is_left_behind():
 
 @pytest.mark.parametrize('kind, method', [
     *(('decoder', m) if m in ('full', 'prefix') else slow('decoder', m) for m in METHODS),
-    ('pooler', 'prompt'), ('first', 'lora')])
+    slow('pooler', 'prompt'), ('first', 'lora')])
 def test_every_method_trains_its_part_and_the_head(kind, method, root):
   c = made(kind, root, peft=peft.Config(method, train='^classify/', layers=1, rank=2, width=3, length=3, hidden=5))
   a_task = reward_model.task(c)
@@ -253,7 +253,7 @@ def test_scores_are_brought_to_the_mean_of_given_answers(trained, tmp_path):
   np.testing.assert_allclose(np.asarray(model.score(model.params, said)).mean(), 0, atol=1e-5)
 
 
-@pytest.mark.parametrize('make', [slow(experiment.ziegler_124m), experiment.minilm, slow(experiment.smollm2)])
+@pytest.mark.parametrize('make', [slow(experiment.ziegler_124m), slow(experiment.minilm), slow(experiment.smollm2)])
 def test_the_command_line_from_start_to_end(make, root, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr('lm.budget.peak_flops', lambda device: 1e9)
   model = SMALL | {'scan_layers': False} | ({'kv_heads': 1} if make().__class__ is reward_model.Decoder else {})

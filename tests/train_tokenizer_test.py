@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+from marks import slow
 import pytest
 
 from lm.data import corpora, records
@@ -44,8 +45,8 @@ def test_held_out_documents_have_no_part_in_it(fraction, vocab, corpus, tmp_path
 
 
 @pytest.mark.parametrize('arguments, expected', [
-    ([], '--text: not given'), (['--text=nowhere.txt', '--out=a.model'], 'nowhere.txt'),
-    (['--text=TEXT', '--out=a'], '--out=a: expected a name ending in .model; e.g. --out=a.model'),
+    slow([], '--text: not given'), slow(['--text=nowhere.txt', '--out=a.model'], 'nowhere.txt'),
+    slow(['--text=TEXT', '--out=a'], '--out=a: expected a name ending in .model; e.g. --out=a.model'),
     (['--text=TEXT', '--out=OUT.model', '--validation_fraction=1'], 'validation_fraction=1.0'),
     (['--text=TEXT', '--kind=char', '--out=OUT', '--validation_fraction=0.1'],
      '--validation_fraction=0.1 with --kind=char'),
