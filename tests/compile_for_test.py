@@ -34,6 +34,7 @@ def here(monkeypatch):
   return targets.parse('v5p:2x2x2')
 
 
+@pytest.mark.slow
 def test_a_plan_counts_the_program(here):
   c = small('optim.microbatches=2', 'model.remat=none', *MESH)
   p = plan.make(c, here)

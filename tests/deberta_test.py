@@ -80,7 +80,7 @@ def plain_attention(q, k, v, tables, visible, scale):
 
 
 @pytest.mark.parametrize('terms', few([('c2p', 'p2c'), ('c2p',), ('p2c',), ()], ('c2p', 'p2c')))
-@pytest.mark.parametrize('T', [1, slow(2), 5, slow(13)])
+@pytest.mark.parametrize('T', [slow(1), slow(2), 5, slow(13)])
 def test_attention_equals_the_plain_form(monkeypatch, terms, T):
   monkeypatch.setattr(disentangled, 'BLOCK', 4)
   keys = jax.random.split(jax.random.key(T), 6)
@@ -244,6 +244,7 @@ def test_gradient_reaches_the_last_block_from_both_passes(monkeypatch):
   assert not np.allclose(grads[0]['blocks']['mlp']['up'][-1], grads[1]['blocks']['mlp']['up'][-1], atol=1e-3)
 
 
+@pytest.mark.slow
 def test_decoder_ignores_words_of_padding_and_needs_its_positions():
   p = {**weights('v2'), 'decoder': random_tree(deberta.decoder_specs(V2))}
   ids_BT, segments_BT = random_ids(1, 9), jnp.asarray([[1] * 6 + [0] * 3])

@@ -63,6 +63,7 @@ def test_spread(init, std):
   np.testing.assert_allclose([x.mean(), x.std()], [0, std], rtol=0.02, atol=0.02 * std)
 
 
+@pytest.mark.slow
 def test_drawing_once_gives_the_usual_bits():
   kinds = (params.Normal(0.1), params.TruncatedNormal(0.1), params.Uniform(0.1), params.Stacked(params.FanIn(1)))
   draw = lambda key: [init(jax.random.fold_in(key, i), (3, 16, 5)) for i, init in enumerate(kinds)]

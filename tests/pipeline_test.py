@@ -133,6 +133,7 @@ def test_every_way_is_equal_to_one_device(axes, remat, scan_layers, microbatches
                          rounds=rounds), answer())
 
 
+@pytest.mark.slow
 def test_bf16_activations_with_f32_gradients():
   """Equal to one device in bf16; where 'tensor' divides sums, as near to f32 as one device is."""
   tree, x_BTD, *rest = inputs(dtype=jnp.bfloat16)

@@ -129,7 +129,7 @@ def test_groups_and_the_best_of_them():
   assert float(stats['best']) == 2.25 and best.kept == 4 and best.rows == 8
 
 
-@pytest.mark.parametrize('kind', [policy.PPO, slow(policy.GRPO)])
+@pytest.mark.parametrize('kind', [slow(policy.PPO), slow(policy.GRPO)])
 def test_what_a_prompt_says_is_not_scored(kind):
   """Logits begin where responses do; the gradient is that of scoring all and masking."""
   c = make('full', kind)

@@ -117,7 +117,7 @@ def stopped(c, task, workdir, step=5):
     run.run(c, task, workdir)
 
 
-@pytest.mark.parametrize('few', [slow(FULL), LORA], ids=lambda c: c.method)
+@pytest.mark.parametrize('few', [slow(FULL), slow(LORA)], ids=lambda c: c.method)
 def test_a_stopped_run_goes_on_as_if_it_had_not(few, straight, tmp_path):
   """In full even where the model it started from is another one by then: its reference is not."""
   c, task, whole = straight(few)
@@ -135,6 +135,7 @@ def test_a_stopped_run_goes_on_as_if_it_had_not(few, straight, tmp_path):
     assert tiny.state_sha(c, task, tmp_path) == tiny.state_sha(c, task, whole)
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_needs_its_reference(straight, tmp_path):
   c, task, _ = straight(FULL)
   path = tmp_path / preference.REFERENCE

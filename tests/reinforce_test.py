@@ -122,7 +122,7 @@ class Stop:
 
 
 @pytest.mark.parametrize(('kind', 'method'), [
-    slow(policy.PPO, 'lora'), slow(policy.PPO, 'full'), (policy.GRPO, 'full'), slow(policy.GRPO, 'lora'),
+    slow(policy.PPO, 'lora'), slow(policy.PPO, 'full'), slow(policy.GRPO, 'full'), slow(policy.GRPO, 'lora'),
     slow(policy.BestOf, 'full')])
 def test_a_run_stopped_in_the_middle_of_an_iteration_goes_on_as_if_it_had_not(kind, method, root, tmp_path):
   c = make(root, kind, peft__method=method, peft__targets='^blocks/attn/[qkvo]$')

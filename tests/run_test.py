@@ -447,6 +447,7 @@ def test_parameters_that_are_not_finite_are_never_saved(straight, tmp_path, monk
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
 
 
+@pytest.mark.slow
 def test_compressed_is_the_text_that_the_model_was_evaluated_on(finished, corpus):
   """Not what an earlier text, or a preparation that was killed, left beside it."""
   _, workdir = finished

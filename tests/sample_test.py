@@ -36,6 +36,7 @@ def test_one_prompt_streams_and_the_seed_decides(folder):
   assert one.stdout.startswith('你'.encode()) and one.stdout == two.stdout != other.stdout
 
 
+@pytest.mark.slow
 def test_several_prompts_make_a_block_each(folder):
   done = run(f'--model={folder}', '--prompt=ab', '--prompt=c', '--dtype=int8', '--temperature=0')
   assert done.returncode == 0, done.stderr

@@ -45,6 +45,7 @@ def run(*flags):
                         text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_the_table_is_that_of_the_replies(root, tmp_path):
   done = run(f'--model={root}/hf', f'--data={root}/talks.jsonl', '--chat=plain', '--split=all', '--max_new=12',
              '--batch=2', f'--out={tmp_path}/new/replies.jsonl')

@@ -83,6 +83,7 @@ def test_no_recompilation_after_the_first_step():
   assert parts.step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_compile_time_is_flat_in_depth():
   def seconds(layers):
     c = dataclasses.replace(CONFIG, model=dataclasses.replace(MODEL, layers=layers))
