@@ -196,7 +196,7 @@ def test_on_a_mesh_it_is_the_same_run(root, base, tmp_path):
   assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize('method', map(slow, ('prefix', 'full', 'houlsby', 'top', 'prompt')))
+@pytest.mark.parametrize('method', [slow(m) for m in ('prefix', 'full', 'houlsby', 'top', 'prompt')])
 def test_a_tuned_decoder_decodes_as_it_was_trained(method, root, base, tmp_path):
   """The loaded model's logits with a cache are those of the forward pass that training used."""
   few = peft.Config(method, train='', length=3, hidden=8, width=4, layers=1)
