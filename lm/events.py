@@ -1,4 +1,7 @@
-"""TensorBoard's files: a folder holds one, of scalars or of texts, which each start of a run makes anew."""
+"""TensorBoard's files: a folder holds one, of scalars or of texts, which each start of a run makes anew.
+
+Wall times are seconds since the epoch.
+"""
 
 from collections.abc import Mapping
 import functools
@@ -26,6 +29,7 @@ def scalars(writer: Writer, step: int, wall_time: float, values: Mapping[str, An
 
 
 def text(writer: Writer, step: int, wall_time: float, name: str, markdown: str) -> None:
+  """A text of that step."""
   _write(writer, step, wall_time, _library().summary.text(name, markdown))
 
 

@@ -131,9 +131,9 @@ def init(specs: Tree, key: jax.Array) -> Tree:
 
 
 def jit_once(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
-  """`jax.jit` for what runs once, such as drawing initial values, with the same bits.
+  """`jax.jit` for what runs once, such as drawing initial values: less of a CPU's compiler, the same bits.
 
-  A CPU's compiler takes three times as long over random numbers at its usual effort as they take to draw.
+  Its usual effort over random numbers takes three times as long, which one draw never gets back.
   """
   effort = {'xla_backend_optimization_level': 1} if jax.default_backend() == 'cpu' else None
   return jax.jit(f, compiler_options=effort, **options)

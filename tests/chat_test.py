@@ -79,8 +79,8 @@ def kinds(tmp_path_factory):
 
 KINDS = ['frozen', 'byte', 'unigram', 'bpe', 'words', 'marks', 'nfkc', 'metaspace']
 EXACT = [kind for kind in KINDS if kind != 'nfkc']
-QUICK = few(KINDS, 'frozen', 'byte', 'bpe', 'metaspace')
-everywhere = lambda test: pytest.mark.parametrize('kind', QUICK)(pytest.mark.parametrize('name', TEMPLATES)(test))
+CASES = few(KINDS, 'frozen', 'byte', 'bpe', 'metaspace')
+everywhere = lambda test: pytest.mark.parametrize('kind', CASES)(pytest.mark.parametrize('name', TEMPLATES)(test))
 
 
 @pytest.mark.parametrize('language', CONVERSATIONS)

@@ -9,7 +9,7 @@ import sys
 
 import jax
 import jax.numpy as jnp
-from marks import slow
+from marks import few
 import numpy as np
 import pytest
 import tiny
@@ -79,7 +79,7 @@ def prepared(tmp_path_factory):
   return folder
 
 
-@pytest.mark.parametrize('name', [n if n in QUICK else slow(n) for n in ALL])
+@pytest.mark.parametrize('name', few(ALL, *QUICK))
 def test_three_steps_of_each_kind(name, prepared, tmp_path):
   c = shrink(ALL[name](), data__corpus=str(prepared / 'text.jsonl'), data__tokenizer=str(prepared / 'some.model'),
              data__validation_fraction=0.2)

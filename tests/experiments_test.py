@@ -3,7 +3,7 @@
 import json
 
 import jax
-from marks import slow
+from marks import few
 import pytest
 
 from experiments import chinchilla, gpt2, gpt3, llama, palm
@@ -51,7 +51,7 @@ def test_round_trip_and_documentation(name):
 KINDS = ('quickstart', 'llama3_8b')
 
 
-@pytest.mark.parametrize('name', [n if n in KINDS else slow(n) for n in ALL])
+@pytest.mark.parametrize('name', few(ALL, *KINDS))
 def test_three_steps_of_each_kind(name, tmp_path):
   (tmp_path / 'text.txt').write_text('the quick brown fox 敏捷的棕色狐狸 ' * 60, encoding='utf-8')
   c = ALL[name]()

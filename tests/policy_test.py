@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from marks import slow
+from marks import few
 import numpy as np
 import pytest
 
@@ -22,7 +22,7 @@ METHODS = {'full': peft.Config('full', train=''), 'top': peft.Config('top', trai
            'prefix': peft.Config('prefix', train='', length=3, hidden=5)}
 
 
-QUICK = [m if m == 'lora' else slow(m) for m in METHODS]
+QUICK = few(METHODS, 'lora')
 
 
 def make(method='lora', kind=policy.PPO, **changes):
@@ -129,7 +129,8 @@ def test_groups_and_the_best_of_them():
   assert float(stats['best']) == 2.25 and best.kept == 4 and best.rows == 8
 
 
-@pytest.mark.parametrize('kind', [slow(policy.PPO), slow(policy.GRPO)])
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', [policy.PPO, policy.GRPO])
 def test_what_a_prompt_says_is_not_scored(kind):
   """Logits begin where responses do; the gradient is that of scoring all and masking."""
   c = make('full', kind)

@@ -117,7 +117,8 @@ def stopped(c, task, workdir, step=5):
     run.run(c, task, workdir)
 
 
-@pytest.mark.parametrize('few', [slow(FULL), slow(LORA)], ids=lambda c: c.method)
+@pytest.mark.slow
+@pytest.mark.parametrize('few', [FULL, LORA], ids=lambda c: c.method)
 def test_a_stopped_run_goes_on_as_if_it_had_not(few, straight, tmp_path):
   """In full even where the model it started from is another one by then: its reference is not."""
   c, task, whole = straight(few)

@@ -9,7 +9,6 @@ import subprocess
 import sys
 
 import jax
-from marks import slow
 import numpy as np
 import pytest
 import tiny
@@ -121,9 +120,9 @@ class Stop:
     return low(records, responses)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('kind', 'method'), [
-    slow(policy.PPO, 'lora'), slow(policy.PPO, 'full'), slow(policy.GRPO, 'full'), slow(policy.GRPO, 'lora'),
-    slow(policy.BestOf, 'full')])
+    (policy.PPO, 'lora'), (policy.PPO, 'full'), (policy.GRPO, 'full'), (policy.GRPO, 'lora'), (policy.BestOf, 'full')])
 def test_a_run_stopped_in_the_middle_of_an_iteration_goes_on_as_if_it_had_not(kind, method, root, tmp_path):
   c = make(root, kind, peft__method=method, peft__targets='^blocks/attn/[qkvo]$')
   run.run(c, reinforce.task(c, low), tmp_path / 'straight')

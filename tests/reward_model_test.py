@@ -253,7 +253,8 @@ def test_scores_are_brought_to_the_mean_of_given_answers(trained, tmp_path):
   np.testing.assert_allclose(np.asarray(model.score(model.params, said)).mean(), 0, atol=1e-5)
 
 
-@pytest.mark.parametrize('make', [slow(experiment.ziegler_124m), slow(experiment.minilm), slow(experiment.smollm2)])
+@pytest.mark.slow
+@pytest.mark.parametrize('make', [experiment.ziegler_124m, experiment.minilm, experiment.smollm2])
 def test_the_command_line_from_start_to_end(make, root, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr('lm.budget.peak_flops', lambda device: 1e9)
   model = SMALL | {'scan_layers': False} | ({'kv_heads': 1} if make().__class__ is reward_model.Decoder else {})

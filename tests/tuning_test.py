@@ -100,8 +100,9 @@ def test_a_word_that_decides_is_learned(kind, root, tmp_path):
   assert run.run(c, task, tmp_path)['val_accuracy'] == 1.0  # complete: the data is recognised
 
 
-@pytest.mark.parametrize('pooling, method', [slow('pooler', 'lora'), slow('mean', 'houlsby'), slow('first', 'top'),
-                                             slow('mean', 'pfeiffer')])
+@pytest.mark.slow
+@pytest.mark.parametrize('pooling, method', [('pooler', 'lora'), ('mean', 'houlsby'), ('first', 'top'),
+                                             ('mean', 'pfeiffer')])
 def test_few_parameters_learn_it_too(pooling, method, root, tmp_path):
   few = peft.Config(method, train='^(classify|pooler)/', rank=4, width=8, length=4, hidden=16, layers=1,
                     targets='^blocks/(attn/[qkvo]|mlp/(up|down))$')
@@ -196,7 +197,8 @@ def test_on_a_mesh_it_is_the_same_run(root, base, tmp_path):
   assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
-@pytest.mark.parametrize('method', [slow(m) for m in ('prefix', 'full', 'houlsby', 'top', 'prompt')])
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['prefix', 'full', 'houlsby', 'top', 'prompt'])
 def test_a_tuned_decoder_decodes_as_it_was_trained(method, root, base, tmp_path):
   """The loaded model's logits with a cache are those of the forward pass that training used."""
   few = peft.Config(method, train='', length=3, hidden=8, width=4, layers=1)
