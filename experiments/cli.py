@@ -4,7 +4,6 @@ Not an experiment: the only module here that others import.
 """
 
 from collections.abc import Callable, Sequence
-import errno
 import json
 import logging
 import os
@@ -15,8 +14,8 @@ from typing import Any
 from absl import flags, logging as absl_logging
 import jax
 
-from lm import config, host, hosts, logs, run
-from lm.errors import CheckpointError, ConfigError, DataError, Error, Interrupted
+from lm import config, faults, host, hosts, logs, look, run
+from lm.errors import ConfigError, Error
 from lm.models import decoder
 
 EXIT = """Exit status: 0 done or complete already; 2 a flag or field; 3 the data; 4 a checkpoint or disk; 5 diverged;
@@ -26,6 +25,8 @@ _FLAGS = (
      'data.corpus=book.txt --set "data.corpus=(\'a.txt\', \'b.jsonl\')"'),
     (flags.DEFINE_string, 'workdir', '', 'Where the run writes: config.json, metrics.jsonl, tensorboard/, '
      'checkpoints/, tokenizer/, curves.png, summary.json. Starting again in the same place resumes.'),
+    (flags.DEFINE_integer, 'show_batch', None, 'Print the texts that this step of the run reads, and train nothing: '
+     'control tokens by name, targets in brackets where not all are.'),
     (flags.DEFINE_bool, 'describe', False, 'Print the parameter table, counts, tokens and FLOPs; allocate nothing.'),
     (flags.DEFINE_string, 'distributed', '', "Join a job of several processes: 'auto' on TPU pods, Slurm, Open MPI and "
      'Kubernetes, else HOST:PORT,PROCESSES,INDEX (process 0 at HOST). They share --workdir. See scripts/launch.'),
@@ -35,7 +36,6 @@ _FLAGS = (
     (flags.DEFINE_bool, 'resume_with_changes', False, 'Resume although config or data differ from those of --workdir; '
      'what differs is printed and kept in changes.jsonl. After another data.batch, rows are skipped or come again.'),
     (flags.DEFINE_integer, 'restore_step', None, 'Resume from this sealed step, newer ones to abandoned/; give once.'))
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 After = Callable[[Any, str], dict[str, Any]]
 
 
@@ -60,14 +60,16 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
     define(*rest, flag_values=values)
 
   def program(_: list[str]) -> None:
-    if values.distributed and not values.describe:
+    if values.distributed and not values.describe and values.show_batch is None:
       hosts.join(values.distributed, values.heartbeat_s, values.wait_s)  # first: what fails from here on fails on all
     c = config.override(by_name[values.config](), *values.set)
     if values.describe:
-      return print(run.describe(c, task(c)))
+      return print(look.describe(c, task(c)))
     if not values.workdir:
       raise ConfigError('--workdir: not given; expected a directory to write to; e.g. --workdir=runs/' + values.config)
     workdir = os.path.abspath(values.workdir)
+    if values.show_batch is not None:
+      return print(look.batch(c, task(c), workdir, values.show_batch))
     how = {k: values[k].value for k in ('resume_with_changes', 'resume', 'restore_step')}
     if jax.distributed.is_initialized():
       hosts.require_same({'--config': values.config, '--distributed': values.distributed.rsplit(',', 1)[0],
@@ -119,7 +121,7 @@ def _run(argv, values, program, doc, more_help) -> int:
     program(rest)
     return 0
   except (Error, flags.Error, KeyboardInterrupt, OSError, RuntimeError) as error:
-    failure = _expected(error)
+    failure = ConfigError(f'{error}; see --help') if isinstance(error, flags.Error) else faults.expected(error)
     if failure is None or (values.is_parsed() and values.traceback):
       traceback.print_exc()
     code, line = failure.code if failure else 1, ' '.join(str(failure or error).split())
@@ -128,23 +130,3 @@ def _run(argv, values, program, doc, more_help) -> int:
       hosts.fail(code, line)
     print('error: ' + line, file=sys.stderr, flush=True)
     return code
-
-
-def _expected(error: BaseException) -> Error | None:
-  """The failure that a person can mend behind what was raised; None where it is a fault of the program."""
-  text = str(error)[:400]
-  if gone := hosts.lost(error):
-    return gone
-  if isinstance(error, Error):
-    return error
-  if isinstance(error, flags.Error):
-    return ConfigError(f'{text}; see --help')
-  if isinstance(error, KeyboardInterrupt):
-    return Interrupted('interrupted: nothing was under way; start again')
-  if any(os.strerror(n) in text for n in _FULL):  # an OSError, or a library's RuntimeError
-    return CheckpointError(f'disk: {text}; free space, or choose another place')
-  if isinstance(error, OSError) and error.filename:
-    return DataError(f'{error.filename}: {error.strerror}; expected to read or write it; see its owner and mode')
-  if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in text:
-    return ConfigError(f'device memory: {text}; lower data.batch, raise optim.microbatches, or set model.remat=full')
-  return None

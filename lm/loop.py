@@ -34,7 +34,8 @@ class Config:
     eval_batch: rows of an evaluation's batch; 0 = data.batch. It needs no activations, so that more may fit.
     patience: evaluations without improvement before stopping early; 0 = never.
     min_delta: an improvement betters the best value so far by more than this.
-    max_skipped: consecutive non-finite steps before giving up; looked at whenever a row is written.
+    max_skipped: consecutive steps that change nothing, as they are not finite or spikes, before giving up; looked at
+      whenever a row is written.
   """
 
   log_every: int = 10
@@ -285,8 +286,9 @@ class _Report:
       found = {} if hopeless else more()
     self._logs.row(n, row | (found or {}))
     if hopeless:
-      raise Diverged(f'step {hopeless}: loss or gradient was not finite {self._c.max_skipped} times in a row; nothing '
-                     'of it reached the parameters; lower optim.lr or look at the data, then start again')
+      raise Diverged(f'step {hopeless}: loss or gradient was not finite (or a spike, by optim.spike_sigma) '
+                     f'{self._c.max_skipped} times in a row; nothing of it reached the parameters; look at what it '
+                     f'read (--show_batch={hopeless}), lower optim.lr or leave it out (skip_batches), then start again')
     return found
 
   def _rates(self, n):

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from lm import ema, params
+from lm import ema, muon, params, spikes
 from lm.errors import ConfigError
 
 
@@ -49,6 +49,8 @@ class Config:
     microbatches: parts in which a step takes its batch.
     ema: decay a step of the average of the parameters that evaluation, sampling and export then use, see `lm.ema`;
       0 = no average.
+    spike_sigma: a step whose loss or gradient norm lies so many standard deviations above the mean of the
+      `spike_window` steps before it changes nothing, see `lm.spikes`; 0 = none is left out.
   """
 
   name: Literal['adamw', 'adam_no_bias_correction', 'adam_tf', 'muon'] = 'adamw'
@@ -70,14 +72,17 @@ class Config:
   thaw: tuple[tuple[str, int | tuple[int, ...]], ...] = ()
   microbatches: int = 1
   ema: float = 0.0
+  spike_sigma: float = 0.0
+  spike_window: int = 128
 
   def __post_init__(self):
-    for name in ('lr', 'min_lr', 'eps', 'weight_decay', 'clip'):
+    for name in ('lr', 'min_lr', 'eps', 'weight_decay', 'clip', 'spike_sigma'):
       _check(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, 'a finite number, at least 0')
     for name in ('b1', 'b2', 'ema'):
       _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, '0 <= value < 1')
     _check('steps', self.steps, self.steps >= 1, 'at least 1')
     _check('microbatches', self.microbatches, self.microbatches >= 1, 'at least 1')
+    _check('spike_window', self.spike_window, self.spike_window >= 4, 'at least 4')
     _check('warmup', self.warmup, 0 <= self.warmup <= self.steps, f'0 to optim.steps={self.steps}')
     left = self.steps - self.warmup
     _check('decay_steps', self.decay_steps, 0 <= self.decay_steps <= left, f'0 to optim.steps - optim.warmup = {left}')
@@ -182,7 +187,12 @@ def make(c: Config, specs: params.Tree) -> optax.GradientTransformationExtraArgs
       raise ConfigError(f'optim.{name}: {pattern!r} matches no parameter; expected part of a path such as '
                         f'{next(iter(leaves))!r}')
   adam = _adam(c, factors, thaws)
-  tx = _muon(c, factors, _matrices(leaves), adam) if c.name == 'muon' else adam
+  tx = adam
+  if c.name == 'muon':
+    tx = muon.make(schedule(c), c.weight_decay, lambda path: _decay(c, path) > 0, lambda path: factors[path],
+                   muon.matrices(leaves), adam, lambda grads, norm: _clip(c, grads, norm))
+  if c.spike_sigma:
+    tx = spikes.wrap(tx, c.spike_sigma, c.spike_window)
   return ema.wrap(tx, c.ema) if c.ema else tx
 
 
@@ -250,51 +260,4 @@ def _adam(c: Config, factors: dict[str, Any], thaws: dict[str, Any]) -> optax.Gr
       direction = m * unbias1 / (jnp.sqrt(v * unbias2) + eps) + _decay(c, path) * p
       return keep(awake(path, -rate * factors[path] * direction), jnp.zeros_like(p))
     return params.map_with_path(step, tree, mu, nu), optax.ScaleByAdamState(keep(count, state.count), mu, nu)
-  return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _matrices(specs: dict[str, Any]) -> dict[str, optax.contrib.MuonDimensionNumbers]:
-  """The leaves for Muon: matrices of stacked layers that read from or write to the residual stream ('embed').
-
-  Heads and head_dim count as one axis; layers are orthogonalised one by one.
-  """
-  found = {}
-  for path, spec in specs.items():
-    axes = [i for i, axis in enumerate(getattr(spec, 'axes', ())) if axis != 'layers']
-    if len(axes) < 2 or len(axes) == len(spec.axes):
-      continue
-    if spec.axes[axes[0]] == 'embed':
-      found[path] = optax.contrib.MuonDimensionNumbers(tuple(axes[:1]), tuple(axes[1:]))
-    elif spec.axes[axes[-1]] == 'embed':
-      found[path] = optax.contrib.MuonDimensionNumbers(tuple(axes[:-1]), tuple(axes[-1:]))
-  if not found:
-    raise ConfigError("optim.name: 'muon', but no leaf is a matrix of stacked layers with an 'embed' axis; "
-                      'give `make` the Specs, or choose adamw')
-  return found
-
-
-def _muon(c, factors, matrices, adam) -> optax.GradientTransformationExtraArgs:
-  """Muon (optax.contrib) for `matrices`, `adam` for the others; both see the gradient clipped by its global norm."""
-  muon = optax.contrib.muon(
-      schedule(c), weight_decay=c.weight_decay,
-      weight_decay_mask=lambda tree: params.map_with_path(lambda path, _: _decay(c, path) > 0, tree),
-      consistent_rms=0.2,
-      muon_weight_dimension_numbers=lambda tree: params.map_with_path(lambda path, _: matrices[path], tree))
-  halves = lambda tree: params.split(tree, params.map_with_path(lambda path, _: path in matrices, tree))
-
-  def init(tree):
-    mine, rest = halves(tree)
-    return {'muon': muon.init(mine), 'adam': adam.init(rest)}
-
-  def update(grads, state, tree, *, norm=None, ok=None):
-    norm = optax.tree.norm(grads) if norm is None and c.clip else norm
-    clip = _clip(c, grads, norm)
-    (my_grads, rest_grads), (mine, rest) = halves(grads), halves(tree)
-    updates, new = muon.update(params.map_with_path(lambda path, g: clip(path) * g, my_grads), state['muon'], mine)
-    updates = params.map_with_path(lambda path, u: factors[path] * u, updates)
-    if ok is not None:
-      updates = jax.tree.map(lambda u: jnp.where(ok, u, jnp.zeros_like(u)), updates)
-      new = jax.tree.map(lambda a, b: jnp.where(ok, a, b), new, state['muon'])
-    rest_updates, adam_state = adam.update(rest_grads, state['adam'], rest, norm=norm, ok=ok)
-    return params.join(updates, rest_updates), {'muon': new, 'adam': adam_state}
   return optax.GradientTransformationExtraArgs(init, update)

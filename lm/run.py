@@ -47,6 +47,8 @@ class Config:
   Attributes:
     init_from: a workdir, an HF folder or a GGUF file whose parameters training starts from.
     seed: of the initial values, data order, dropout.
+    skip_batches: (step, n): after that step the next n batches are left out, as PaLM did about a spike of the loss
+      (arXiv:2204.02311 §5.1); go back before it with --restore_step.
     published: the number the paper or peer reports for `val_loss`, copied into summary.json.
   """
 
@@ -57,6 +59,7 @@ class Config:
   checkpoint: checkpoint_lib.Config = checkpoint_lib.Config()
   init_from: str = ''
   seed: int = 0
+  skip_batches: tuple[tuple[int, int], ...] = ()
   published: float | None = None
 
   def __post_init__(self):
@@ -69,6 +72,10 @@ class Config:
                         f'= {self.mesh.rows}; choose a multiple')
     if not 0 <= self.seed < 2**32:
       raise ConfigError(f'seed={self.seed}; expected 0 <= seed < 2**32')
+    skips = self.skip_batches
+    if any(step < 0 or n < 1 for step, n in skips) or len(dict(skips)) < len(skips):
+      raise ConfigError(f'skip_batches={skips}; expected (step, batches) pairs of different steps from 0 on, each with '
+                        'at least 1 batch')
 
   @property
   def eval_batch(self) -> int:  # rows of an evaluation's batch
@@ -215,7 +222,7 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
       log = stack.enter_context(contextlib.closing(logs.Logs(workdir, steps, at)))
       saver = stack.enter_context(checkpoint_lib.Saver(workdir / 'checkpoints', c.checkpoint, at or None, log.say))
       batches = stack.enter_context(contextlib.closing(
-          task.source.train_batches(data, sharding.batch_sharding(parts.mesh), at)))
+          start.batches(c, task, data, sharding.batch_sharding(parts.mesh), at)))
       wall = lambda: meta['wall_s'] + time.perf_counter() - began
       program = _program(c, task, parts, fingerprint, saver, evaluation, wall, meta['base'])
       if task.around.program:
@@ -223,18 +230,6 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
       _, evaluations = loop_lib.fit(program, c.loop, state, batches, at, meta['evaluations'], log, signals)
     done = {'evaluations': evaluations, 'wall_s': wall(), 'peak_bytes': summary.peak_bytes()}
     return summary.write(c, task, workdir, evaluations[-1][0], done)
-
-
-def describe(c: Config, task: Task) -> str:
-  """The parameter table, exact counts by group, training tokens and FLOPs; allocates nothing."""
-  tokens = c.optim.steps // task.around.updates * summary.tokens_per_step(c, task)
-  groups = [(name, f'{n:,}') for name, n in budget.counts(task.specs).items()]
-  groups += [('training tokens', f'{tokens:,}'),
-             ('FLOPs a token', f'{task.flops.total:.4g} ({task.flops.attention / task.flops.total:.1%} attention)'),
-             ('training FLOPs', f'{tokens * task.flops.total:.4g}'),
-             (f'bytes, f32 with AdamW{" and an average" if c.optim.ema else ""}',
-              budget.human((20.0 if c.optim.ema else 16.0) * params.count(task.specs), 'B'))]
-  return budget.table(task.specs) + '\n\n' + budget.columns(groups)
 
 
 def _refuse(c, workdir, resume_with_changes, resume, restore_step):

@@ -3,6 +3,9 @@
 c, task, parts: a `run.Config`, `run.Task` and `run.Parts`.
 """
 
+from collections.abc import Iterator
+import contextlib
+import itertools
 import pathlib
 from typing import Any
 
@@ -79,6 +82,21 @@ def first(c: Any, task: Any, parts: Any) -> train.State:
   if not base:
     given = jax.device_put(given, params.join(parts.state.params, parts.state.frozen))
   return params.jit_once(make, out_shardings=parts.state)(given, key, *more)
+
+
+def batches(c: Any, task: Any, data: Any, sharding: jax.sharding.Sharding, at: int) -> Iterator[Any]:
+  """Endless batches of steps `at` + 1, `at` + 2, ..., without those that `c.skip_batches` leaves out."""
+  ahead = lambda step: sum(n for after, n in c.skip_batches if after <= step)
+  made = lambda step: task.source.train_batches(data, sharding, step + ahead(step))
+  if all(after <= at for after, _ in c.skip_batches):
+    return made(at)
+
+  def parts():
+    starts = [at, *sorted(after for after, _ in c.skip_batches if after > at), None]
+    for start, stop in itertools.pairwise(starts):
+      with contextlib.closing(made(start)) as part:
+        yield from itertools.islice(part, stop and stop - start)
+  return parts()
 
 
 def _fingerprint(task, state):

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import optax
 
-from lm import ema, nn, parallel, params, sharding
+from lm import ema, nn, parallel, params, sharding, spikes
 from lm.losses import Term
 
 Loss = Callable[[params.Tree, Any, nn.Key | None], tuple[dict[str, Term], dict[str, Term]]]
@@ -29,7 +29,7 @@ class State:
     params: the trainable leaves, f32; None where a leaf is frozen.
     frozen: the other leaves; None where trainable.
     opt_state: of the trainable leaves only.
-    skipped: int32, steps whose loss or gradient was not finite and so changed nothing but `step`.
+    skipped: int32, steps whose loss or gradient was not finite, or a spike, and so changed nothing but `step`.
     carry: what a task's steps hand on to each other besides, such as a coefficient that adapts; None = nothing.
   """
 
@@ -84,9 +84,9 @@ def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, microbatche
   """step(state, batch, key) -> (state, metrics), to be jitted with the state donated.
 
   The key is folded with the step, and for each row with its number in the batch: a resumed run draws what the straight
-  run drew, and neither microbatches nor the mesh change it. A step whose objective or gradient is not finite leaves
-  parameters and optimizer as they were; `tx` sees to that (`optim.make`): it is told the gradient's norm and whether
-  all is finite.
+  run drew, and neither microbatches nor the mesh change it. A step whose objective or gradient is not finite, or a
+  spike where `tx` looks for them (`lm.spikes`), leaves parameters and optimizer as they were; `tx` sees to that
+  (`optim.make`): it is told the gradient's norm and whether the step counts.
 
   Metrics, f32 scalars: the loss's own (mean over the global batch), 'objective', 'grad_norm', 'skipped'.
   """
@@ -96,11 +96,11 @@ def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, microbatche
     key = jax.random.fold_in(key, state.step)
     grads, value, metrics = gradient(state.params, batch, key, state.frozen)
     norm = optax.tree.norm(grads)
-    finite = jnp.isfinite(value) & jnp.isfinite(norm)
-    updates, opt_state = tx.update(grads, state.opt_state, state.params, norm=norm, ok=finite)
-    skipped = state.skipped + jnp.where(finite, 0, 1).astype(jnp.int32)
-    state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state,
-                          skipped=skipped)
+    ok = jnp.isfinite(value) & jnp.isfinite(norm) & spikes.usual(state.opt_state, value, norm)
+    updates, opt_state = tx.update(grads, state.opt_state, state.params, norm=norm, ok=ok)
+    skipped = state.skipped + jnp.where(ok, 0, 1).astype(jnp.int32)
+    state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates),
+                          opt_state=spikes.note(opt_state, value, norm), skipped=skipped)
     return state, metrics | {'objective': value, 'grad_norm': norm, 'skipped': skipped.astype(jnp.float32)}
   return step
 

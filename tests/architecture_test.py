@@ -12,9 +12,10 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     'errors hosts config params sharding products nn kernels',
     'models text data rewards',
-    'losses logprobs metrics peft peft_hf peft_nodes mixout optim ema budget scaling hlo hlo_module targets',
-    'host train parallel pipeline checkpoint seal weights decode rollout loop events logs evaluate samples run start '
-    'summary pictures monitor pretrain pretrain_encoder instruct preference classification reward_model plan '
+    'losses logprobs metrics peft peft_hf peft_nodes mixout optim muon ema spikes budget scaling hlo hlo_module '
+    'targets',
+    'host faults look train parallel pipeline checkpoint seal weights decode rollout loop events logs evaluate samples '
+    'run start summary pictures monitor pretrain pretrain_encoder instruct preference classification reward_model plan '
     'plan_search plan_tasks policy experience reinforce bench',
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}

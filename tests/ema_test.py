@@ -17,6 +17,7 @@ from lm import (
   ema,
   instruct,
   logs,
+  look,
   optim,
   params,
   peft,
@@ -232,4 +233,4 @@ def test_its_bytes_are_counted():
   size = [plan.bytes_of(start.abstract(task, parts).opt_state, parts.state.opt_state)
           for parts in (run.build(GPT, pretrain.task(GPT)), run.build(c, task))]
   assert size[1] - size[0] == 4 * params.count(task.specs)
-  assert 'bytes, f32 with AdamW and an average' in run.describe(c, task)
+  assert 'bytes, f32 with AdamW and an average' in look.describe(c, task)

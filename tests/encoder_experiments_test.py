@@ -15,7 +15,7 @@ import pytest
 import tiny
 
 from experiments import bert, deberta, electra, roberta
-from lm import config, params, pretrain_encoder, run
+from lm import config, look, params, pretrain_encoder, run
 from lm.data import inputs, masking
 from lm.errors import ConfigError, Preempted
 from lm.text import tokenizer as tokenizers
@@ -52,7 +52,7 @@ def test_round_trip_and_documentation(name):
   c = ALL[name]()
   assert config.from_json(type(c), json.loads(json.dumps(config.to_json(c)))) == c
   assert ALL[name].__doc__
-  assert 'training FLOPs' in run.describe(c, pretrain_encoder.task(c))
+  assert 'training FLOPs' in look.describe(c, pretrain_encoder.task(c))
 
 
 def shrink(c, **changes):

@@ -7,7 +7,7 @@ from marks import few
 import pytest
 
 from experiments import chinchilla, gpt2, gpt3, llama, palm
-from lm import config, params, pretrain, run
+from lm import config, look, params, pretrain, run
 
 # Exact counts of the published shapes: unique parameters, tied matrices once.
 COUNTS = {
@@ -31,7 +31,7 @@ SHRINK = ('data.corpus=', 'data.tokenizer=byte', 'data.length=16', 'data.batch=8
 def test_parameter_counts_are_exact(name):
   c = ALL[name]()
   assert params.count(pretrain.task(c).specs) == COUNTS[name]
-  assert f'{COUNTS[name]:,}' in run.describe(c, pretrain.task(c))
+  assert f'{COUNTS[name]:,}' in look.describe(c, pretrain.task(c))
 
 
 PLACED = {'gpt3_175b_v5p', 'gpt3_175b_h100', 'llama2_70b_v5p', 'palm_540b_v4'}  # other configs on a mesh
@@ -81,5 +81,5 @@ def shrink(c, *more):
 def test_describe_allocates_nothing():
   before = len(jax.live_arrays())
   c = palm.palm_540b()
-  assert '540,356,474,880' in run.describe(c, pretrain.task(c))
+  assert '540,356,474,880' in look.describe(c, pretrain.task(c))
   assert len(jax.live_arrays()) == before

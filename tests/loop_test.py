@@ -293,7 +293,7 @@ def test_gives_up_after_consecutive_bad_steps(monkeypatch, bad, where, log_every
   if where is None:
     w.fit(max_skipped=3, log_every=log_every)
     return
-  with pytest.raises(Diverged, match=f'step {where}: loss or gradient was not finite 3 times in a row') as error:
+  with pytest.raises(Diverged, match=f'step {where}: loss or gradient was not finite .* 3 times in a row') as error:
     w.fit(max_skipped=3, log_every=log_every)
   assert error.value.code == 5
   assert all(step < where for step, *_ in w.saves)

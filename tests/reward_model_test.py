@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import cli, reward as experiment
-from lm import checkpoint, config, loop, nn, optim, params, peft, reward_model, run, sharding, start, train
+from lm import checkpoint, config, look, loop, nn, optim, params, peft, reward_model, run, sharding, start, train
 from lm.data import packing, preferences, prompts
 from lm.errors import CheckpointError, ConfigError
 from lm.losses import reward
@@ -283,7 +283,7 @@ def test_what_a_config_has_beside_the_body(make):
   D = c.model.embed
   assert params.count(reward_model.task(dataclasses.replace(c, peft=peft.Config())).specs) == (
       params.count(body) + D + 1 + (D * D + D) * (make is experiment.minilm))
-  assert 'training FLOPs' in run.describe(c, reward_model.task(c))
+  assert 'training FLOPs' in look.describe(c, reward_model.task(c))
 
 
 @pytest.mark.parametrize('changes, part', [

@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 import tiny
 
-from lm import checkpoint, config, logs, params, run, start
+from lm import checkpoint, config, logs, look, params, run, start
 from lm.data import loader
 from lm.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted, Preempted
 from lm.text import tokenizer
@@ -301,6 +301,41 @@ def test_going_back_to_a_step(straight, finished, capsys):
   assert tiny.state_sha(c, TASK, workdir) == tiny.state_sha(c, TASK, straight[1])
 
 
+def test_going_back_and_leaving_batches_out(finished, tmp_path, capsys):
+  """PaLM's remedy for a spike: what follows is what a run that was to leave them out from the start would do."""
+  c, workdir = finished
+  before, changed = exact(workdir), config.replace(c, skip_batches=((10, 3),))
+  with pytest.raises(ConfigError, match=r'skip_batches: \[\] there, \[\[10, 3\]\] now'):
+    run.run(changed, TASK, workdir, restore_step=10)
+  run.run(changed, TASK, workdir, restore_step=10, resume_with_changes=True)
+  assert 'changed from step 10 on: skip_batches: [] -> [[10, 3]]' in capsys.readouterr().out
+  run.run(changed, TASK, tmp_path / 'planned')
+  after = exact(workdir)
+  assert after == exact(tmp_path / 'planned')
+  assert {n: row['loss'] for n, row in after.items() if n <= 10} == {n: r['loss'] for n, r in before.items() if n <= 10}
+  assert all(after[n]['loss'] != before[n]['loss'] for n in (11, 12))
+
+
+@pytest.mark.parametrize('skips', [(), ((0, 2),), ((5, 3), (2, 1)), ((4, 1), (5, 2), (40, 1))])
+def test_batches_that_are_left_out(corpus, tmp_path, skips):
+  c = tiny.make_config(corpus, skip_batches=skips)
+  data = loader.prepare(c.data, tmp_path, seed=c.seed)
+  here, numbers, at = jax.sharding.SingleDeviceSharding(jax.devices()[0]), [], 0
+  for step in range(12):  # the batch after step `step`
+    at += sum(n for after, n in skips if after == step)
+    numbers.append(at)
+    at += 1
+  for start_at in range(9):
+    for number, batch in zip(numbers[start_at:], start.batches(c, TASK, data, here, start_at), strict=False):
+      np.testing.assert_array_equal(batch.ids_BT, loader.host_batch(data, number)['ids_BT'])
+
+
+@pytest.mark.parametrize('skips', [((-1, 3),), ((5, 0),), ((5, 1), (5, 2))])
+def test_batches_that_cannot_be_left_out(skips):
+  with pytest.raises(ConfigError, match='skip_batches=.*; expected .step, batches. pairs'):
+    run.Config(skip_batches=skips)
+
+
 def test_a_save_that_a_kill_interrupted_is_removed(straight, finished, capsys):
   """What is there of step 12 has no seal: it is named and goes, the step before is used and named too."""
   c, workdir = finished
@@ -401,7 +436,7 @@ def test_resumes_on_another_mesh(straight, tmp_path, monkeypatch):
 def test_bad_steps_end_the_run_and_the_good_checkpoint_stays(straight, tmp_path, monkeypatch):
   c, want, _ = straight
   with tiny.batches_through(monkeypatch, tiny.deaf_from(7)):
-    with pytest.raises(Diverged, match='step 11: loss or gradient was not finite 5 times in a row') as error:
+    with pytest.raises(Diverged, match='step 11: loss or gradient was not finite .* 5 times in a row') as error:
       run.run(c, TASK, tmp_path)
   assert error.value.code == 5
   rows = logs.read(tmp_path)
@@ -541,7 +576,7 @@ def test_seed_and_batch_are_checked():
 
 def test_describe_allocates_nothing(corpus):
   before = len(jax.live_arrays())
-  text = run.describe(tiny.make_config(corpus), TASK)
+  text = look.describe(tiny.make_config(corpus), TASK)
   assert 'embed/tokens' in text and '4,128' in text
   assert f'{12 * 8 * 16:,}' in text
   assert len(jax.live_arrays()) == before

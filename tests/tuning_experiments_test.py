@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from experiments import adapters, classify, lora, prefix, sft
-from lm import classification, config, instruct, optim, params, run
+from lm import classification, config, instruct, look, optim, params, run
 from lm.nn import Dropout
 from lm.text import chat, tokenizer as tokenizers
 
@@ -93,7 +93,7 @@ def test_three_steps(module, make, root, tmp_path, monkeypatch):
 def test_what_trains_is_counted(module, make):
   c = make()
   a_task = task(c)
-  assert f'{params.count(a_task.specs):,}' in run.describe(c, a_task)
+  assert f'{params.count(a_task.specs):,}' in look.describe(c, a_task)
   mask = optim.trainable_mask(optim.Config(freeze=a_task.base.freeze), a_task.specs)
   trained = params.count(params.split(a_task.specs, mask)[0])
   assert 0 < trained <= params.count(a_task.specs)
