@@ -127,8 +127,8 @@ def same(got, want):
   np.testing.assert_allclose(got.losses, want.losses[:len(got.losses)], rtol=1e-3)
 
 
-# The default suite has the mesh that uses every axis's code; the others are heavy. A decoder and BERT are tried on every
-# mesh, the dearest families where their own code meets an axis, other members of a family on what divides all.
+# The default suite has the mesh that uses every axis's code; the others are heavy. A decoder and BERT are tried on all,
+# the dearest families where their own code meets an axis, other members of a family on what divides everything.
 QUICK = {('decoder', 'fsdp 2 tensor 2 pipe 2')}
 ALIKE = ('fsdp 4 data 2, zero 2', 'fsdp 2 tensor 2 pipe 2')
 OWN = (*ALIKE, 'fsdp 8', 'tensor 4 data 2', 'tensor 4 data 2, sequence', 'pipe 4 data 2', 'pipe 2 data 4, 2 rounds')
