@@ -62,6 +62,7 @@ def run_argv(argv: Sequence[str], doc: str, configs: Sequence[Callable[[], run.C
   def program(_: list[str]) -> None:
     if values.distributed and not values.describe and values.show_batch is None:
       hosts.join(values.distributed, values.heartbeat_s, values.wait_s)  # first: what fails from here on fails on all
+    host.keep_compiled_programs()
     c = config.override(by_name[values.config](), *values.set)
     if values.describe:
       return print(look.describe(c, task(c)))

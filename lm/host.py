@@ -1,6 +1,12 @@
-"""The process itself: how it holds memory."""
+"""The process itself: how it holds memory, and what it keeps for the next."""
 
 import ctypes
+import hashlib
+import os
+import pathlib
+import platform
+
+import jax
 
 # mallopt's parameters, from glibc's malloc.h.
 _TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
@@ -28,3 +34,27 @@ def release_freed_memory() -> None:
   trim = getattr(ctypes.CDLL(None), 'malloc_trim', None)
   if trim is not None:
     trim(0)
+
+
+def keep_compiled_programs() -> None:
+  """Lets JAX keep the programs that took it over half a second to compile, so that a run that goes on or has another
+  seed starts at once.
+
+  They lie in ~/.cache/lm (or $XDG_CACHE_HOME/lm), which may be deleted at any time, in a folder for this kind of
+  processor, as machine code may not run on another. JAX_COMPILATION_CACHE_DIR names another place, and
+  JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. What cannot be read or written costs a warning and a compilation.
+  """
+  if jax.config.jax_compilation_cache_dir is None:
+    base = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
+    jax.config.update('jax_compilation_cache_dir', str(base / 'lm' / f'jax-{_processor()}'))
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+
+def _processor() -> str:
+  """A name for processors that have the same instructions."""
+  try:
+    lines = pathlib.Path('/proc/cpuinfo').read_text(encoding='utf-8').split('\n\n')[0].split('\n')
+  except OSError:
+    lines = []
+  told = [line for line in lines if line.startswith(('model name', 'flags', 'Features', 'CPU part'))]
+  return f'{platform.machine()}-{hashlib.sha256(repr(told or platform.processor()).encode()).hexdigest()[:8]}'

@@ -145,9 +145,11 @@ class Book:
     self.write(rows)
 
   def write(self, rows):
+    """All rows of their steps; they replace those that a killed run wrote and did not come to save."""
     if jax.process_index() != 0:
       return
-    self._rows += rows
+    steps = {row['step'] for row in rows}
+    self._rows = [row for row in self._rows if row['step'] not in steps] + rows
     with self._failing():
       lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in self._rows]
       tokenizers.write_atomically(str(self._dir / 'samples.jsonl'), ''.join(lines).encode())

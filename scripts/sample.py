@@ -14,8 +14,6 @@ Exit status: 0 done, 2 a flag is wrong, 3 the tokenizer, 4 the weights.
 """
 
 import dataclasses
-import os
-import pathlib
 import sys
 
 from absl import flags
@@ -23,7 +21,7 @@ import jax
 import numpy as np
 
 from experiments import cli
-from lm import decode, peft, weights
+from lm import decode, host, peft, weights
 from lm.data import conversations
 from lm.errors import ConfigError, DataError
 from lm.models import blocks, decoder
@@ -46,8 +44,7 @@ _NEWEST = flags.DEFINE_bool('newest', False, 'Of a workdir, the newest checkpoin
 def main(_: list[str]) -> None:
   if not _MODEL.value:
     raise ConfigError('--model: not given; expected a workdir, a Hugging Face folder or a .gguf file; see --help')
-  cache = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'lm' / 'jax'
-  jax.config.update('jax_compilation_cache_dir', str(cache))
+  host.keep_compiled_programs()
   found = weights.load(_MODEL.value, best=not _NEWEST.value)
   tokenizer = found.tokenizer
   if tokenizer is None:

@@ -1,9 +1,14 @@
-"""The process's memory: what is freed is kept, so that the next step does not fault it in again."""
+"""What a process keeps: memory that it freed, so that the next step does not fault it in again; compiled programs."""
 
+import os
+import pathlib
 import subprocess
 import sys
 
 import pytest
+import tiny
+
+ROOT = pathlib.Path(__file__).parent.parent
 
 PROGRAM = """
 import ctypes, resource, sys
@@ -58,3 +63,39 @@ print(kept, held() - before, hasattr(ctypes.CDLL(None), 'mallopt'))
   if glibc == 'False':
     pytest.skip('no mallopt here: the C library is not glibc')
   assert int(kept) > 250e6 and int(left) < 100e6
+
+
+def cache(**environment):
+  """Where programs are kept."""
+  program = ('import jax; from lm import host; host.keep_compiled_programs(); '
+             'print(jax.config.jax_compilation_cache_dir)')
+  env = {k: v for k, v in os.environ.items() if not k.startswith(('JAX_', 'XDG_'))} | environment
+  return subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, check=True, timeout=60,
+                        env=env).stdout.strip()
+
+
+def test_where_compiled_programs_are_kept(tmp_path):
+  folder, name = os.path.split(cache(XDG_CACHE_HOME=str(tmp_path)))
+  assert folder == str(tmp_path / 'lm') and name.startswith('jax-')
+  assert cache(HOME=str(tmp_path)) == str(tmp_path / '.cache' / 'lm' / name)
+  assert cache(JAX_COMPILATION_CACHE_DIR='/elsewhere', HOME=str(tmp_path)) == '/elsewhere'
+
+
+@pytest.mark.slow
+def test_another_seed_compiles_nothing_and_a_torn_program_is_made_anew(tmp_path):
+  corpus = tiny.write_text(tmp_path / 'text.txt')
+  env = {k: v for k, v in os.environ.items() if not k.startswith(('JAX_', 'XLA_'))} | {
+      'JAX_PLATFORMS': 'cpu', 'XDG_CACHE_HOME': str(tmp_path / 'cache')}
+
+  def train(seed):
+    flags = [f'--set=seed={seed}', *tiny.argv(workdir=tmp_path / str(seed), data__corpus=corpus, model__layers=3)]
+    done = subprocess.run([sys.executable, '-m', 'experiments.gpt2', *flags], cwd=ROOT, env=env, capture_output=True,
+                          text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    return {path: path.stat().st_mtime_ns for path in (tmp_path / 'cache').rglob('*-cache')}
+  kept = train(0)
+  assert kept
+  assert train(1) == kept
+  for path in kept:
+    path.write_bytes(path.read_bytes()[:1000])
+  train(2)

@@ -40,7 +40,7 @@ class Trainer:
     flags = tiny.argv(config='shakespeare_char_cpu', workdir=workdir, data__corpus=self.corpus, optim__steps=STEPS,
                       loop__eval_every=20, model__layers=2, model__dropout__hidden=0.2, model__dropout__attention=0.1,
                       model__dropout__embedding=0.1, optim__warmup=5)
-    env = self.env if cached else {k: v for k, v in self.env.items() if k != 'JAX_COMPILATION_CACHE_DIR'}
+    env = self.env | ({} if cached else {'JAX_ENABLE_COMPILATION_CACHE': 'false'})
     return subprocess.Popen([sys.executable, '-m', 'experiments.gpt2', *flags, *more], cwd=ROOT, env=env, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 

@@ -144,6 +144,16 @@ def test_what_a_model_says_may_look_like_an_end_of_line(tmp_path):
     assert samples.read(tmp_path) == rows
 
 
+def test_an_evaluation_that_is_made_again_is_written_once(tmp_path):
+  """A run killed between an evaluation made up for and its seal resumes at the same step and makes it up again."""
+  rows = lambda step: [{'step': step, 'prompt': str(i), 'reply': 'r'} for i in range(2)]
+  for _ in range(2):
+    with contextlib.closing(samples.Book(tmp_path, 4)) as book:
+      book.write(rows(2))
+      book.write(rows(4))
+  assert samples.read(tmp_path) == rows(2) + rows(4)
+
+
 @pytest.mark.slow
 def test_a_mesh_says_the_same(root, tmp_path):
   found = []

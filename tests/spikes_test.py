@@ -7,7 +7,7 @@ import optax
 import pytest
 import tiny
 
-from lm import checkpoint, config, ema, logs, optim, run, spikes, train
+from lm import checkpoint, config, ema, logs, optim, run, sharding, spikes, train
 from lm.errors import ConfigError, Preempted
 from lm.losses import Term
 
@@ -113,3 +113,14 @@ def test_a_run_goes_on_with_its_record_and_takes_the_new_bound(tmp_path):
 def test_refusals(change, where):
   with pytest.raises(ConfigError, match=where):
     optim.Config(**change)
+
+
+@pytest.mark.slow
+def test_a_mesh_leaves_out_the_same_steps(tmp_path):
+  """The record is on every device, the loss and the norm are of the whole batch."""
+  corpus, found = tiny.write_text(tmp_path / 'text.txt'), []
+  for i, mesh in enumerate((dict(), dict(data=4, fsdp=2))):
+    c = tiny.make_config(corpus, mesh=sharding.Config(**mesh), optim__spike_sigma=0.5, optim__spike_window=4)
+    run.run(c, tiny.task(), tmp_path / str(i))
+    found.append([row['skipped'] for row in logs.read(tmp_path / str(i))])
+  assert found[0] == found[1] and 0 < found[0][-1] < 10
