@@ -44,9 +44,9 @@ def keep_compiled_programs() -> None:
   processor, as machine code may not run on another. JAX_COMPILATION_CACHE_DIR names another place, and
   JAX_ENABLE_COMPILATION_CACHE=false keeps nothing. What cannot be read or written costs a warning and a compilation.
   """
-  if jax.config.jax_compilation_cache_dir is None:
-    base = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache')
-    jax.config.update('jax_compilation_cache_dir', str(base / 'lm' / f'jax-{_processor()}'))
+  base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
+  if jax.config.jax_compilation_cache_dir is None and os.path.isabs(base):  # a user without a home keeps nothing
+    jax.config.update('jax_compilation_cache_dir', os.path.join(base, 'lm', f'jax-{_processor()}'))
     jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 

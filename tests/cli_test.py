@@ -40,7 +40,7 @@ def test_help_teaches(capsys, flag):
   for c in gpt2.CONFIGS:
     assert f'  {c.__name__}: {c.__doc__.splitlines()[0]}' in out
   for name in ('--config', '--set', '--workdir', '--[no]describe', '--[no]resume_with_changes', '--[no]traceback',
-               '--distributed', '--resume', '--restore_step'):
+               '--distributed', '--resume', '--restore_step', '--show_batch'):
     assert name in out
   assert '--set optim.lr=1e-4' in out
   assert '  optim.steps=5000\n' in out  # the fields, as the chosen config has them

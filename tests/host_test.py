@@ -79,6 +79,7 @@ def test_where_compiled_programs_are_kept(tmp_path):
   assert folder == str(tmp_path / 'lm') and name.startswith('jax-')
   assert cache(HOME=str(tmp_path)) == str(tmp_path / '.cache' / 'lm' / name)
   assert cache(JAX_COMPILATION_CACHE_DIR='/elsewhere', HOME=str(tmp_path)) == '/elsewhere'
+  assert cache(HOME='nowhere') == 'None'  # no home: nothing is kept, and nothing fails
 
 
 @pytest.mark.slow
