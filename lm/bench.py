@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import itertools
 import json
+import math
 import os
 import resource
 import signal
@@ -110,7 +111,8 @@ def torch_gpt(layers: int, embed: int, heads: int, length: int, vocab: int, gelu
               ) -> tuple[Any, list[dict[str, Any]]]:
   """nanoGPT on PyTorch, without biases and dropout: (module, [B, T] ids -> [B, T, V] logits; AdamW's groups).
 
-  gelu: 'tanh' or 'none', PyTorch's names of the approximations. Matrices decay by .1, norms do not.
+  gelu: 'tanh' or 'none', PyTorch's names of the approximations. Matrices decay by .1, norms do not. Initial values are
+  GPT-2's: with those of torch.nn.Embedding logits are so large that gradients are denormal, and products of such slow.
   """
   import torch
   from torch import nn
@@ -142,6 +144,10 @@ def torch_gpt(layers: int, embed: int, heads: int, length: int, vocab: int, gelu
       return self.norm(x) @ self.tokens.weight.T
 
   model = GPT()
+  for name, p in model.named_parameters():
+    if p.dim() > 1:
+      residual = name.endswith(('out.weight', 'down.weight'))
+      nn.init.normal_(p, std=0.02 / math.sqrt(2 * layers) if residual else 0.02)
   return model, [{'params': [p for p in model.parameters() if (p.dim() > 1) == matrix], 'weight_decay': decay}
                  for matrix, decay in ((True, 0.1), (False, 0.0))]
 

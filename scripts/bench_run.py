@@ -12,7 +12,6 @@ torch` on); then for each time PyTorch's over ours, the median over the seeds.
 
 import itertools
 import json
-import math
 import pathlib
 import statistics
 import subprocess
@@ -109,10 +108,6 @@ def _torch(c, seed, rates):
   held_x, held_y = held[:rows * T].view(rows, T), held[1:rows * T + 1].view(rows, T)
 
   model, groups = bench.torch_gpt(m.layers, m.embed, m.heads, T, m.vocab, gelu='none')
-  for name, p in model.named_parameters():
-    if p.dim() > 1:
-      residual = name.endswith(('out.weight', 'down.weight'))
-      torch.nn.init.normal_(p, std=0.02 / math.sqrt(2 * m.layers) if residual else 0.02)
   tx = torch.optim.AdamW(groups, lr=c.optim.lr, betas=(c.optim.b1, c.optim.b2), eps=c.optim.eps)
   loss_of = lambda x, y, how='mean': F.cross_entropy(model(x).flatten(0, 1), y.flatten(), reduction=how)
 

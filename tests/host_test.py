@@ -43,6 +43,32 @@ def test_that_the_allocator_would_give_it_back_otherwise():
   assert faults('') > 50
 
 
+def test_a_programs_temporaries_are_not_faulted_in_again():
+  """They lie in the main thread's arena: another's gives pieces of 64 MiB back."""
+  program = """
+import ctypes, resource, sys
+from lm import host
+if sys.argv[1] == 'keep':
+  host.keep_freed_memory()
+import jax, jax.numpy as jnp
+f = jax.jit(lambda x: jax.lax.optimization_barrier(jnp.sin(x)).sum())
+x = jnp.ones((4096, 4096))
+def faults():
+  before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+  jax.block_until_ready(f(x))
+  return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(sorted(faults() for _ in range(9))[4], hasattr(ctypes.CDLL(None), 'mallopt'))
+"""
+  counts = {}
+  for how in ('keep', 'leave'):
+    done = subprocess.run([sys.executable, '-c', program, how], capture_output=True, text=True, check=True, timeout=60,
+                          env=os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': ''})  # one device
+    counts[how], glibc = done.stdout.split()
+    if glibc == 'False':
+      pytest.skip('no mallopt here: the C library is not glibc')
+  assert int(counts['keep']) < 60 < int(counts['leave']), counts
+
+
 def test_what_is_kept_can_be_given_back():
   program = """
 import ctypes, pathlib
