@@ -11,14 +11,14 @@ import math
 import os
 import signal
 import threading
-import time
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 
 from lm import host, hosts, logs as logs_lib, train
-from lm.errors import ConfigError, Diverged, Error, Interrupted, Preempted
+from lm.errors import ConfigError, Error, Interrupted, Preempted
+from lm.report import Report
 
 Evaluations = list[list]  # [[step, {metric: value}], ...], ascending; plain JSON
 
@@ -34,8 +34,8 @@ class Config:
     eval_batch: rows of an evaluation's batch; 0 = data.batch. It needs no activations, so that more may fit.
     patience: evaluations without improvement before stopping early; 0 = never.
     min_delta: an improvement betters the best value so far by more than this.
-    max_skipped: consecutive steps that change nothing, as they are not finite or spikes, before giving up; looked at
-      whenever a row is written.
+    max_skipped: consecutive steps that change nothing, as they are not finite or spikes, or that had no targets, before
+      giving up; looked at whenever a row is written.
   """
 
   log_every: int = 10
@@ -195,7 +195,7 @@ def fit(program: Program, c: Config, state: train.State, batches: Iterator[Any],
       program.save(start, state, evaluations, last)  # with what it was saved without
     if start and last:
       return state, evaluations
-  report = _Report(program, c, start, int(state.skipped), logs)
+  report = Report(program, c, start, int(state.skipped), logs)
   for n in range(start + 1, program.steps + 1):
     state, metrics = program.step(state, next(batches), program.key)
     program.poll()
@@ -245,55 +245,3 @@ def _follow(program, c, evaluations, state, logs):
   if worn_out and n != program.steps:
     logs.say(f'stopped early at step {n}: no better {program.metric} in {c.patience} evaluations')
   return stale(watched, 0.0, program.mode) == 0, n == program.steps or worn_out
-
-
-class _Report:
-  """Metrics that still wait on the device, and the time spent training: compiling, evaluating, saving left out."""
-
-  def __init__(self, program, c, start, skipped, logs):
-    self._program, self._c, self._logs = program, c, logs
-    self._waiting = []
-    self._start = self._reported = start
-    self._skipped, self._in_a_row = skipped, 0
-    self._since = 0.0
-
-  def add(self, n, metrics):
-    if n == self._start + 1:
-      self._since = time.perf_counter()  # the first call of the step, just over, compiled it
-    self._waiting.append((n, metrics))
-
-  @contextlib.contextmanager
-  def paused(self):
-    began = time.perf_counter()
-    yield
-    self._since += time.perf_counter() - began
-
-  def flush(self, more: Callable[[], dict[str, float] | None] = dict) -> dict[str, float] | None:
-    """Writes one row, of the newest waiting step, and adds what `more` finds, if it does, while the clock stands."""
-    if not self._waiting:
-      return {}
-    rows, self._waiting = jax.device_get(self._waiting), []
-    before, hopeless = self._skipped, None
-    for n, metrics in rows:
-      before, self._skipped = self._skipped, int(metrics['skipped'])
-      self._in_a_row = self._in_a_row + 1 if self._skipped > before else 0
-      if self._in_a_row == self._c.max_skipped:
-        hopeless = n
-    n, metrics = rows[-1]
-    row = {'learning_rate': self._program.learning_rate(n - 1 - before)} | {k: float(v) for k, v in metrics.items()}
-    row |= self._rates(n) | {'elapsed_s': self._program.elapsed()}
-    with self.paused():
-      found = {} if hopeless else more()
-    self._logs.row(n, row | (found or {}))
-    if hopeless:
-      raise Diverged(f'step {hopeless}: loss or gradient was not finite (or a spike, by optim.spike_sigma) '
-                     f'{self._c.max_skipped} times in a row; nothing of it reached the parameters; look at what it '
-                     f'read (--show_batch={hopeless}), lower optim.lr or leave it out (skip_batches), then start again')
-    return found
-
-  def _rates(self, n):
-    p, now = self._program, time.perf_counter()
-    seconds, steps = max(now - self._since, 1e-9), n - self._reported
-    self._since, self._reported = now, n
-    rates = {'tokens': n * p.tokens_per_step, 'tokens_per_s': steps * p.tokens_per_step / seconds}
-    return rates | ({'mfu': steps * p.flops_per_step / seconds / p.peak_flops} if p.peak_flops else {})

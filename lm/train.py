@@ -29,7 +29,8 @@ class State:
     params: the trainable leaves, f32; None where a leaf is frozen.
     frozen: the other leaves; None where trainable.
     opt_state: of the trainable leaves only.
-    skipped: int32, steps whose loss or gradient was not finite, or a spike, and so changed nothing but `step`.
+    skipped: int32, steps whose loss or gradient was not finite, or a spike, or whose batch had no targets, and that so
+      changed nothing but `step`.
     carry: what a task's steps hand on to each other besides, such as a coefficient that adapts; None = nothing.
   """
 
@@ -85,10 +86,11 @@ def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, microbatche
 
   The key is folded with the step, and for each row with its number in the batch: a resumed run draws what the straight
   run drew, and neither microbatches nor the mesh change it. A step whose objective or gradient is not finite, or a
-  spike where `tx` looks for them (`lm.spikes`), leaves parameters and optimizer as they were; `tx` sees to that
-  (`optim.make`): it is told the gradient's norm and whether the step counts.
+  spike where `tx` looks for them (`lm.spikes`), or whose batch has nothing to learn from leaves parameters and
+  optimizer as they were; `tx` sees to that (`optim.make`): it is told the gradient's norm and whether the step counts.
 
-  Metrics, f32 scalars: the loss's own (mean over the global batch), 'objective', 'grad_norm', 'skipped'.
+  Metrics, f32 scalars: the loss's own (mean over the global batch), 'targets' (the weights of its terms, added),
+  'objective', 'grad_norm', 'skipped'.
   """
   gradient = accumulate(loss, microbatches, layout)
 
@@ -96,11 +98,12 @@ def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, microbatche
     key = jax.random.fold_in(key, state.step)
     grads, value, metrics = gradient(state.params, batch, key, state.frozen)
     norm = optax.tree.norm(grads)
-    ok = jnp.isfinite(value) & jnp.isfinite(norm) & spikes.usual(state.opt_state, value, norm)
+    some = metrics['targets'] > 0
+    ok = some & jnp.isfinite(value) & jnp.isfinite(norm) & spikes.usual(state.opt_state, value, norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, norm=norm, ok=ok)
     skipped = state.skipped + jnp.where(ok, 0, 1).astype(jnp.int32)
     state = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates),
-                          opt_state=spikes.note(opt_state, value, norm), skipped=skipped)
+                          opt_state=spikes.note(opt_state, jnp.where(some, value, jnp.nan), norm), skipped=skipped)
     return state, metrics | {'objective': value, 'grad_norm': norm, 'skipped': skipped.astype(jnp.float32)}
   return step
 
@@ -117,7 +120,8 @@ def accumulate(loss: Loss, microbatches: int = 1, layout: parallel.Layout = para
   def one(p, frozen, batch, key, weights):
     terms, metrics = terms_of(p, frozen, batch, key)
     weights = layout.total({k: t.weight for k, t in terms.items()}) if weights is None else weights
-    return objective(terms, jax.lax.stop_gradient(weights)), metrics
+    targets = Term(sum(weights.values()), jnp.float32(1))  # of the whole batch, and so the mean of all parts
+    return objective(terms, jax.lax.stop_gradient(weights)), metrics | {'targets': targets}
   value_and_grad = jax.value_and_grad(one, has_aux=True)
 
   def gradient(p, frozen, batch, key, rows_B):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import loop
+from lm import loop, report
 from lm.errors import CheckpointError, ConfigError, Diverged, Interrupted, Preempted
 
 DEVICE_GET = jax.device_get
@@ -108,7 +108,7 @@ class World:
 
 def world(monkeypatch, **fields):
   w = World(**fields)
-  monkeypatch.setattr(loop, 'time', w.clock)
+  monkeypatch.setattr(report, 'time', w.clock)
 
   def device_get(tree):
     w.fetched.append((max(n for n, _ in tree), w.dispatched))

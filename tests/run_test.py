@@ -448,6 +448,17 @@ def test_bad_steps_end_the_run_and_the_good_checkpoint_stays(straight, tmp_path,
   assert {n: row for n, row in exact(tmp_path).items() if n < 7} == {n: r for n, r in exact(want).items() if n < 7}
 
 
+def test_batches_without_targets_are_counted_and_end_the_run(straight, tmp_path, monkeypatch):
+  c, _, _ = straight
+  with tiny.batches_through(monkeypatch, lambda n, b: b.replace(mask_BT=b.mask_BT & False) if n == 3 or n > 6 else b):
+    with pytest.raises(DataError, match='step 11: a batch without targets, or skipped, 5 times in a row') as error:
+      run.run(c, TASK, tmp_path)
+  assert error.value.code == 3
+  rows = {row['step']: row for row in logs.read(tmp_path)}
+  assert [rows[n]['skipped'] for n in (2, 3, 6, 11)] == [0, 1, 1, 6]
+  assert [rows[n]['targets'] > 0 for n in (2, 3, 6, 11)] == [True, False, True, False]
+
+
 def test_single_bad_steps_are_passed_over(straight, tmp_path, monkeypatch):
   c, _, _ = straight
   with tiny.batches_through(monkeypatch, tiny.deaf_from(6, 7)):

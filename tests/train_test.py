@@ -141,12 +141,25 @@ def test_frozen_leaves_have_no_state_and_do_not_move():
   jax.tree.map(np.testing.assert_array_equal, state.frozen, before)
 
 
-def test_a_batch_without_targets_is_no_step_into_nan():
-  batch = dataclasses.replace(make_batch(), mask_BT=jnp.zeros((16, 17), bool))
-  state, losses, norms, _ = steps(CONFIG, 1, batch)
-  assert losses == [0.0]
-  assert norms == [0.0]
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+@pytest.mark.parametrize('microbatches', [1, 4])
+def test_a_batch_without_targets_changes_nothing_but_the_counters(microbatches):
+  c = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, microbatches=microbatches))
+  parts, state = start(c)
+  good, place = make_batch(), sharding.batch_sharding(parts.mesh)
+  of = lambda mask_BT: jax.device_put(dataclasses.replace(good, mask_BT=mask_BT), place)
+  none, few, good = of(jnp.zeros((16, 17), bool)), of(jnp.zeros((16, 17), bool).at[3].set(True)), of(good.mask_BT)
+  with sharding.use(parts.mesh):
+    weight = lambda batch: sum(t.weight for t in pretrain.task(c).loss(train.whole(state), batch, None)[0].values())
+    counts = float(weight(good)), float(weight(few))
+    state, metrics = parts.step(state, good, jax.random.key(0))
+    assert metrics['targets'] == counts[0] > counts[1] > 0
+    before = jax.device_get(state)
+    state, metrics = parts.step(state, none, jax.random.key(0))
+    assert [float(metrics[k]) for k in ('loss', 'objective', 'grad_norm', 'targets', 'skipped')] == [0, 0, 0, 0, 1]
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state), (before.params, before.opt_state))
+    state, metrics = parts.step(state, few, jax.random.key(0))
+  assert [float(metrics[k]) for k in ('targets', 'skipped')] == [counts[1], 1]
+  assert not np.array_equal(state.params['blocks']['attn']['q'], before.params['blocks']['attn']['q'])
 
 
 def test_terms_are_scaled_and_weighted():
