@@ -317,7 +317,7 @@ def test_accumulation_of_static_masks_is_exact(microbatches):
   whole, parts = (jax.jit(train.accumulate(loss, m))(p, inputs, jax.random.key(1)) for m in (1, microbatches))
   for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
     np.testing.assert_allclose(a, b, atol=2e-6)
-  assert set(whole[2]) == {'loss', 'accuracy', 'nsp_loss', 'nsp_accuracy'}
+  assert set(whole[2]) == {'loss', 'accuracy', 'nsp_loss', 'nsp_accuracy', 'targets'}
 
 
 def test_accumulation_of_dynamic_masks_weighs_by_what_was_drawn():
