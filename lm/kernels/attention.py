@@ -20,7 +20,7 @@ from lm.kernels import flash
 
 SMALLEST, MOST = 128, 8  # a block has at least so many queries; there are at most so many blocks, which are unrolled
 KEPT = 16 << 20  # bytes of scores, if they are one block: to keep them saves a CPU a seventh to a third of its time
-CACHE = 1 << 20  # bytes of a block's scores that a CPU core works on at once
+CACHE = 5 << 18  # bytes of a block's scores that a CPU core works on at once
 
 
 def attend(q_BTNH: jax.Array, k_BSKH: jax.Array, v_BSKH: jax.Array, mask: nn.Mask, *,
@@ -66,17 +66,17 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate, kern
 def _forward(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate, kernels):
   arrays = (q_BTNH, k_BSKH, v_BSKH)
   options = dict(static=static, scale=scale, rate=rate)
-  out_BTNH, sums_BTN = _by_parts(functools.partial(_forward_part, **options), static, arrays, segments, keys_BK,
-                                 _kernels(flash.forward, **options) if kernels else None)
-  return out_BTNH, (arrays, out_BTNH, sums_BTN, segments, keys_BK)
+  out_BTNH, sums_BNT = _by_parts(functools.partial(_forward_part, **options), static, arrays, segments, keys_BK,
+                                 _kernels(flash.forward, (4, 3), **options) if kernels else None)
+  return out_BTNH, (arrays, out_BTNH, sums_BNT, segments, keys_BK)
 
 
 def _backward(static, scale, rate, kernels, residuals, g_BTNH):
-  arrays, out_BTNH, sums_BTN, segments, keys_BK = residuals
-  delta_BTN = (g_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32)).sum(-1)
+  arrays, out_BTNH, sums_BNT, segments, keys_BK = residuals
+  delta_BNT = (g_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
   options = dict(static=static, scale=scale, rate=rate)
-  grads = _by_parts(functools.partial(_backward_part, **options), static, (*arrays, g_BTNH, sums_BTN, delta_BTN),
-                    segments, keys_BK, _kernels(flash.backward, **options) if kernels else None)
+  grads = _by_parts(functools.partial(_backward_part, **options), static, (*arrays, g_BTNH, sums_BNT, delta_BNT),
+                    segments, keys_BK, _kernels(flash.backward, (4, 4, 4), **options) if kernels else None)
   return *grads, None, None
 
 
@@ -91,15 +91,16 @@ def _by_parts(f, static, arrays, segments, keys_BK, kernels):
   B, T, K, S = arrays[0].shape[0], arrays[0].shape[1], arrays[1].shape[2], arrays[1].shape[1]
   groups = arrays[0].shape[2] // K
   rows, columns = _blocks(static, T, S)[-1]
-  heads = max(1, CACHE // (4 * groups * (rows.stop - rows.start) * (columns.stop - columns.start)))
-  k = math.gcd(K, heads) if heads < K else K
-  b = max(d for d in range(1, B + 1) if B % d == 0 and d * K <= max(heads, K)) if k == K else 1
+  heads = CACHE // (4 * groups * (rows.stop - rows.start) * (columns.stop - columns.start))
+  most = lambda whole, bound: max(d for d in range(1, whole + 1) if whole % d == 0 and d <= max(bound, 1))
+  k = most(K, heads)
+  b = most(B, heads // K)
   ways = {}
   if sharding.local():  # elsewhere a loop over parts would gather what the mesh keeps apart
-    ways['cpu'] = functools.partial(_mapped, f, b, k)
+    ways['cpu'] = lambda arrays, segments, keys_BK: _mapped(f, b, k, arrays, _seen(static, segments, T, S), keys_BK)
   if kernels is not None and flash.fits(*arrays[:3]) and _places(arrays) is not None:
     ways['cuda'] = kernels
-  whole = lambda arrays, segments, keys_BK: f(arrays, segments, keys_BK)
+  whole = lambda arrays, segments, keys_BK: f(arrays, _seen(static, segments, T, S), keys_BK)
   return jax.lax.platform_dependent(arrays, segments, keys_BK, **ways, default=whole) if ways else whole(
       arrays, segments, keys_BK)
 
@@ -114,8 +115,9 @@ def _places(arrays):
   return (rows, heads) if even else None
 
 
-def _kernels(f, *, static, scale, rate):
-  """`flash.forward` or `backward`; on a mesh, of each device's rows and heads: the compiler cannot divide a kernel."""
+def _kernels(f, outs, *, static, scale, rate):
+  """`flash.forward` or `backward`, whose results have `outs` dimensions; on a mesh, of each device's rows and heads:
+  the compiler cannot divide a kernel."""
   part = lambda arrays, segments, words_BK2: f(arrays, segments, words_BK2, static, scale, rate)
 
   def run(arrays, segments, keys_BK):
@@ -123,45 +125,45 @@ def _kernels(f, *, static, scale, rate):
     if sharding.local():
       return part(arrays, segments, words_BK2)
     rows, heads = _places(arrays)
-    by_head, by_row = PartitionSpec(rows, None, heads), PartitionSpec(rows)
-    parts = jax.shard_map(part, mesh=jax.sharding.get_abstract_mesh(), axis_names={*rows, *heads},
-                          in_specs=(by_head, by_row, PartitionSpec(rows, heads)), out_specs=by_head, check_vma=False)
+    by_row, by_head = PartitionSpec(rows), {3: PartitionSpec(rows, heads), 4: PartitionSpec(rows, None, heads)}
+    parts = jax.shard_map(part, mesh=jax.sharding.get_abstract_mesh(), axis_names={*rows, *heads}, check_vma=False,
+                          in_specs=(tuple(by_head[x.ndim] for x in arrays), by_row, by_head[3]),
+                          out_specs=tuple(by_head[dimensions] for dimensions in outs))
     return parts(arrays, segments, words_BK2)
   return run
 
 
-def _mapped(f, b, k, arrays, segments, keys_BK):
+def _mapped(f, b, k, arrays, seen, keys_BK):
   B, K = arrays[0].shape[0], arrays[1].shape[2]
   shape = (B // b, K // k)
 
   def part(ij):
     i, j = ij // shape[1], ij % shape[1]
-    cut = lambda x: jax.lax.dynamic_slice_in_dim(
-        jax.lax.dynamic_slice_in_dim(x, i * b, b, 0), j * (x.shape[2] // shape[1]), x.shape[2] // shape[1], 2)
-    rows = lambda x: jax.lax.dynamic_slice_in_dim(x, i * b, b, 0)
+    rows = lambda x: jax.lax.dynamic_slice_in_dim(x, i * b, b, 0) if len(x) > 1 else x
+    heads = lambda x, n: jax.lax.dynamic_slice_in_dim(x, j * n, n, x.ndim - 2)  # the last dimension but one
+    cut = lambda x: heads(rows(x), x.shape[-2] // shape[1])
     keys = None if keys_BK is None else jax.lax.dynamic_slice_in_dim(rows(keys_BK), j * k, k, 1)
-    return f(jax.tree.map(cut, arrays), jax.tree.map(rows, segments), keys)
+    return f(jax.tree.map(cut, arrays), jax.tree.map(rows, seen), keys)
   if shape == (1, 1):
-    return f(arrays, segments, keys_BK)
+    return f(arrays, seen, keys_BK)
   outs = jax.lax.map(part, jnp.arange(shape[0] * shape[1]))
 
-  def whole(x):  # [parts, b, T, n, ...] -> [B, T, N, ...]
-    x = x.reshape(*shape, *x.shape[1:])
-    return jnp.moveaxis(x, 1, 3).reshape(B, x.shape[3], -1, *x.shape[5:])
+  def whole(x):  # [parts, b, ..., n, last] -> [B, ..., N, last]
+    x = jnp.moveaxis(x.reshape(*shape, *x.shape[1:]), 1, -3)
+    return x.reshape(B, *x.shape[2:-3], -1, x.shape[-1])
   return jax.tree.map(whole, outs)
 
 
-def _forward_part(arrays, segments, keys_BK, *, static, scale, rate):
-  """(out [B, T, N, H], log-sum-exp of the logits [B, T, N])."""
+def _forward_part(arrays, seen, keys_BK, *, static, scale, rate):
+  """(out [B, T, N, H], log-sum-exp of the logits [B, N, T])."""
   q_BTNH, k_BKSH, v_BKSH = arrays[0], _heads_first(arrays[1]), _heads_first(arrays[2])
-  mask = static.replace(q_segments_BT=segments[0], k_segments_BS=segments[1])
   outs, sums = [], []
-  for i, (rows, columns) in enumerate(_blocks(mask, q_BTNH.shape[1], k_BKSH.shape[2])):
+  for i, (rows, columns) in enumerate(_blocks(static, q_BTNH.shape[1], k_BKSH.shape[2])):
     q_BKXH = _group(q_BTNH[:, rows] * scale, k_BKSH.shape[1])
     logits_BKXs = _product('BKXH,BKSH->BKXS', q_BKXH, k_BKSH[:, :, columns])
-    visible = _visible(mask, rows, columns, q_BTNH.shape[2] // k_BKSH.shape[1])
-    if visible is not None:
-      logits_BKXs = jnp.where(visible, logits_BKXs, nn.NEVER)
+    if seen[i] is not None:
+      shape = *logits_BKXs.shape[:2], -1, *seen[i].shape[1:]  # [B, K, G, t, s]
+      logits_BKXs = jnp.where(seen[i][:, None, None], logits_BKXs.reshape(shape), nn.NEVER).reshape(logits_BKXs.shape)
     top_BKX1 = logits_BKXs.max(-1, keepdims=True)
     p_BKXs = jnp.exp(logits_BKXs - top_BKX1)
     sum_BKX1 = p_BKXs.sum(-1, keepdims=True)
@@ -170,36 +172,35 @@ def _forward_part(arrays, segments, keys_BK, *, static, scale, rate):
     p_BKXs = p_BKXs.astype(v_BKSH.dtype)
     x_BKXH = _product('BKXS,BKSH->BKXH', p_BKXs, v_BKSH[:, :, columns]) / sum_BKX1
     outs.append(_ungroup(x_BKXH, rows).astype(v_BKSH.dtype))
-    sums.append(_ungroup(top_BKX1 + jnp.log(sum_BKX1), rows)[..., 0])
-  return jnp.concatenate(outs, axis=1), jnp.concatenate(sums, axis=1)
+    sums.append((top_BKX1 + jnp.log(sum_BKX1)).reshape(q_BTNH.shape[0], q_BTNH.shape[2], -1))
+  return jnp.concatenate(outs, axis=1), jnp.concatenate(sums, axis=2)
 
 
-def _backward_part(arrays, segments, keys_BK, *, static, scale, rate):
+def _backward_part(arrays, seen, keys_BK, *, static, scale, rate):
   """Gradients of q, k, v. Scores are formed transposed, [keys, queries]: fewer products of them need a transpose."""
-  q_BTNH, k_BSKH, v_BSKH, g_BTNH, sums_BTN, delta_BTN = arrays
+  q_BTNH, k_BSKH, v_BSKH, g_BTNH, sums_BNT, delta_BNT = arrays
   k_BKSH, v_BKSH = _heads_first(k_BSKH), _heads_first(v_BSKH)
-  mask = static.replace(q_segments_BT=segments[0], k_segments_BS=segments[1])
   # Sharding is stated, as the compiler would keep these sums whole on every device.
   zeros = sharding.constrain(jnp.zeros(k_BKSH.shape, jnp.float32), 'batch', 'kv_heads', 'length', 'head_dim')
   dk_BKSH = dv_BKSH = zeros
   dqs = []
-  for i, (rows, columns) in enumerate(_blocks(mask, q_BTNH.shape[1], k_BKSH.shape[2])):
+  for i, (rows, columns) in enumerate(_blocks(static, q_BTNH.shape[1], k_BKSH.shape[2])):
     k_BKsH, v_BKsH = k_BKSH[:, :, columns], v_BKSH[:, :, columns]
-    q_BKXH, g_BKXH, sums_BKX1, delta_BKX1 = (
-        _group(x[:, rows], k_BKSH.shape[1])
-        for x in (q_BTNH * scale, g_BTNH, sums_BTN[..., None], delta_BTN[..., None]))
+    q_BKXH, g_BKXH = (_group(x[:, rows], k_BKSH.shape[1]) for x in (q_BTNH * scale, g_BTNH))
     logits_BKsX = _product('BKSH,BKXH->BKSX', k_BKsH, q_BKXH)
-    p_BKsX = jnp.exp(logits_BKsX - sums_BKX1.swapaxes(2, 3))
-    visible = _visible(mask, rows, columns, q_BTNH.shape[2] // k_BKSH.shape[1])
-    if visible is not None:
-      p_BKsX = jnp.where(visible.swapaxes(2, 3), p_BKsX, 0.0)
-    dp_BKsX = _product('BKSH,BKXH->BKSX', v_BKsH, g_BKXH)
-    kept_BKsX = p_BKsX
+    shape = *logits_BKsX.shape[:3], q_BTNH.shape[2] // k_BKSH.shape[1], rows.stop - rows.start  # [B, K, s, G, t]
+    sums_BK1Gt, delta_BK1Gt = (x[:, :, rows].reshape(*shape[:2], 1, *shape[3:]) for x in (sums_BNT, delta_BNT))
+    p_BKsGt = jnp.exp(logits_BKsX.reshape(shape) - sums_BK1Gt)
+    if seen[i] is not None:
+      p_BKsGt = jnp.where(_by_key(seen[i]), p_BKsGt, 0.0)
+    dp_BKsGt = _product('BKSH,BKXH->BKSX', v_BKsH, g_BKXH).reshape(shape)
+    kept_BKsGt = p_BKsGt
     if keys_BK is not None:
-      keep = _keep(keys_BK, i, p_BKsX.swapaxes(2, 3).shape, rate).swapaxes(2, 3)
-      kept_BKsX, dp_BKsX = p_BKsX * keep, dp_BKsX * keep
-    ds_BKsX = (p_BKsX * (dp_BKsX - delta_BKX1.swapaxes(2, 3))).astype(q_BKXH.dtype)
-    dv_BKSH = dv_BKSH.at[:, :, columns].add(_product('BKSX,BKXH->BKSH', kept_BKsX.astype(g_BKXH.dtype), g_BKXH))
+      keep = _keep(keys_BK, i, logits_BKsX.swapaxes(2, 3).shape, rate).swapaxes(2, 3).reshape(shape)
+      kept_BKsGt, dp_BKsGt = p_BKsGt * keep, dp_BKsGt * keep
+    kept_BKsX = kept_BKsGt.astype(g_BKXH.dtype).reshape(logits_BKsX.shape)
+    ds_BKsX = (p_BKsGt * (dp_BKsGt - delta_BK1Gt)).astype(q_BKXH.dtype).reshape(logits_BKsX.shape)
+    dv_BKSH = dv_BKSH.at[:, :, columns].add(_product('BKSX,BKXH->BKSH', kept_BKsX, g_BKXH))
     dk_BKSH = dk_BKSH.at[:, :, columns].add(_product('BKSX,BKXH->BKSH', ds_BKsX, q_BKXH))
     dqs.append(_ungroup(_product('BKSX,BKSH->BKXH', ds_BKsX, k_BKsH) * scale, rows))
   grads = jnp.concatenate(dqs, axis=1), _heads_first(dk_BKSH), _heads_first(dv_BKSH)
@@ -221,12 +222,12 @@ def _short(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate):
 
 def _short_forward(q_BTNH, k_BSKH, v_BSKH, segments, keys_BK, static, scale, rate):
   (B, T, N, _), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
-  mask = static.replace(q_segments_BT=segments[0], k_segments_BS=segments[1])
   q_BKXH, k_BKSH, v_BKHS = _group(q_BTNH * scale, K), _heads_first(k_BSKH), _heads_first(v_BSKH).swapaxes(2, 3)
   logits_BKSX = _product('BKSH,BKXH->BKSX', k_BKSH, q_BKXH)
-  visible = _visible(mask, slice(0, T), slice(0, S), N // K)
-  if visible is not None:
-    logits_BKSX = jnp.where(visible.swapaxes(2, 3), logits_BKSX, nn.NEVER)
+  (seen_BTS,) = _seen(static, segments, T, S)
+  if seen_BTS is not None:
+    logits_BKSGT = logits_BKSX.reshape(B, K, S, N // K, T)
+    logits_BKSX = jnp.where(_by_key(seen_BTS), logits_BKSGT, nn.NEVER).reshape(logits_BKSX.shape)
   p_BKSX = jax.nn.softmax(logits_BKSX, axis=2)
   keep = None if keys_BK is None else _keep(keys_BK, 0, (B, K, N // K * T, S), rate).swapaxes(2, 3)
   out_BKHX = _product('BKHS,BKSX->BKHX', v_BKHS, _kept(p_BKSX, keep))
@@ -272,17 +273,25 @@ def _group(x_BtNH, K):
 
 def _ungroup(x_BKXH, rows):
   """Inverse of `_group`."""
-  B, K, X, H = x_BKXH.shape
-  t = rows.stop - rows.start
+  (B, K, X, H), t = x_BKXH.shape, rows.stop - rows.start
   if X == t:
     return _heads_first(x_BKXH)
   return x_BKXH.reshape(B, K, X // t, t, H).transpose(0, 3, 1, 2, 4).reshape(B, t, K * X // t, H)
 
 
-def _visible(mask, rows, columns, groups):
-  """bool [B or 1, 1, X, s], or None where all is visible."""
-  seen_Bts = mask.block(rows, columns)
-  return None if seen_Bts is None else jnp.tile(seen_Bts, (1, groups, 1))[:, None]
+def _seen(static, segments, T, S):
+  """Of each block bool [B or 1, t, s], which keys a query sees, or None where it sees all.
+
+  What loops over parts do with scores XLA vectorises on a CPU only if this is formed before, and no dimension of the
+  scores stands for two, such as X.
+  """
+  mask = static.replace(q_segments_BT=segments[0], k_segments_BS=segments[1])
+  return [mask.block(rows, columns) for rows, columns in _blocks(mask, T, S)]
+
+
+def _by_key(seen_Bts):
+  """[B, t, s] -> [B, 1, s, 1, t], for scores [B, K, s, G, t]."""
+  return seen_Bts.swapaxes(1, 2)[:, None, :, None]
 
 
 def _keep(keys_BK, i, shape, rate):

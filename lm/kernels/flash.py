@@ -91,14 +91,14 @@ def _attend(q_BTNH, k_BSKH, v_BSKH, segments, words_BK2, options):
 
 def _attend_forward(q_BTNH, k_BSKH, v_BSKH, segments, words_BK2, options):
   arrays = q_BTNH, k_BSKH, v_BSKH
-  out_BTNH, sums_BTN = forward(arrays, segments, words_BK2, *options)
-  return out_BTNH, (arrays, out_BTNH, sums_BTN, segments, words_BK2)
+  out_BTNH, sums_BNT = forward(arrays, segments, words_BK2, *options)
+  return out_BTNH, (arrays, out_BTNH, sums_BNT, segments, words_BK2)
 
 
 def _attend_backward(options, residuals, g_BTNH):
-  arrays, out_BTNH, sums_BTN, segments, words_BK2 = residuals
-  delta_BTN = (g_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32)).sum(-1)
-  return *backward((*arrays, g_BTNH, sums_BTN, delta_BTN), segments, words_BK2, *options), None, None
+  arrays, out_BTNH, sums_BNT, segments, words_BK2 = residuals
+  delta_BNT = (g_BTNH.astype(jnp.float32) * out_BTNH.astype(jnp.float32)).sum(-1).swapaxes(1, 2)
+  return *backward((*arrays, g_BTNH, sums_BNT, delta_BNT), segments, words_BK2, *options), None, None
 
 
 _attend.defvjp(_attend_forward, _attend_backward)
@@ -108,34 +108,32 @@ _attend.defvjp(_attend_forward, _attend_backward)
 def forward(arrays: tuple[jax.Array, ...], segments: tuple[jax.Array | None, ...], words_BK2: jax.Array | None,
             static: nn.Mask, scale: float, rate: float, sizes: Tiles | None = None, interpret: bool = False
             ) -> tuple[jax.Array, jax.Array]:
-  """(out [B, T, N, H], log-sum-exp of the logits f32 [B, T, N]) of arrays q_BTNH, k_BSKH, v_BSKH."""
+  """(out [B, T, N, H], log-sum-exp of the logits f32 [B, N, T]) of arrays q_BTNH, k_BSKH, v_BSKH."""
   q_BTNH, k_BSKH, v_BSKH = arrays
   B, T, N, H = q_BTNH.shape
   sizes = tiles(H, q_BTNH.dtype) if sizes is None else sizes
   c, inputs, specs = _setting(sizes.forward, dict(q=q_BTNH, k=k_BSKH, v=v_BSKH), segments, words_BK2, static, scale,
                               rate, by_keys=False)
-  out_BTNH, sums_BNT = pl.pallas_call(
+  return pl.pallas_call(
       functools.partial(flash_kernels.forward, c=c), grid=(pl.cdiv(T, c.queries), N, B), in_specs=[specs],
-      out_specs=[specs['q'], pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0))],
-      out_shape=[jax.ShapeDtypeStruct((B, T, N, H), v_BSKH.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)],
+      out_specs=(specs['q'], pl.BlockSpec((None, None, T), lambda i, n, b: (b, n, 0))),
+      out_shape=(jax.ShapeDtypeStruct((B, T, N, H), v_BSKH.dtype), jax.ShapeDtypeStruct((B, N, T), jnp.float32)),
       compiler_params=_params(sizes.forward), interpret=interpret, name=_name('forward', 2, B, N, H, c))(inputs)
-  return out_BTNH, sums_BNT.swapaxes(1, 2)
 
 
 @functools.partial(jax.jit, static_argnums=(3, 4, 5, 6, 7))
 def backward(arrays: tuple[jax.Array, ...], segments: tuple[jax.Array | None, ...], words_BK2: jax.Array | None,
              static: nn.Mask, scale: float, rate: float, sizes: Tiles | None = None, interpret: bool = False
              ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Gradients of q, k and v, from arrays q_BTNH, k_BSKH, v_BSKH, g_BTNH, sums_BTN, delta_BTN.
+  """Gradients of q, k and v, from arrays q_BTNH, k_BSKH, v_BSKH, g_BTNH, sums_BNT, delta_BNT.
 
   g is the gradient of the output, delta its product with the output, summed over H, and sums the log-sum-exp.
   """
-  q_BTNH, k_BSKH, v_BSKH, g_BTNH, sums_BTN, delta_BTN = arrays
+  q_BTNH, k_BSKH, v_BSKH, g_BTNH, sums_BNT, delta_BNT = arrays
   B, T, N, H = q_BTNH.shape
   S, K = k_BSKH.shape[1:3]
   sizes = tiles(H, q_BTNH.dtype) if sizes is None else sizes
-  arrays = dict(q=q_BTNH, k=k_BSKH, v=v_BSKH, g=g_BTNH.astype(q_BTNH.dtype), sums=sums_BTN.swapaxes(1, 2),
-                delta=delta_BTN.swapaxes(1, 2))
+  arrays = dict(q=q_BTNH, k=k_BSKH, v=v_BSKH, g=g_BTNH.astype(q_BTNH.dtype), sums=sums_BNT, delta=delta_BNT)
   setting = functools.partial(_setting, arrays=arrays, segments=segments, words_BK2=words_BK2, static=static,
                               scale=scale, rate=rate)
   shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
