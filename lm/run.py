@@ -23,6 +23,7 @@ from lm import (
   checkpoint as checkpoint_lib,
   config,
   evaluate,
+  host,
   logs,
   loop as loop_lib,
   optim as optim_lib,
@@ -167,11 +168,12 @@ def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Par
   trainable = optim_lib.trainable_mask(dataclasses.replace(c.optim, freeze=freeze), task.specs)
   places = train.shardings(task.specs, tx, trainable, mesh, c.mesh.zero, task.around.carry)
   layout = parallel.layout(mesh, c.mesh, task.specs, trainable)
-  step = jax.jit(train.make_step(task.loss, tx, c.optim.microbatches, layout), donate_argnums=0,
-                 out_shardings=(places, None))
+  jit = functools.partial(jax.jit, compiler_options=host.compiler_options(mesh.devices.flat[0].platform,
+                                                                  params.count(task.specs)))
+  step = jit(train.make_step(task.loss, tx, c.optim.microbatches, layout), donate_argnums=0,
+             out_shardings=(places, None))
   metrics = train.make_eval(task.eval_loss, layout)
-  evaluate = jax.jit(lambda state, *rest: metrics(train.averaged(state), *rest),
-                     out_shardings=sharding.replicated(mesh))
+  evaluate = jit(lambda state, *rest: metrics(train.averaged(state), *rest), out_shardings=sharding.replicated(mesh))
   return Parts(mesh, tx, trainable, places, step, evaluate)
 
 

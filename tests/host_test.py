@@ -5,8 +5,13 @@ import pathlib
 import subprocess
 import sys
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
+
+from lm import host
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -44,7 +49,7 @@ def test_that_the_allocator_would_give_it_back_otherwise():
 
 
 def test_a_programs_temporaries_are_not_faulted_in_again():
-  """They lie in the main thread's arena: another's gives pieces of 64 MiB back."""
+  """They lie in the main thread's arena: another's gives pieces of 64 MiB back. A few of the first calls may fault."""
   program = """
 import ctypes, resource, sys
 from lm import host
@@ -57,7 +62,7 @@ def faults():
   before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
   jax.block_until_ready(f(x))
   return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(sorted(faults() for _ in range(9))[4], hasattr(ctypes.CDLL(None), 'mallopt'))
+print(sorted([faults() for _ in range(40)][10:])[15], hasattr(ctypes.CDLL(None), 'mallopt'))
 """
   counts = {}
   for how in ('keep', 'leave'):
@@ -126,3 +131,40 @@ def test_another_seed_compiles_nothing_and_a_torn_program_is_made_anew(tmp_path)
   for path in kept:
     path.write_bytes(path.read_bytes()[:1000])
   train(2)
+
+
+INTEL = ['vendor_id\t: GenuineIntel']
+
+
+@pytest.mark.parametrize(('platform', 'parameters', 'cpu', 'flags', 'eigen'), [
+    ('cpu', 10_000_000, INTEL, '', True),
+    ('cpu', 1_000_000, INTEL, '', False),
+    ('cpu', 10_000_000, ['vendor_id\t: AuthenticAMD'], '', False),
+    ('gpu', 10_000_000, INTEL, '', False),
+    ('cpu', 10_000_000, INTEL, '--xla_cpu_experimental_ynn_fusion_type=LIBRARY_FUSION_TYPE_DOT', False)])
+def test_whose_products_a_large_model_takes(platform, parameters, cpu, flags, eigen, monkeypatch):
+  monkeypatch.setattr(host, '_cpuinfo', lambda: cpu)
+  monkeypatch.setattr(host, '_understood', lambda option: dict([option]))
+  monkeypatch.setenv('XLA_FLAGS', flags)
+  host._is_intel.cache_clear()
+  try:
+    assert bool(host.compiler_options(platform, parameters)) == eigen
+  finally:
+    host._is_intel.cache_clear()
+
+
+def test_an_option_that_this_xla_does_not_know_is_left_out():
+  assert host._understood(('xla_cpu_no_such_option', 'true')) == {}
+  assert host._understood(('xla_backend_optimization_level', '1'))
+
+
+def test_products_of_both_libraries_agree_and_a_traced_program_takes_the_option():
+  """A step and an evaluation are also traced for their shapes."""
+  options = host._understood((host._YNNPACK, 'LIBRARY_FUSION_TYPE_REDUCE'))
+  if not options:
+    pytest.skip('this XLA has no YNNPACK')
+  a, b = jax.random.normal(jax.random.key(0), (2, 64, 64))
+  theirs, ours = jax.jit(jnp.matmul), jax.jit(jnp.matmul, compiler_options=options)
+  assert jax.eval_shape(ours, a, b).shape == (64, 64)
+  assert 'ynn' not in ours.lower(a, b).compile().as_text()
+  np.testing.assert_allclose(ours(a, b), theirs(a, b), rtol=1e-4, atol=1e-4)
