@@ -62,8 +62,8 @@ def compiler_options(platform: str, parameters: int) -> dict[str, str]:
   """Compiler options for a program that trains so many parameters on a platform: whose products of matrices it uses.
 
   XLA on a CPU leaves products and reductions to YNNPACK. On Intel's processors Eigen's products make a step of a large
-  model a tenth shorter; of a small one they make it no shorter, and YNNPACK's reductions are better at any size. A
-  choice in XLA_FLAGS stands.
+  model a tenth shorter; of a small one they make it no shorter, and YNNPACK's reductions are better at any size. It is
+  not timed: a run that resumes must have the same bits. A choice in XLA_FLAGS stands.
   """
   large = parameters >= 1 << 23
   if platform != 'cpu' or not large or not _is_intel() or _YNNPACK in os.environ.get('XLA_FLAGS', ''):

@@ -168,8 +168,8 @@ def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Par
   trainable = optim_lib.trainable_mask(dataclasses.replace(c.optim, freeze=freeze), task.specs)
   places = train.shardings(task.specs, tx, trainable, mesh, c.mesh.zero, task.around.carry)
   layout = parallel.layout(mesh, c.mesh, task.specs, trainable)
-  jit = functools.partial(jax.jit, compiler_options=host.compiler_options(mesh.devices.flat[0].platform,
-                                                                  params.count(task.specs)))
+  options = host.compiler_options(mesh.devices.flat[0].platform, params.count(task.specs))
+  jit = functools.partial(jax.jit, compiler_options=options)
   step = jit(train.make_step(task.loss, tx, c.optim.microbatches, layout), donate_argnums=0,
              out_shardings=(places, None))
   metrics = train.make_eval(task.eval_loss, layout)

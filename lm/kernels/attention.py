@@ -283,7 +283,7 @@ def _seen(static, segments, T, S):
   """Of each block bool [B or 1, t, s], which keys a query sees, or None where it sees all.
 
   What loops over parts do with scores XLA vectorises on a CPU only if this is formed before, and no dimension of the
-  scores stands for two, such as X.
+  scores stands for two, such as X. For that up to [B, T, S] bytes are held, of all heads and layers the same.
   """
   mask = static.replace(q_segments_BT=segments[0], k_segments_BS=segments[1])
   return [mask.block(rows, columns) for rows, columns in _blocks(mask, T, S)]
