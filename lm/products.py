@@ -23,7 +23,26 @@ _MANY = 4  # rows to each of a weight's own, so that copies of weights cost noth
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def product(equation: str, x: jax.Array, w: jax.Array) -> jax.Array:
   """einsum(equation, x, w) in x's dtype, for equations such as 'BTD,DNH->BTNH'."""
-  return jnp.einsum(equation, x, w.astype(x.dtype))
+  return _contracted(equation, x, w.astype(x.dtype))
+
+
+def _contracted(equation, a, b):
+  """The product over the dimensions that both have, a's last and b's first or last: a's other dimensions, then b's.
+
+  On one device as a product with a matrix. Einsum contracts over dimensions in the order of their names, for
+  'BTNH,NHD->BTD' H, N; XLA on a CPU copies both operands transposed for that, and b where it has more than two.
+  """
+  names = equation.split('->')[0].split(',')
+  shared = [axis for axis in names[1] if axis in names[0]]
+  n, start = len(shared), names[1].index(shared[0]) if shared else 0
+  if not sharding.local():
+    dims = range(a.ndim - n, a.ndim), range(start, start + n)
+    return jax.lax.dot_general(a, b, (dims, ((), ())))
+  rows, columns = a.shape[:a.ndim - n], (*b.shape[:start], *b.shape[start + n:])
+  inner = math.prod(a.shape[a.ndim - n:])
+  b = b.reshape((-1, inner) if start else (inner, -1))
+  y = jax.lax.dot_general(a.reshape(*rows, inner), b, (((len(rows),), (1 if start else 0,)), ((), ())))
+  return y.reshape(*rows, *columns)
 
 
 def _backward(equation, residuals, g):
@@ -35,7 +54,7 @@ def _backward(equation, residuals, g):
   x, w = residuals
   (x_axes, w_axes), out = equation.split('->')[0].split(','), equation.split('->')[1]
   g = jax.lax.optimization_barrier(g)
-  dx = jnp.einsum(f'{out},{w_axes}->{x_axes}', g, w.astype(x.dtype))
+  dx = _contracted(f'{out},{w_axes}', g, w.astype(x.dtype))
   inner = sum(axis in x_axes for axis in w_axes)
   rows = lambda a, columns: a.reshape(-1, math.prod(columns))
   dw = jax.lax.dot_general(rows(x, w.shape[:inner]), rows(g, w.shape[inner:]), (((0,), (0,)), ((), ())),
@@ -54,7 +73,7 @@ def products(equations: Sequence[str], x: jax.Array, ws: Sequence[jax.Array]) ->
   sum. Where weights are divided over devices, each device has a part of the derivative by x from each weight; these are
   summed before devices add theirs up: one array is sent and not one a weight.
   """
-  return tuple(jnp.einsum(equation, x, w.astype(x.dtype)) for w, equation in zip(ws, equations, strict=True))
+  return tuple(_contracted(equation, x, w.astype(x.dtype)) for w, equation in zip(ws, equations, strict=True))
 
 
 def _small(x, ws):

@@ -50,3 +50,16 @@ def test_the_derivative_joins_weights_where_products_are_small_and_rows_are_many
     program = both(lambda x, ws: products.products(EQUATIONS, x, ws), *args)
     assert program.as_text().count(' dot(') == expected
     assert sum(hlo.flops(program.as_text()).values()) == 3 * 2 * args[0].size * sum(w[0].size for w in args[1])
+
+
+@pytest.mark.parametrize('equation, x, w', [('BTD,DNH->BTNH', (4, 32, 16), (16, 4, 8)),
+                                            ('BTNH,NHD->BTD', (4, 32, 4, 8), (4, 8, 16)),
+                                            ('BTD,D->BT', (4, 32, 16), (16,))])
+def test_a_product_is_einsum_and_nothing_is_copied_transposed(equation, x, w):
+  x, w = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate((x, w)))
+  g = jax.random.normal(jax.random.key(2), jnp.einsum(equation, x, w).shape)
+  program = both(lambda x, w: products.product(equation, x, w), x, w, g)
+  expected = both(lambda x, w: jnp.einsum(equation, x, w), x, w, g)
+  for a, b in zip(jax.tree.leaves(program(x, w, g)), jax.tree.leaves(expected(x, w, g)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+  assert not [line for line in program.as_text().split('\n') if ' transpose(' in line]
