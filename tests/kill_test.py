@@ -168,7 +168,9 @@ def test_sigterm_before_and_while_compiling(trainer, straight, tmp_path, moment)
   process.send_signal(signal.SIGTERM)
   _, err = process.communicate()
   assert process.returncode == 75, err
-  assert err.startswith('error: SIGTERM: ') and err.count('\n') == 1
+  assert err.split('\n')[-2].startswith('error: SIGTERM: ')
+  # Python drops what is raised while it collects garbage, and says so; then, too, the run stops after step 1.
+  assert err.count('\n') == 1 or err.startswith('Exception ignored in: <function _xla_gc_callback'), err
   if moment == 'tensorboard':
     assert checkpoint.steps(tmp_path / 'checkpoints') == [1]
   assert trainer.run(tmp_path)[0] == 0
