@@ -1,6 +1,7 @@
 """Cross-entropy in chunks and the autoregressive loss, against the formulas written out in numpy."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ from marks import few
 import numpy as np
 import pytest
 
+from lm import hlo
 from lm.data.packing import Batch
 from lm.errors import ConfigError
 from lm.kernels.cross_entropy import weighted_nll
@@ -96,9 +98,17 @@ def test_no_array_of_length_times_vocabulary():
     assert max(sizes) >= v * d  # the weights themselves: the text was read
 
 
-def _shapes(hlo):
-  import re
-  return re.findall(r'f32\[([0-9,]+)\]', hlo)
+@pytest.mark.parametrize('chunk, positions', [(1000, 64), (4 * 21, 64), (4 * 25, 66)])
+def test_chunks_are_of_equal_length(chunk, positions):
+  """21 positions at a time would make 84 of 64."""
+  b, t, d, v = 4, 64, 16, 48
+  program = jax.jit(lambda x, w: weighted_nll(x, w, jnp.zeros((b, t), jnp.int32), jnp.ones((b, t)), chunk)[0])
+  text = program.lower(jnp.ones((b, t, d)), jnp.ones((v, d))).compile().as_text()
+  assert sum(hlo.flops(text).values()) == 2 * b * positions * d * v
+
+
+def _shapes(text):
+  return re.findall(r'f32\[([0-9,]+)\]', text)
 
 
 def batch_of(ids, segments, mask):

@@ -68,7 +68,10 @@ def token_logprobs(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, chu
 
 
 def _columns(x_BTD, chunk):
-  return max(1, min(chunk // x_BTD.shape[0], x_BTD.shape[1]))
+  """The length of a chunk: no more chunks than must be, of equal length as far as that goes."""
+  T = x_BTD.shape[1]
+  most = max(1, min(chunk // x_BTD.shape[0], T))
+  return -(-T // -(-T // most))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
