@@ -35,6 +35,8 @@ def _contracted(equation, a, b):
   names = equation.split('->')[0].split(',')
   shared = [axis for axis in names[1] if axis in names[0]]
   n, start = len(shared), names[1].index(shared[0]) if shared else 0
+  if not names[0].endswith(''.join(shared)) or start not in (0, b.ndim - n):
+    raise ValueError(f'{equation}: expected "batch in, in out -> batch out"')
   if not sharding.local():
     dims = range(a.ndim - n, a.ndim), range(start, start + n)
     return jax.lax.dot_general(a, b, (dims, ((), ())))

@@ -63,3 +63,10 @@ def test_a_product_is_einsum_and_nothing_is_copied_transposed(equation, x, w):
   for a, b in zip(jax.tree.leaves(program(x, w, g)), jax.tree.leaves(expected(x, w, g)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
   assert not [line for line in program.as_text().split('\n') if ' transpose(' in line]
+
+
+@pytest.mark.parametrize('equation', ['BDT,DF->BTF', 'BTHN,NHD->BTD', 'BTD,FDG->BTFG'])
+def test_dimensions_in_another_order_are_refused(equation):
+  x, w = (jnp.ones((2,) * len(axes)) for axes in equation.split('->')[0].split(','))
+  with pytest.raises(ValueError, match='expected "batch in, in out'):
+    products.product(equation, x, w)
