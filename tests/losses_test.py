@@ -107,6 +107,17 @@ def test_chunks_are_of_equal_length(chunk, positions):
   assert sum(hlo.flops(text).values()) == 2 * b * positions * d * v
 
 
+@pytest.mark.parametrize('chunk', [1000, 128])
+def test_nothing_of_the_size_of_logits_is_copied(chunk):
+  """XLA on a CPU makes operands of other forms of these three products anew, transposed."""
+  b, t, d, v = 4, 64, 16, 48
+  loss = lambda x, w: weighted_nll(x, w, jnp.zeros((b, t), jnp.int32), jnp.ones((b, t)), chunk)[0]
+  text = jax.jit(jax.grad(loss, (0, 1))).lower(jnp.ones((b, t, d)), jnp.ones((v, d))).compile().as_text()
+  rows = min(chunk, b * t)
+  assert f'f32[{v},{rows}]' in text and f'f32[{rows},{v}]' not in text
+  assert not re.findall(rf'f32\[(?:{v},{d}|{d},{v})\]\S* (?:copy|transpose)\(', text)
+
+
 def _shapes(text):
   return re.findall(r'f32\[([0-9,]+)\]', text)
 

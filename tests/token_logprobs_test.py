@@ -76,7 +76,7 @@ def test_before_the_start_nothing_is_scored():
   for got, want in zip(*(jax.grad(weighed(f, cotangents), (0, 1))(x, w) for f in (part, whole)), strict=True):
     np.testing.assert_allclose(got, want, atol=3e-5)
   text = jax.jit(jax.grad(weighed(part, cotangents), (0, 1))).lower(x, w).compile().as_text()
-  assert f'f32[{B},4,{V}]' in text and f'f32[{B},{T},{V}]' not in text
+  assert f'f32[{V},{B * 4}]' in text and f'f32[{V},{B * T}]' not in text
 
 
 def test_known_distributions():
