@@ -4,13 +4,14 @@
 in. Shapes: D embed, R rank or width of a bottleneck, P virtual positions, V vocabulary, E width of the embedding.
 """
 
+import functools
 from typing import Any
 
 from flax import struct
 import jax
 import jax.numpy as jnp
 
-from lm import nn
+from lm import nn, products, sharding
 
 
 @struct.dataclass
@@ -88,12 +89,49 @@ class Mixed:
 
 @nn.dot.register
 def _dot_lora(w: Lora, x: jax.Array, equation: str, key: nn.Key | None = None) -> jax.Array:
+  apart = lambda w, x: _apart(equation, w, x, key)
+  if not _mergeable(w, x, key):
+    return apart(w, x)
+  return jax.lax.platform_dependent(w, x, cpu=functools.partial(_merged, equation), default=apart)
+
+
+def _apart(equation, w, x, key):
   terms, out = equation.split('->')
   x_dims, w_dims = terms.split(',')
   inner, outer = (''.join(d for d in w_dims if (d in out) == side) for side in (False, True))
   thin = ''.join(d for d in x_dims if d not in inner) + 'r'
   h = nn.dot(w.lora_a, nn.dropout(x, w.rate, key), f'{x_dims},{inner}r->{thin}')
   return nn.dot(w.w, x, equation) + nn.dot(w.lora_b, h * w.scale, f'{thin},r{outer}->{out}')
+
+
+def _mergeable(w, x, key):
+  """Is w + scale * a b, formed once a step, exact, and less work than products of every row with thin matrices?
+
+  Only in f32, where a CPU rounds no operand: a sum in bfloat16 would lose what is learned.
+  """
+  if not (isinstance(w.w, jax.Array) and x.dtype == w.w.dtype == jnp.float32 and sharding.local()):
+    return False
+  inputs, outputs = w.lora_a.size // w.lora_a.shape[-1], w.lora_b.size // w.lora_b.shape[0]
+  return (key is None or not w.rate) and x.size // inputs >= min(inputs, outputs)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _merged(equation, w, x):
+  return products.product(equation, x, lora_weight(w))
+
+
+def _merged_backward(equation, residuals, g):
+  w, x = residuals
+  dx, dw = products.backward(equation, (x, lora_weight(w)), g)
+  R = w.lora_b.shape[0]
+  a_DR, b_RF = w.lora_a.reshape(-1, R), w.lora_b.reshape(R, -1)
+  x_XD, g_XF = x.reshape(-1, a_DR.shape[0]), g.reshape(-1, b_RF.shape[1])
+  da_DR = products.over_rows(x_XD, w.scale * (g_XF @ b_RF.T))
+  db_RF = products.over_rows(w.scale * (x_XD @ a_DR), g_XF)
+  return w.replace(w=dw, lora_a=da_DR.reshape(w.lora_a.shape), lora_b=db_RF.reshape(w.lora_b.shape)), dx
+
+
+_merged.defvjp(lambda equation, w, x: (_merged(equation, w, x), (w, x)), _merged_backward)
 
 
 @nn.dot.register

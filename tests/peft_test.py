@@ -82,6 +82,28 @@ def test_merged_is_unmerged(kind, stabilised):
     np.testing.assert_allclose(params.flatten(again)[path], w, atol=1e-6, err_msg=path)
 
 
+@pytest.mark.parametrize('lead, products', [((4, 16), 7), ((2, 4), 8)])
+@pytest.mark.parametrize('equation, shape, inputs', [('BTD,DNH->BTNH', (32, 4, 6), 1), ('BTNH,NHD->BTD', (4, 6, 32), 2)])
+def test_many_rows_take_the_sum_of_weights_and_few_each_weight(lead, products, equation, shape, inputs):
+  """With the same values and derivatives; the sum is formed once for both."""
+  keys = jax.random.split(jax.random.key(0), 5)
+  sides = [(*shape[:inputs], 3), (3, *shape[inputs:])]
+  w = peft_nodes.Lora(*(jax.random.normal(k, s) for k, s in zip(keys, [shape, *sides], strict=False)), scale=0.7)
+  x, plain = jax.random.normal(keys[3], (*lead, *shape[:inputs])), peft_nodes.lora_weight
+  g = jax.random.normal(keys[4], (*lead, *shape[inputs:]))
+
+  def run(f):
+    def both(w, x):
+      y, pull = jax.vjp(lambda trained, x: f(w.replace(**trained), x), {'lora_a': w.lora_a, 'lora_b': w.lora_b}, x)
+      return y, pull(g)
+    return jax.jit(both).lower(w, x).compile()
+  program = run(lambda w, x: nn.dot(w, x, equation))
+  for got, want in zip(*(jax.tree.leaves(p(w, x)) for p in (
+      program, run(lambda w, x: jnp.einsum(equation, x, plain(w))))), strict=True):
+    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+  assert program.as_text().count(' dot(') == products
+
+
 def test_dropout_is_on_the_path_of_lora_alone():
   family, c, p, specs, tree = tuned('gpt2', peft.Config('lora', rank=4, rate=0.5))
   key = jax.random.key(3)
