@@ -83,7 +83,8 @@ def test_merged_is_unmerged(kind, stabilised):
 
 
 @pytest.mark.parametrize('lead, products', [((4, 16), 7), ((2, 4), 8)])
-@pytest.mark.parametrize('equation, shape, inputs', [('BTD,DNH->BTNH', (32, 4, 6), 1), ('BTNH,NHD->BTD', (4, 6, 32), 2)])
+@pytest.mark.parametrize('equation, shape, inputs', [('BTD,DNH->BTNH', (32, 4, 6), 1),
+                                                     ('BTNH,NHD->BTD', (4, 6, 32), 2)])
 def test_many_rows_take_the_sum_of_weights_and_few_each_weight(lead, products, equation, shape, inputs):
   """With the same values and derivatives; the sum is formed once for both."""
   keys = jax.random.split(jax.random.key(0), 5)

@@ -74,7 +74,8 @@ def test_dimensions_in_another_order_are_refused(equation):
 
 def test_the_derivative_of_a_thin_weight_is_formed_transposed():
   """As [R, D]: XLA on a CPU takes four times as long over [D, R]."""
-  x, w, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(4, 32, 256), (256, 8), (4, 32, 8)]))
+  shapes = (4, 32, 256), (256, 8), (4, 32, 8)
+  x, w, g = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate(shapes))
   program = jax.jit(jax.grad(lambda w: (products.product('BTD,DR->BTR', x, w) * g).sum())).lower(w).compile()
   np.testing.assert_allclose(program(w), jnp.einsum('BTD,BTR->DR', x, g), rtol=1e-5, atol=1e-4)
   dots = [line.split(' = ')[1] for line in program.as_text().split('\n') if ' dot(' in line]
