@@ -9,7 +9,7 @@ from marks import few
 import numpy as np
 import pytest
 
-from lm import hlo
+from lm import hlo, sharding
 from lm.data.packing import Batch
 from lm.errors import ConfigError
 from lm.kernels.cross_entropy import weighted_nll
@@ -48,6 +48,19 @@ def test_value_and_gradient_do_not_depend_on_the_chunk(chunk, z):
   want = jax.grad(lambda x, w: 0.5 * plain(x, w), (0, 1))(x, w)
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize('devices', [1, 8])
+def test_a_target_without_weight_may_be_no_word(devices):
+  """Such as the virtual tokens of a learned prompt."""
+  x, w, targets, weights = arrays()
+  none = weights == 0
+  assert none.any() and not none.all()
+
+  def both(targets):
+    return jax.jit(jax.value_and_grad(lambda x, w: weighted_nll(x, w, targets, weights)[0], (0, 1)))(x, w)
+  with sharding.use(sharding.make_mesh(sharding.Config(data=devices), jax.devices()[:devices])):
+    jax.tree.map(np.testing.assert_array_equal, both(jnp.where(none, V + 2, targets)), both(targets))
 
 
 @pytest.mark.parametrize('chunk', [1, 6, 1000])

@@ -20,6 +20,7 @@ def weighted_nll(x_BTD: jax.Array, w_VD: jax.Array, targets_BT: jax.Array, weigh
   """Sums over positions of weight * (-log softmax(x w^T + bias)[target] + z * logsumexp^2).
 
   Args:
+    targets_BT: ids; one that is not in the vocabulary, as a learned prompt's are, needs weight 0.
     chunk: tokens whose logits exist at once, at most; at least one column of the batch.
     z: coefficient of the z-loss (PaLM §5: 1e-4).
     smoothing: share of the target that is spread over all V (arXiv:1512.00567 §7).
@@ -138,7 +139,7 @@ def _sums(logits_L, targets_R, weights_R, axis, z, smoothing):
   lse_R = top_R + jnp.log(jnp.exp(logits_L - jnp.expand_dims(top_R, axis)).sum(axis))
   hit_L = _hit(targets_R, logits_L, axis)
   if sharding.local():
-    target_R = jnp.take_along_axis(logits_L, jnp.expand_dims(targets_R, axis), axis).squeeze(axis)
+    target_R = jnp.take_along_axis(logits_L, jnp.expand_dims(targets_R, axis), axis, mode='clip').squeeze(axis)
   else:  # where the vocabulary is divided, reading one logit would gather them all
     target_R = jnp.where(hit_L, logits_L, 0.0).sum(axis)
   nll = (weights_R * (lse_R - target_R)).sum()
