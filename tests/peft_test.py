@@ -105,6 +105,13 @@ def test_many_rows_take_the_sum_of_weights_and_few_each_weight(lead, products, e
   assert program.as_text().count(' dot(') == products
 
 
+def test_what_bfloat16_would_round_away_beside_a_weight_is_kept():
+  w = jnp.tile(jnp.array([[1.0], [-1.0]]), (8, 16))
+  node = peft_nodes.Lora(w, jnp.full((16, 2), 2**-6), jnp.full((2, 16), 2**-6), scale=1.0)
+  y_BTF = jax.jit(lambda x: nn.dot(node, x, 'BTD,DF->BTF'))(jnp.ones((4, 8, 16), jnp.bfloat16))
+  np.testing.assert_array_equal(np.asarray(y_BTF, np.float32), 16 * 2 * 2**-12)
+
+
 def test_dropout_is_on_the_path_of_lora_alone():
   family, c, p, specs, tree = tuned('gpt2', peft.Config('lora', rank=4, rate=0.5))
   key = jax.random.key(3)
