@@ -142,14 +142,14 @@ def normalise(text: str, language: str = 'en') -> str:
   """An answer without what does not count.
 
   English is SQuAD's rule: no case, ASCII punctuation or articles, one space. Chinese: NFKC, no case, no punctuation
-  but the point of a decimal number, no space beside a Chinese character.
+  but what makes another number (3.5, 1/2, 2:30, 3-5, -5, 5%), no space beside a Chinese character.
   """
   _language(language)
   if language == 'en':
     text = ''.join(c for c in text.lower() if c not in string.punctuation)
     return ' '.join(re.sub(r'\b(a|an|the)\b', ' ', text).split())
-  text = unicodedata.normalize('NFKC', text).casefold()
-  points = {m.start() for m in re.finditer(r'(?<=\d)\.(?=\d)', text)}
+  text = unicodedata.normalize('NFKC', text).casefold().replace('\u2212', '-')
+  points = {m.start() for m in re.finditer(r'(?<=\d)[./:-](?=\d)|(?<![\w-])-(?=\d)|(?<=\d)[%‰]', text)}
   text = ''.join(c for i, c in enumerate(text) if i in points or unicodedata.category(c)[0] != 'P')
   return _BESIDE_HAN.sub('', ' '.join(text.split()))
 

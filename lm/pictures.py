@@ -97,7 +97,7 @@ def bars(path: str | os.PathLike, intervals: Mapping[str, metrics.Interval], xla
   found = list(intervals.values())
   figure, axes = _figure(8, 1.5 + 0.45 * len(found))
   at, values = np.arange(len(found)), np.array([i.value for i in found])
-  reach = np.array([[i.value - i.low, i.high - i.value] for i in found]).T
+  reach = np.array([[i.value - i.low, i.high - i.value] for i in found]).T.clip(0)  # a value may lie outside
   axes.barh(at, np.nan_to_num(values), color='C0', alpha=0.6)
   axes.errorbar(values, at, xerr=reach, fmt='none', ecolor='black', capsize=4)
   for y, interval in enumerate(found):
@@ -189,7 +189,8 @@ def _legible(names: Iterable[str], others: Iterable[str]) -> tuple[list[str], li
   texts[0] = [name if len(name) <= _LONGEST else name[:_LONGEST - 1] + '…' for name in texts[0]]
   family, missing = _fonts({c for some in texts for text in some for c in text})
   table = {ord(c): c.encode('unicode_escape').decode() for c in missing} | {ord('$'): r'\$'}  # '$' begins mathematics
-  return family, *([text.translate(table) for text in some] for some in texts)
+  drawn = [[text.translate(table) for text in some] for some in texts]
+  return family, [f' {name}' if name.startswith('_') else name for name in drawn[0]], drawn[1]  # '_' hides from legends
 
 
 def _fonts(characters):

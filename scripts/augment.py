@@ -20,6 +20,7 @@ other wordings.
 Exit status: 0 done, 2 a flag is wrong or a package missing, 3 the data.
 """
 
+import codecs
 from collections import Counter
 import dataclasses
 import difflib
@@ -32,9 +33,9 @@ from absl import flags
 import numpy as np
 
 from experiments import cli
-from lm.data import corpora, splits
+from lm.data import corpora
 from lm.errors import ConfigError, DataError
-from lm.text import augment, methods, synonyms
+from lm.text import augment, methods, scan, synonyms
 
 _LIST = flags.DEFINE_bool('list', False, 'Print the methods and stop.')
 _IN = flags.DEFINE_string('in', '', 'JSONL file of {"text", "label", "split"}.')
@@ -74,7 +75,7 @@ class Row:
 
   @property
   def key(self) -> tuple[str, ...]:
-    return tuple(map(splits.duplicate_key, self.text))
+    return tuple(map(scan.duplicate_key, self.text))
 
   def json(self) -> str:
     more = dict(zip(TEXTS, self.text, strict=False)) | {'id': self.id, 'origin': self.original} if self.origin else {}
@@ -117,6 +118,7 @@ def read(path: str) -> list[Row]:
   rows = []
   with open(path, 'rb') as f:
     for number, line in enumerate(f, 1):
+      line = line.removeprefix(codecs.BOM_UTF8)
       if not line.strip():
         continue
       fields = corpora.strict_json(line, f'{path}:{number}')

@@ -30,6 +30,7 @@ flag is wrong or a package missing; 3 the data cannot be read, none of it is sou
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+import itertools
 import json
 import math
 import os
@@ -106,6 +107,11 @@ def check_flags() -> None:
     raise ConfigError(f'--length={_LENGTH.value}: no tokenizer to count with; add --tokenizer')
   if os.path.exists(_CLEAN.value):
     raise ConfigError(f'--clean={_CLEAN.value}: exists already; it is not overwritten; choose another name')
+  named = [(flag, os.path.realpath(value)) for flag, value in (
+      ('in', _IN.value), ('out', _OUT.value), ('picture', _PICTURE.value), ('clean', _CLEAN.value)) if value]
+  for (first, one), (second, other) in itertools.combinations(named, 2):
+    if one == other:
+      raise ConfigError(f'--{second}={other}: the same as --{first}; expected another file; choose another name')
   for flag, value in (('out', _OUT.value), ('picture', _PICTURE.value), ('clean', _CLEAN.value)):
     if value and not pathlib.Path(value).absolute().parent.is_dir():
       raise ConfigError(f'--{flag}={value}: no such folder; expected one to write to; make it')

@@ -30,6 +30,7 @@ _CONFIG = flags.DEFINE_string('config', '', 'One of its configs.')
 _SET = flags.DEFINE_multi_string('set', [], 'path.to.field=value, as for the experiment.')
 _SEEDS = flags.DEFINE_integer('seeds', 1, 'Runs with seeds 0, 1, ...', lower_bound=1)
 _FOLDS = flags.DEFINE_integer('folds', 0, 'Cross-validation over so many folds; 0 = the split of the data.')
+_CHANGES = flags.DEFINE_bool('resume_with_changes', False, 'Go on although config or data differ from those of a run.')
 _WORKDIR = flags.DEFINE_string('workdir', '', 'Where the runs and the tables are written; again: goes on.')
 
 
@@ -39,6 +40,9 @@ def main(_: list[str]) -> None:
     raise ConfigError(f'--config={_CONFIG.value!r}; expected one of {", ".join(by_name)}')
   if not _WORKDIR.value:
     raise ConfigError('--workdir: not given; expected a directory to write to')
+  for field, flag in (('seed', 'seeds'), ('data.folds', 'folds'), ('data.fold', 'folds')):
+    if any(text.split('=')[0].strip() == field for text in _SET.value):
+      raise ConfigError(f'--set {field}: this program sets it for each run; give --{flag}')
   base = config.override(by_name[_CONFIG.value](), *_SET.value)
   if isinstance(base, instruct.Config):
     raise ConfigError(f'--config={_CONFIG.value}: of conversations; expected one that classifies')
@@ -47,7 +51,7 @@ def main(_: list[str]) -> None:
     for seed in range(_SEEDS.value):
       c = config.replace(base, seed=seed, data__folds=_FOLDS.value, data__fold=fold)
       place = workdir / f'fold{fold}_seed{seed}'
-      summary = run.run(c, classification.task(c), place)
+      summary = run.run(c, classification.task(c), place, _CHANGES.value)
       labels_N, classes_N, names = classification.predictions(c, place)
       counts = counts + metrics.confusion(labels_N, classes_N, c.classes)
       results.append({'fold': fold, 'seed': seed, 'wall_s': summary['wall_s'], 'peak_bytes': summary['peak_bytes']}

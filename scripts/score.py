@@ -108,11 +108,17 @@ def _answered(talks: list[examples.Chat], found: weights.Model, template: chat.T
       for i, ids, n in zip(some, np.asarray(sample.tokens_BT), np.asarray(sample.lengths_B), strict=False):
         (reply, ended), (*_, asked, answer) = chat.parse(template, ids[:n], tok), (m.content for m in talks[i].messages)
         rows[i] = {'prompt': asked, 'reply': reply, 'reference': answer, 'ended': ended, 'origin': talks[i].origin,
-                   'language': own[scan.language(f'{asked} {answer}') == 'zh']}
+                   'language': own[_language(asked, answer) == 'zh']}
       bar.update(len(some))
   if not rows:
     raise DataError(f'{_DATA.value}: none of --split={_SPLIT.value} to answer; expected one; see --split, --max_new')
   return [rows[i] for i in sorted(rows)]
+
+
+def _language(asked: str, answer: str) -> str:
+  """The reference's language; the question's where the reference has no letters."""
+  found = scan.language(answer)
+  return scan.language(asked) if found == 'und' else found
 
 
 def _table(rows: list[dict]) -> dict[str, dict[str, float]]:

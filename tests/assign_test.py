@@ -9,6 +9,7 @@ from lm import config
 from lm.data import labelled, splits
 from lm.data.examples import Labelled
 from lm.errors import ConfigError, DataError
+from lm.text import scan
 
 
 @pytest.mark.parametrize('c', [labelled.Config(), labelled.Config(split='stratified'), labelled.Config(folds=3)])
@@ -20,8 +21,8 @@ def test_a_pair_is_one_text_of_the_splits(c):
   assert parts[:60] == parts[60:] and set(parts) == {'train', 'validation'}
   turned = [dataclasses.replace(e, text=e.text_pair, text_pair=e.text) for e in found]
   assert c.split != 'hash' or c.folds or labelled.assigned(turned, c) != parts
-  key = splits.duplicate_key('\0'.join(('a b', 'c')))
-  assert key != splits.duplicate_key('\0'.join(('a', 'b c')))
+  key = scan.duplicate_key('\0'.join(('a b', 'c')))
+  assert key != scan.duplicate_key('\0'.join(('a', 'b c')))
 
 
 def example(text, split=None, label='x', at='', **metadata):
@@ -72,7 +73,7 @@ def test_no_group_and_no_text_is_on_two_sides(authors):
   found = at(found, [f'作者 {group}' for group in groups])
   for c in (GROUPED, *(config.replace(GROUPED, folds=4, fold=fold) for fold in range(4))):
     parts = labelled.assigned(found, c)
-    for names in (groups, [splits.duplicate_key(e.text) for e in found]):
+    for names in (groups, [scan.duplicate_key(e.text) for e in found]):
       assert max(map(len, sides(parts, names).values())) == 1
     share = [sum(e.label == label for e, part in zip(found, parts, strict=True) if part == 'validation') / sum(
         e.label == label for e in found) for label in 'xy']
@@ -110,12 +111,13 @@ def test_folds_of_groups_keep_test_alone():
     labelled.assigned(found, fold)
 
 
-@pytest.mark.parametrize('as_time', [int, lambda day: f'2024-{1 + day // 28:02d}-{1 + day % 28:02d}',
+@pytest.mark.parametrize('as_time', [int, str, lambda day: str(2000 + day), lambda day: str(day / 7),
+                                     lambda day: f'2024-{1 + day // 28:02d}-{1 + day % 28:02d}',
                                      lambda day: f'2024-{1 + day // 28:02d}-{1 + day % 28:02d}T08:00:00+08:00'])
 def test_what_validates_is_later_than_what_trains(as_time):
   found, days = numbered(280, 100)
   found = at(found, map(as_time, days))
-  keys = [splits.duplicate_key(e.text) for e in found]
+  keys = [scan.duplicate_key(e.text) for e in found]
   seen = 0
   for c in (TIMED, *(config.replace(TIMED, folds=4, fold=fold) for fold in range(4))):
     parts = labelled.assigned(found, c)
@@ -159,6 +161,18 @@ def test_a_record_without_its_group_or_time_is_named(c, metadata, message):
     with pytest.raises(DataError, match=f'a.jsonl:21: {message}') as e:
       labelled.assigned([*found, Labelled('x', 'x', metadata, origin='a.jsonl:21')], some)
     assert '\n' not in str(e.value)
+
+
+def test_a_string_that_is_no_number_among_numbers_is_named():
+  found = at([example(f'{i}', label='xy'[i % 2], at=f'a.csv:{i}') for i in range(20)], map(str, range(2000, 2020)))
+  with pytest.raises(DataError, match="a.csv:9: field at of data.by: found 'x'; expected a number"):
+    labelled.assigned([*found[:9], dataclasses.replace(found[9], metadata={'at': 'x'}), *found[10:]], TIMED)
+
+
+def test_ids_that_only_look_like_copies_are_records_of_their_own():
+  found = [example(f'a film {i}', None, 'xy'[i % 2], id=f'web#{i}', origin='web') for i in range(60)]
+  parts = labelled.assigned(found, labelled.Config(folds=3))
+  assert (parts.count('train'), parts.count('validation')) == (40, 20)
 
 
 def test_times_of_several_kinds_are_named():

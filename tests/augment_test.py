@@ -159,6 +159,9 @@ def test_fewer_change_where_fewer_can():
     ('<s> a < b </s> <|user|> [INST] [x] {a} @me #tag', ['<s>', '</s>', '<|user|>', '[INST]', '{a}', '@me', '#tag']),
     ('我不知道，没人来，别去，二十一个，３个', ['不', '没', '别', '二十一', '３']),
     ("one's own; nobody's", ["one's", "nobody's"]),
+    ("isn´t isn`t doesn‘t wouldn't've noone unable", ['isn´t', 'isn`t', 'doesn‘t', "wouldn't've", 'noone', 'unable']),
+    ('唔好睇，冇意思', ['唔', '冇']),
+    ('today :( and :-D; a:b (x) http://a.b/c', [':(', ':-D', 'http://a.b/c']),
 ])
 def test_what_is_fixed(text, want):
   assert [text[a:b] for a, b in fixed(text)] == want
@@ -173,6 +176,7 @@ def test_protected_words_are_whole_words_in_any_case_or_chinese_anywhere():
 @pytest.mark.parametrize('before, after, kept', [
     ("It isn't bad.", 'It is not bad.', True),
     ("It isn't bad.", 'It is bad.', False),
+    ('It isn´t bad.', 'It is bad.', False),
     ('It is bad.', 'It is no bad.', False),
     ('3 of 5', '5 of 3', True),
     ('3 of 5', '3 of 4', False),
@@ -249,6 +253,8 @@ def test_homophones_sound_the_same_in_their_context_and_stay_in_their_script():
   for text, code in (('说话头门', 'gb2312'), ('說話頭門', 'big5')):
     found = {c for seed in range(60) for c in f(text, rng(seed))}
     assert len(found) > 12 and ''.join(found).encode(code)
+  for seed in range(9):  # pypinyin knows the readings of 银行 and 音乐 only as these
+    assert [f('銀行音樂', rng(seed))[i] for i in (1, 3)] == ['行', '樂']
   assert '卖' not in ''.join(f('买书', rng(seed)) for seed in range(99))
   assert not fixed(''.join(f('是不是试一试', rng(seed)).replace('不', '').replace('一', '') for seed in range(60)))
 

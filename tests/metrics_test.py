@@ -286,6 +286,9 @@ def test_texts_of_nothing():
     ('zh', '北京。', '北京', True), ('zh', '《红楼梦》', '“红楼梦”', True), ('zh', '１２３，４５６', '123456', True),
     ('zh', '3.5亿', '35亿', False), ('zh', '3.5亿', '３．５ 亿', True), ('zh', '人工智能AI', '人工智能 ai！', True),
     ('zh', 'deep learning', 'deeplearning', False), ('zh', '北京', '南京', False), ('zh', '好……', '好', True),
+    ('zh', '-5', '5', False), ('zh', '1/2', '12', False), ('zh', '2:30', '230', False), ('zh', '5%', '5', False),
+    ('zh', '2：30', '2:30。', True), ('zh', '−5', '-5', True), ('zh', '答案：5', '答案 5', True),
+    ('zh', 'a-b', 'ab', True),
 ])
 def test_exact_match_normalises(language, target, prediction, same):
   assert metrics.exact_match([target], [prediction], language) == same

@@ -115,6 +115,17 @@ def test_curves_leave_out_what_is_not_finite(tmp_path, drawn):
   assert line.get_ydata() == pytest.approx([2, 5])
 
 
+def test_what_a_legend_would_hide_is_shown(tmp_path, drawn):
+  pictures.lengths(tmp_path / 'l.png', {'__label__pos': [3, 4], '__label__neg': [5]})
+  assert [t.get_text().strip() for t in drawn[0].axes[0].get_legend().get_texts()] == ['__label__pos', '__label__neg']
+
+
+def test_bars_may_lie_outside_their_intervals(tmp_path, drawn):
+  pictures.bars(tmp_path / 'b.png', {'b': metrics.Interval(0.5, 0.52, 0.6, 0.95, 3)})
+  segments = drawn[0].axes[0].findobj(matplotlib.collections.LineCollection)[0].get_segments()
+  assert segments[0][:, 0] == pytest.approx([0.5, 0.6])
+
+
 def test_bars_have_their_intervals(tmp_path, drawn):
   pictures.bars(tmp_path / 'b.png', INTERVALS, 'accuracy', 'methods')
   axes = drawn[0].axes[0]

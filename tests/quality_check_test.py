@@ -163,6 +163,27 @@ def test_only_the_named_findings_keep_a_record_out(check, tmp_path):
       GOOD[0][0], GOOD[0][0].upper(), GOOD[3][0]]
 
 
+@pytest.mark.parametrize('flag', ['out', 'picture'])
+def test_the_input_is_not_overwritten(fails, tmp_path, flag):
+  path = tmp_path / 'in.jsonl'
+  path.write_text('{"text": "a fine film", "label": "pos"}\n')
+  code, _, error = fails(in_=path, **{flag: f'{tmp_path}/./in.jsonl'})
+  assert code == ConfigError.code and f'--{flag}={path}: the same as --in' in error
+  assert path.read_text() == '{"text": "a fine film", "label": "pos"}\n'
+
+
+def test_what_is_clean_can_be_split(check, tmp_path):
+  """A duplicate is here what it is to the splits of training; of a pair, the texts are compared, not their join."""
+  rows = [{'text': text, 'label': 'pos', 'split': split} for text, split in [
+      ('go\u200bod film', 'train'), ('good film', 'validation'), ('我很 喜欢', 'train'), ('我很喜欢', 'validation'),
+      ('another one', 'train')]] + [{'text': a, 'text_pair': b, 'label': label} for a, b, label in [
+          ('what is it', 'that one\nor this', 'pos'), ('what is it\nthat one', 'or this', 'neg')]]
+  path = jsonl(tmp_path / 'in.jsonl', rows)
+  check(in_=path, clean=tmp_path / 'clean.jsonl', set='near=None')
+  kept = [json.loads(line) for line in (tmp_path / 'clean.jsonl').read_text(encoding='utf-8').splitlines()]
+  assert [row['text'] for row in kept] == [rows[i]['text'] for i in (0, 2, 4, 5, 6)]
+
+
 def test_strict_fails_and_stop_stops(fails, tmp_path):
   path = jsonl(tmp_path / 'in.jsonl', BAD)
   code, printed, error = fails(in_=path, strict=True)

@@ -113,3 +113,12 @@ def test_a_failure_is_one_line(root, flags, code, part, tmp_path):
   done = run(*(flag.replace('{}', str(root)) for flag in flags), f'--out={tmp_path}/replies.jsonl')
   assert (done.returncode, done.stderr.count('\n')) == (code, 1) and part in done.stderr, done.stderr
   assert not (tmp_path / 'replies.jsonl').exists()
+
+
+def test_the_language_of_a_reply_is_that_of_its_reference():
+  pairs = [('How do you say "thank you very much" in Chinese?', '非常感谢你'), ('用英语怎么说谢谢你们', 'Thank you'),
+           ('多少？', '42'), ('How many?', '42')]
+  code = 'import json, sys; from scripts import score; print([score._language(*p) for p in json.loads(sys.argv[1])])'
+  done = subprocess.run([sys.executable, '-c', code, json.dumps(pairs)], cwd=ROOT, capture_output=True, text=True,
+                        check=True)
+  assert done.stdout.strip() == "['zh', 'en', 'zh', 'en']"

@@ -257,6 +257,15 @@ def test_skip_leaves_out_the_conversation_that_trains(tmp_path, capsys):
   assert f"{tmp_path}/1.jsonl:2: split 'validation', but the same text at {tmp_path}/0.jsonl:2 has split 't" in second
 
 
+def test_a_file_of_one_split_is_divided_though_it_trains_nothing(tmp_path):
+  rows = [{'instruction': f'say {i}', 'output': str(i), 'split': 'test'} for i in range(3)]
+  (tmp_path / 'test.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  c = conversations.Config(str(tmp_path / 'test.jsonl'), 'plain', tokenizer='byte', length=40)
+  assert [part for _, part in conversations.divided(c)] == ['test'] * 3
+  with pytest.raises(ConfigError, match='none is left for train'):
+    conversations.prepare(c, tmp_path)
+
+
 def test_wrong_conversations_and_cut_turns_are_told(tmp_path, capsys):
   rows = [(['q', 'a'], 'train'), (['w', 'b'], 'validation')]
   bad = ('{"messages": ["q", ""]}', None)

@@ -9,6 +9,7 @@ import pytest
 
 from lm.data import splits
 from lm.errors import ConfigError
+from lm.text import scan
 
 SHARES = [(0.9, 0.1), (0.8, 0.1, 0.1), (0.6, 0.25, 0.15), (0.5, 0.5), (0.34, 0.33, 0.33)]
 SEEDS = range(6)
@@ -64,16 +65,18 @@ def whole(found, shares, total):
     ('Hello  World', 'hello world\n'), ('ＡＢＣ１２３', 'abc123'), ('STRASSE', 'straße'), ('ﬁne', 'FINE'), ('', ' \t'),
     ('你好，世界！', '你好,世界!'), ('我 爱\u3000你', '我爱你'), ('用 AI 写作', '用AI写作'), ('他说。 好', '他说。好'),
     ('cafe\u0301', 'CAFÉ'), ('𝐀b', 'ab'), ('\ufeffa\u200bb', 'ab'),
+    ('good ❤\ufe0f', 'good ❤'), ('fine\u200e', 'fine'), ('a\u202ab\u202c', 'ab'), ('e\u200d\u0301', 'é'),
+    ('a\x7f', 'a'),
 ])
 def test_duplicates_have_one_key(text, same):
-  assert splits.duplicate_key(text) == splits.duplicate_key(same)
+  assert scan.duplicate_key(text) == scan.duplicate_key(same)
 
 
 @pytest.mark.parametrize('text, other', [
     ('a b', 'ab'), ('good', 'good.'), ('好', '坏'), ('電影', '电影'), ('cafe', 'café'), ('1.5', '15'),
     ('a b 好', 'ab 好')])
 def test_other_texts_have_other_keys(text, other):
-  assert splits.duplicate_key(text) != splits.duplicate_key(other)
+  assert scan.duplicate_key(text) != scan.duplicate_key(other)
 
 
 @pytest.mark.parametrize('shares', SHARES)
@@ -109,7 +112,7 @@ def test_shares_keep_duplicates_together_and_depend_on_the_seed_alone(make, shar
     texts, labels, groups, _ = data(seed, 80, repeat=0.1, groups=200, least=10)
     first, again, other = (make(texts, labels, groups, shares, s) for s in (seed, seed, seed + 1))
     owner = owners(first, 80)
-    together(owner, map(splits.duplicate_key, texts))
+    together(owner, map(scan.duplicate_key, texts))
     assert not len(first.dropped) and len(first.train) and len(first.validation)
     assert all((a == b).all() for a, b in zip(parts(first), parts(again), strict=True))
     different += (owners(other, 80) != owner).any()
@@ -182,12 +185,12 @@ def test_time_goes_forward(shares):
     texts, _, groups, times = data(seed, 90, repeat=0.15, groups=80)
     split = splits.by_time(texts, times, shares)
     owner = owners(split, 90)
-    together(owner, map(splits.duplicate_key, texts))
+    together(owner, map(scan.duplicate_key, texts))
     together(owners(splits.by_time(texts, times, shares, groups=groups), 90), groups)
     times = np.array(times)
     for earlier, later in zip(parts(split)[:len(shares)], parts(split)[1:len(shares)], strict=False):
       assert times[earlier].max() < times[later].min()  # ties too stay on one side
-    keys = np.array(list(map(splits.duplicate_key, texts)))
+    keys = np.array(list(map(scan.duplicate_key, texts)))
     for item in split.dropped:  # each for a reason
       assert times[keys == keys[item]].min() < times[item]
 
@@ -215,7 +218,7 @@ def test_kinds_of_time(as_time):
 def test_hash_does_not_move_when_data_is_added(shares, seed):
   texts = data(1, 400, repeat=0.3)[0]
   before = owners(splits.by_hash(texts, shares, seed), 400)
-  together(before, map(splits.duplicate_key, texts))
+  together(before, map(scan.duplicate_key, texts))
   more = data(2, 300)[0]
   order = np.random.default_rng(0).permutation(700)
   after = owners(splits.by_hash([(texts + more)[i] for i in order], shares, seed), 700)
@@ -255,7 +258,7 @@ def test_folds_are_disjoint_and_exhaustive(kind, k, repeat):
     for fold in folds:
       owner = owners(fold, 70)
       assert not len(fold.test) and not len(fold.dropped)
-      together(owner, map(splits.duplicate_key, made[0]))
+      together(owner, map(scan.duplicate_key, made[0]))
       if 'groups' in fields:
         together(owner, made[2])
     again = splits.folds(made[0], k, kind, repeats=2, seed=seed, **fields)
@@ -309,7 +312,7 @@ def test_time_folds_expand(k):
       assert times[fold.train].max() < times[fold.validation].min()
       assert abs(len(fold.train) - 80 * (i + 1) / (k + 1)) < 8 and len(fold.train) > seen
       owner = [{**dict.fromkeys(fold.train, 0), **dict.fromkeys(fold.validation, 1)}.get(j, 3) for j in range(80)]
-      together(np.array(owner), map(splits.duplicate_key, texts))
+      together(np.array(owner), map(scan.duplicate_key, texts))
       together(np.array(owner), groups)
       if i:
         last = folds[i - 1]

@@ -225,6 +225,21 @@ def test_words_begin_after_spaces_and_at_every_chinese_character(kinds, kind):
   assert [w.strip(' ') for w in words[-3:]] == ['天', '地', '。']
 
 
+@pytest.mark.parametrize('more, said, lower', [
+    ((), None, True), (('<S>', '<T>'), None, True), (('Paris',), None, False), (('<S>', '<T>'), False, False),
+    (('Paris',), True, True)])
+def test_case_of_wordpiece(tmp_path, more, said, lower):
+  """What the config beside the vocabulary says, else whether it has capitals; Chinese BERT's <S> and <T> are none."""
+  words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', *more, 'a', '##i', '好']
+  (tmp_path / 'vocab.txt').write_text('\n'.join(words) + '\n', encoding='utf-8')
+  if said is not None:
+    (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'do_lower_case': said}))
+  found = tokenizers.load(tmp_path / 'vocab.txt')
+  assert (found.encode('AI好').tolist() == found.encode('ai好').tolist()) == lower
+  found.save(tmp_path / 'kept')
+  assert tokenizers.load(tmp_path / 'kept').encode('AI好').tolist() == found.encode('AI好').tolist()
+
+
 def test_words_of_wordpiece(kinds, tmp_path):
   words = ['[PAD]', '[UNK]', '[CLS]', '[SEP]', '[MASK]', 'un', '##aff', '##able', '天', '地', ',', 'a']
   (tmp_path / 'vocab.txt').write_text('\n'.join(words) + '\n')

@@ -1,7 +1,7 @@
 """Which split a record goes to: what it says, else what another record of its text says, else what a config chooses.
 
 Records have `split` (one of `examples.SPLITS`, or None) and `origin`, 'file:line'. Texts that are equal but for case,
-width and white space (`splits.duplicate_key`) are one text, and no text is in two splits.
+width and white space (`scan.duplicate_key`) are one text, and no text is in two splits.
 """
 
 from collections.abc import Hashable, Sequence
@@ -13,6 +13,7 @@ from typing import Any
 from lm.data import examples, splits, turns
 from lm.data.json_io import Fault
 from lm.errors import ConfigError, DataError
+from lm.text import scan
 
 
 def keys(found: Sequence[Any], texts: Sequence[str]) -> list[str]:
@@ -20,7 +21,7 @@ def keys(found: Sequence[Any], texts: Sequence[str]) -> list[str]:
   for e in found:
     if e.split not in (None, *examples.SPLITS):
       raise DataError(f'{e.origin}: split {e.split!r}; expected {", ".join(examples.SPLITS)}')
-  return [splits.duplicate_key(text) for text in texts]
+  return [scan.duplicate_key(text) for text in texts]
 
 
 def declared(found: Sequence[Any], keys_N: Sequence[Hashable], by: str = '') -> list[str | None]:
@@ -104,9 +105,10 @@ def faults(found: Sequence[examples.Labelled], texts: Sequence[str], c: Any) -> 
     c: a `lm.data.labelled.Config`.
   """
   wrong: list[Fault | None] = [None] * len(found)
+  value_of = _reader(found, c)
   for i, e in enumerate(found if c.by else ()):
     try:
-      _value(e, c)
+      value_of(e)
     except Fault as fault:
       wrong[i] = fault
   if rest := [i for i, fault in enumerate(wrong) if fault is None]:
@@ -126,7 +128,7 @@ def labelled(found: Sequence[examples.Labelled], texts: Sequence[str], c: Any) -
   said = declared(*_said(found, texts, c))
   if c.split == 'hash' and not c.folds:
     return assigned(found, texts, c.validation_fraction)
-  values = [_value(e, c) for e in found] if c.by else None
+  values = list(map(_reader(found, c), found)) if c.by else None
   if c.split == 'time':
     values = splits.moments(values, len(found)).tolist()
   if c.folds:
@@ -159,6 +161,8 @@ def _folded(found, texts, said, values, c):
   But not if what is held out has their text: then they are left out, as those are of what does not train.
   """
   own, copied = [e.split for e in found] if c.split == 'time' else said, [_copied(e) for e in found]
+  if not {_id(e) for e in found} & set(copied):  # ids that only look so
+    copied = [None] * len(found)
   parts = ['test' if part == 'test' else None for part in own]
   pool = [i for i, part in enumerate(said) if part != 'test' and copied[i] is None]
   fields = {} if c.split == 'time' else {'labels': [found[i].label for i in pool]}
@@ -173,10 +177,10 @@ def _folded(found, texts, said, values, c):
   for e, text, part, of in zip(found, texts, parts, copied, strict=True):
     if of is None:
       trains[_id(e)] = part == 'train' and trains.get(_id(e), True)
-      held |= {splits.duplicate_key(text)} if part != 'train' else set()
+      held |= {scan.duplicate_key(text)} if part != 'train' else set()
   for i, of in enumerate(copied):
     if of is not None and parts[i] != 'test':
-      trains[_id(found[i])] = trains.get(of, False) and splits.duplicate_key(texts[i]) not in held
+      trains[_id(found[i])] = trains.get(of, False) and scan.duplicate_key(texts[i]) not in held
       parts[i] = 'train' if trains[_id(found[i])] else None
   return parts
 
@@ -196,21 +200,36 @@ def _said(found, texts, c):
   keys_N = keys(found, texts)
   if c.split != 'grouped':
     return found, keys_N, ''
-  units_N = splits.units(texts, [_value(e, c) for e in found]).tolist()
+  units_N = splits.units(texts, list(map(_reader(found, c), found))).tolist()
   if c.folds:
     found = [dataclasses.replace(e, split='train') if e.split == 'validation' else e for e in found]
   return found, units_N, c.by
 
 
-def _value(e, c):
-  """The group or time of a record."""
+def _reader(found, c):
+  """A function: a record's group or time. Times in strings, as in CSV, are numbers if more can be these than dates."""
+  if c.split != 'time':
+    return lambda e: _value(e, c, None)
+  written = [value for e in found if isinstance(value := e.metadata.get(c.by), str)]
+  fitting = lambda read: sum(_parsed(read, value) is not None for value in written)
+  read = float if fitting(float) > fitting(datetime.datetime.fromisoformat) else datetime.datetime.fromisoformat
+  return lambda e: _value(e, c, read)
+
+
+def _parsed(read, value):
+  try:
+    return read(value)
+  except ValueError:
+    return None
+
+
+def _value(e, c, read):
+  """The group or time of a record; read: of a time that is a string."""
   value, timed = e.metadata.get(c.by), c.split == 'time'
+  if timed and isinstance(value, str) and (parsed := _parsed(read, value)) is not None:
+    value = parsed
   fits = isinstance(value, str | int | float | datetime.date) and value == value and value != ''
-  if fits and timed and isinstance(value, str):
-    try:
-      return datetime.datetime.fromisoformat(value)
-    except ValueError:
-      fits = False
+  fits = fits and not (timed and isinstance(value, str))
   if not fits:
     want = 'a number, or a date as ISO 8601 writes it' if timed else 'a string or a number'
     what = 'no such field' if c.by not in e.metadata else (

@@ -13,11 +13,11 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lm.data import assign, examples, memory, packing, sft, splits
+from lm.data import assign, examples, memory, packing, sft
 from lm.data.assign import assigned
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError
-from lm.text import chat
+from lm.text import chat, scan
 
 TEMPLATES = {'chatml': chat.chatml, 'llama2': chat.llama2, 'alpaca': chat.alpaca, 'plain': chat.plain}
 
@@ -87,7 +87,9 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> memory.Data:
   del folder
   memory.check_paths(c)
   tokenizer, parts = memory.read_tokenizer(c.tokenizer), {'train': [], 'validation': [], 'test': []}
-  for example, part in divided(c):
+  found = divided(c)
+  assign.check_parts([part for _, part in found], c.validation_fraction)
+  for example, part in found:
     parts[part].append(example.messages)
   sets = {}
   for part, talks in parts.items():
@@ -105,12 +107,12 @@ def divided(c: Config, unanswered: str = 'cut') -> list[tuple[examples.Chat, str
     unanswered: what becomes of last turns without an answer, see `examples.read`.
 
   Raises:
-    ConfigError, DataError: a wrong record, a conversation in two splits, nothing to train on or to validate with.
+    ConfigError, DataError: a wrong record, a conversation in two splits, nothing left for a part by chance.
   """
   paths = (c.corpus,) if isinstance(c.corpus, str) else c.corpus
   files = [(path, *examples.read(path, 'chat', c.on_error, unanswered=unanswered)) for path in paths]
   found = [e for _, some, _ in files for e in some]
-  keys_N = assign.keys(found, ['\0'.join(splits.duplicate_key(m.content) for m in e.messages) for e in found])
+  keys_N = assign.keys(found, ['\0'.join(scan.duplicate_key(m.content) for m in e.messages) for e in found])
   wrong_N = assign.conflicts(found, keys_N) if c.on_error == 'skip' else [None] * len(found)
   at = iter(wrong_N)
   for path, some, report in files:
@@ -122,7 +124,6 @@ def divided(c: Config, unanswered: str = 'cut') -> list[tuple[examples.Chat, str
   said = assign.declared(found, [keys_N[i] for i in kept])
   found = [dataclasses.replace(e, split=part) for e, part in zip(found, said, strict=True)]
   chosen = assigned(found, [user_first(e.messages) for e in found], c.validation_fraction)
-  assign.check_parts(chosen, c.validation_fraction)
   return list(zip(found, chosen, strict=True))
 
 

@@ -89,10 +89,16 @@ def strict_json(data: bytes, where: str) -> Any:
   def constant(name):
     raise ValueError(f'{name} is not JSON')
   try:
-    return json.loads(data.decode(), object_pairs_hook=pairs, parse_constant=constant)
+    found = json.loads(data.decode(), object_pairs_hook=pairs, parse_constant=constant)
+    if b'\\u' in data:
+      json.dumps(found, ensure_ascii=False).encode()
+    return found
   except UnicodeDecodeError as error:
     raise DataError(f'{where}: byte {error.start} is not UTF-8 ({error.reason}); expected UTF-8; re-encode the file'
                     ) from error
+  except UnicodeEncodeError as error:
+    raise DataError(f'{where}: half a character, \\u{ord(error.object[error.start]):04x}; expected Unicode text; '
+                    'repair or remove it') from error
   except (ValueError, RecursionError) as error:
     raise DataError(f'{where}: {error}; expected strict JSON; repair or remove it') from error
 

@@ -19,11 +19,11 @@ from flax import struct
 import jax
 import numpy as np
 
-from lm.data import assign, examples, memory, packing, splits
+from lm.data import assign, examples, memory, packing
 from lm.data.json_io import Fault
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError, DataError
-from lm.text import methods, vocabulary
+from lm.text import methods, scan, vocabulary
 from lm.text.tokenizer import Tokenizer
 
 
@@ -196,7 +196,7 @@ def assigned(found: Sequence[examples.Labelled], c: Config) -> list[str | None]:
 
 def _whole(example):
   """A text that two examples have in common if they are duplicates; of a pair, both texts decide."""
-  return example.text if example.text_pair is None else '\0'.join(map(splits.duplicate_key, example.texts))
+  return example.text if example.text_pair is None else '\0'.join(map(scan.duplicate_key, example.texts))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -209,17 +209,17 @@ def _languages(spoken: Sequence[str], rules: Rules) -> _Found:
 
 
 def _labels(examples: Sequence[Example], rules: Rules) -> _Found:
-  labels: dict[str, set[str]] = {}
+  labels, key = {}, lambda e: tuple(map(scan.duplicate_key, e.texts))  # {key: its labels}
   for i, e in enumerate(examples):
     if isinstance(e, Labelled):
-      labels.setdefault(scan.fold('\n'.join(e.texts)), set()).add(e.label or '')
+      labels.setdefault(key(e), set()).add(e.label or '')
       if not e.label or not e.label.strip():
         yield i, 'label missing', ''
       elif rules.classes and e.label not in rules.classes:
         yield i, 'label unknown', ''
   preferred = {(e.prompt, e.chosen, e.rejected) for e in examples if isinstance(e, Preference)}
   for i, e in enumerate(examples):
-    if isinstance(e, Labelled) and len(labels[scan.fold('\n'.join(e.texts))] - {''}) > 1:
+    if isinstance(e, Labelled) and len(labels[key(e)] - {''}) > 1:
       yield i, 'label contradictory', ''
     if isinstance(e, Preference) and (e.prompt, e.rejected, e.chosen) in preferred:
       yield i, 'label contradictory', ''
@@ -276,7 +276,7 @@ def _duplicates(parts: Sequence[tuple[str, ...]], near: float | None, watch: Cal
   """(number, kind, number of the earlier one that it repeats)."""
   first: dict[str, int] = {}
   for i, some in enumerate(parts):
-    at = first.setdefault(scan.fold('\n'.join(some)), i)
+    at = first.setdefault('\0'.join(map(scan.duplicate_key, some)), i)
     if at != i:
       yield i, 'duplicate', at
   if near is None:

@@ -11,20 +11,16 @@ from collections.abc import Callable, Hashable, Sequence
 import dataclasses
 import datetime
 import hashlib
-import re
 from typing import Any
-import unicodedata
 
 import numpy as np
 from scipy import optimize, sparse
 
 from lm.errors import ConfigError
+from lm.text import scan
 
 KINDS = {'random': (), 'stratified': ('labels',), 'grouped': ('groups',), 'stratified_grouped': ('labels', 'groups'),
          'time': ('times',)}  # of folds, with what each needs
-_CJK = '[\u2e80-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]'  # written without spaces
-_SPACE = re.compile(rf'(?<={_CJK}) | (?={_CJK})')
-_INVISIBLE = re.compile('[\u00ad\u200b\u2060\ufeff]')  # soft hyphen, spaces of no width, byte order mark
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -40,12 +36,6 @@ class Split:
   validation: np.ndarray
   test: np.ndarray
   dropped: np.ndarray
-
-
-def duplicate_key(text: str) -> str:
-  """What duplicates have in common: NFKC, no case, white space as one space, and none beside a CJK character."""
-  text = _INVISIBLE.sub('', unicodedata.normalize('NFKC', unicodedata.normalize('NFKC', text).casefold()))
-  return _SPACE.sub('', ' '.join(text.split()))
 
 
 def random(texts: Sequence[str], fractions: Sequence[float], seed: int = 0) -> Split:
@@ -93,7 +83,7 @@ def by_time(texts: Sequence[str], times: Sequence[Any], fractions: Sequence[floa
 
 
 def by_hash(texts: Sequence[str], fractions: Sequence[float], seed: int = 0,
-            key: Callable[[str], str] = duplicate_key) -> Split:
+            key: Callable[[str], str] = scan.duplicate_key) -> Split:
   """Each item goes by its text alone, so it stays where it is when items are added or removed.
 
   The part is sha1(key(text)) modulo 10, or 100, ...: test takes the lowest values, then validation, then train.
@@ -231,7 +221,7 @@ def _whole(goal_PC, rng):
 
 def units(texts: Sequence[str], groups: Sequence[Hashable] | None) -> np.ndarray:
   """int64 [N], the unit of each item: equal keys of texts, and equal groups, join items."""
-  keys_N = _codes('texts', [duplicate_key(text) for text in texts], len(texts))
+  keys_N = _codes('texts', [scan.duplicate_key(text) for text in texts], len(texts))
   if groups is None:
     return keys_N
   groups_N = keys_N.max() + 1 + _codes('groups', groups, len(texts))

@@ -23,24 +23,26 @@ Translate = Callable[[list[str]], list[str]]
 Span = tuple[int, int]
 
 HAN = '\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003fffd'
-_HAN_WORD, _LATIN = f'[{HAN}\u3040-\u30ff]', 'A-Za-zÀ-ÖØ-öø-ɏ'
+_HAN_WORD, _LATIN, _APOSTROPHES = f'[{HAN}\u3040-\u30ff]', 'A-Za-zÀ-ÖØ-öø-ɏ', "'’‘´`ʼ＇"
 _LETTER = rf'(?!{_HAN_WORD})[^\W\d_]'
-_WORD = re.compile(rf"{_HAN_WORD}|{_LETTER}(?:{_LETTER}|['’](?={_LETTER})|[\u0300-\u036f])*")
+_WORD = re.compile(rf"{_HAN_WORD}|{_LETTER}(?:{_LETTER}|[{_APOSTROPHES}](?={_LETTER})|[\u0300-\u036f])*")
 _NUMBER_WORDS = frozenset(
     'zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen '
     'eighteen nineteen twenty thirty forty fifty sixty seventy eighty ninety hundred thousand million billion first '
     'second third half twice double dozen hundreds thousands millions billions once'.split())
 _NEGATIONS = frozenset(
-    'no not never none nobody nothing nowhere neither nor cannot without hardly scarcely barely rarely seldom non '
-    'dont doesnt didnt isnt arent wasnt werent cant couldnt wont wouldnt shouldnt hasnt havent hadnt aint'.split())
-_NUMERALS, _NO = '零〇一二两三四五六七八九十百千万亿兩萬億壹贰叁肆伍陆柒捌玖拾佰仟', '不没沒无無未别別非否莫勿甭毋'
+    'no not never none nobody noone nothing nowhere nope nah neither nor cannot without unable hardly scarcely barely '
+    'rarely seldom non'.split()) | {f'{verb}nt' for verb in 'do does did is are was were ca could wo would should has '
+                                    'have had must need ai'.split()}
+_NUMERALS, _NO = '零〇一二两三四五六七八九十百千万亿兩萬億壹贰叁肆伍陆柒捌玖拾佰仟', '不没沒无無未别別非否莫勿甭毋冇唔'
 _FIXED = rf"""(?P<no>[{_NO}])|[{_NUMERALS}]+
   |```.{{0,9999}}?```|`[^`\n]+`|</?[A-Za-z|!][^<>\n]{{0,99}}>|\{{[^{{}}\n]{{0,99}}\}}|\[/?[A-Z_]{{1,20}}\]|[@\#][\w-]+
   |(?:https?://|ftp://|www\.)[!-~]+
   |[A-Za-z0-9._%+-]{{1,64}}@[A-Za-z0-9-]{{1,63}}(?:\.[A-Za-z0-9-]{{1,63}}){{1,8}}
   |(?:[A-Za-z0-9-]{{1,63}}\.){{1,8}}(?:com|org|net|edu|gov|io|cn|co|uk|html?)(?![A-Za-z])(?:/[!-~]*)?
   |(?:[A-Za-z_]{{1,40}}-?)?[+\-$€£¥]?\d[A-Za-z_\d]*(?:[.,:/'’~+-][A-Za-z_]{{0,9}}\d[A-Za-z_\d]*)*[%‰°％℃]?
-  |(?P<word>[{_LATIN}]+(?:['’][{_LATIN}]+)*)"""
+  |(?<![\w:;=])[:;=8][-o']?[()\[\]DPp/|*](?!\w)
+  |(?P<word>[{_LATIN}]+(?:[{_APOSTROPHES}][{_LATIN}]+)*)"""
 _END = re.compile(rf'[。！？｡]+[”’」』）】》"]*|[.!?]+["\'”’)\]]*(?=\s|$)|[!?]+(?=[{HAN}])|\n')
 _ABBREVIATED = re.compile(
     r'(?:^|[\s(.])(?:[A-Za-z]|Mrs?|Ms|Dr|Prof|St|Jr|Sr|vs|etc|No|Fig|cf|al|Inc|Ltd|Co)\.$|^\s*\d+\.$')
@@ -103,10 +105,10 @@ def keeps(before: str, after: str, protect: Collection[str] = ()) -> bool:
 def _fixed(text, protect):
   """(match, is it a negation?) of each protected part. Whole words are read too, and passed over."""
   for m in _pattern(frozenset(protect)).finditer(text):
-    word = m['word'] and m['word'].lower().replace('’', "'").removesuffix("'s")
+    word = m['word'] and re.sub(f'[{_APOSTROPHES}]', "'", m['word'].lower()).removesuffix("'s")
     if not word:
       yield m, m['no'] is not None
-    elif word in _NEGATIONS or word.endswith("n't"):
+    elif word in _NEGATIONS or "n't" in word:
       yield m, True
     elif word in _NUMBER_WORDS:
       yield m, False
@@ -294,6 +296,5 @@ def _origin(example, index, n):
   if not marks and 'metadata' in names:
     marks = {'metadata': {**(example.metadata or {}), 'origin': f'{own}#{n}'}}
   if not marks:
-    raise ConfigError(f'{type(example).__name__}: no field to mark a copy with; expected id, origin or metadata; '
-                      'add one')
+    raise ConfigError(f'{type(example).__name__}: no field to mark a copy with; add id, origin or metadata')
   return marks

@@ -145,6 +145,10 @@ def homophones(rate: float, protect: Collection[str] = ()) -> Augment:
     return [o for o in by_sound.get(sound, ()) if o != c and levels[c] <= levels[o]
             and not any(c in pair and o in pair for pair in _OPPOSITES)]
 
+  @functools.lru_cache(maxsize=1 << 16)
+  def several(c: str) -> bool:
+    return len(optional('pypinyin').pinyin(c, heteronym=True, style=optional('pypinyin').Style.NORMAL)[0]) > 1
+
   def change(text: str, a: int, b: int, rng: np.random.Generator) -> str:
     c = text[a:b]
     if c not in levels:
@@ -153,6 +157,8 @@ def homophones(rate: float, protect: Collection[str] = ()) -> Augment:
     whole = left + (_HAN.match(text[b:b + 8]) or [''])[0]
     sounds = read(whole)
     sound = sounds[len(left) - 1] if len(sounds) == len(whole) else read(c)[0]
+    if several(c) and any(o in levels and 'gb2312' not in levels[o] for o in whole):
+      return c  # the readings of words are known in simplified characters only
     found = others(c, sound)
     return found[rng.integers(len(found))] if found else c
   return edit(rate, change, protect)

@@ -18,6 +18,11 @@ _WORD = re.compile(f'[^\\W\\d_{_HAN}{_KANA}]+')
 _TOKEN = re.compile(f'[{_HAN}{_KANA}]|[^\\W{_HAN}{_KANA}]+')
 _LETTER = re.compile(r'[^\W\d_]')
 _SPACE = re.compile(r'\s+')
+_CJK = '[\u2e80-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f]'  # written without spaces
+_BESIDE = re.compile(rf'(?<={_CJK}) | (?={_CJK})')
+# Controls that are no space, and what has no width: hyphens, joiners, marks of direction, variants, byte order mark.
+_INVISIBLE = re.compile('[\x01-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e'
+                        '\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]')
 
 # Controls but tab and newlines, bidirectional overrides, annotation marks, noncharacters, a byte order mark inside.
 _CONTROL = re.compile('[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ufff9-\ufffb\ufffe\uffff]|'
@@ -43,6 +48,12 @@ _PERSONAL = (
 def fold(text: str) -> str:
   """Compatibility forms made one, case folded, runs of space made one space."""
   return _SPACE.sub(' ', unicodedata.normalize('NFKC', text).casefold()).strip()
+
+
+def duplicate_key(text: str) -> str:
+  """What duplicates have in common: NFKC, no case, nothing invisible, white space as one space, none beside CJK."""
+  text = unicodedata.normalize('NFKC', _INVISIBLE.sub('', text)).casefold()
+  return _BESIDE.sub('', ' '.join(unicodedata.normalize('NFKC', text).split()))
 
 
 def tokens(text: str) -> list[str]:

@@ -112,7 +112,7 @@ def load_wordnet(folder: str | os.PathLike = DEBIAN) -> Wordnet:
   names = ['cntlist.rev', *(f'{kind}.{name}' for kind in ('index', 'data') for name in _FILES.values())]
   if missing := [name for name in names if not (folder / name).is_file()]:
     raise ConfigError(f'{folder}: no {missing[0]}; expected the files of WordNet; on Debian: apt-get install '
-                      'wordnet-base, or unpack it elsewhere with dpkg-deb -x and name the folder')
+                      'wordnet-base, or unpack it elsewhere with dpkg-deb -x and name the folder to scripts.augment')
   first, total = {}, {}
   for word, number, count in _rows(folder / 'cntlist.rev', _counted):
     total[word] = total.get(word, 0) + count

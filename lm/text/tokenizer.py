@@ -202,7 +202,8 @@ def _collect(path: pathlib.Path) -> dict[str, bytes]:
   if path.suffix == '.model':
     return {'tokenizer.model': path.read_bytes()}
   if path.suffix == '.txt':
-    return {'vocab.txt': path.read_bytes()}
+    config = path.with_name(_HF_NAMES[0])  # says whether case counts
+    return {'vocab.txt': path.read_bytes()} | ({config.name: config.read_bytes()} if config.is_file() else {})
   if path.name in ('char.json', 'byte.json'):
     return {path.name: path.read_bytes()}
   if path.suffix != '.json':
@@ -270,7 +271,8 @@ def _bpe(files):
 def _wordpiece(files):
   words = files['vocab.txt'].decode().rstrip('\n').split('\n')
   special = [w for w in words if re.fullmatch(r'\[[A-Z]+\]', w)]
-  lowercase = not any(w != w.lower() for w in words if w not in special)
+  guess = not any(w != w.lower() for w in words if w not in special and w not in ('<S>', '<T>'))  # Chinese BERT's
+  lowercase = json.loads(files.get(_HF_NAMES[0], b'{}')).get('do_lower_case', guess)
   model = tokenizers.Tokenizer(tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token='[UNK]'))
   model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
   model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
