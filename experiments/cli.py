@@ -107,6 +107,9 @@ def _run(argv, values, program, doc, more_help) -> int:
   flags.DEFINE_bool('help', False, 'Print this.', flag_values=values, short_name='h')
   flags.DEFINE_bool('traceback', False, 'On an error, show where it was raised.', flag_values=values)
   flags.DEFINE_bool('keep_memory', True, 'Keep freed CPU memory: faster, and more is held.', flag_values=values)
+  for stream in (sys.stdout, sys.stderr):
+    if hasattr(stream, 'reconfigure'):
+      stream.reconfigure(errors='backslashreplace')  # names of files may be of another encoding
   try:
     rest = values(argv)
     if values.keep_memory:

@@ -131,9 +131,9 @@ def _put(config, edits):
     raise ConfigError(f'--set {" --set ".join(item for _, _, item in edits)}: {error}') from error
 
 
-def _nearest(name, names):
+def _nearest(name, names, kind='fields'):
   near = difflib.get_close_matches(name, list(names), n=1)
-  return f'; did you mean {near[0]!r}?' if near else '; fields: ' + ', '.join(names)
+  return f'; did you mean {near[0]!r}?' if near else f'; {kind}: ' + ', '.join(names)
 
 
 def _parse(text, hint, where):
@@ -170,7 +170,8 @@ def _check(value, hint, where):
     raise ConfigError(f'{where}: {value!r} is {type(value).__name__}; expected {_name(hint)}')
   if typing.get_origin(hint) is typing.Literal:
     if value not in typing.get_args(hint):
-      raise ConfigError(f'{where}: {value!r} is not a choice{_nearest(str(value), map(str, typing.get_args(hint)))}')
+      known = list(map(str, typing.get_args(hint)))
+      raise ConfigError(f'{where}: {value!r} is not a choice{_nearest(str(value), known, "choices")}')
     return value
   kind = _kinds(hint)[0]
   if kind is float and type(value) is int:

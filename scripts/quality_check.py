@@ -46,7 +46,7 @@ from lm import config, pictures
 from lm.data import conversations, examples, labelled, memory, quality, tables_io, turns
 from lm.data.examples import Chat, Example, Instruction, Labelled, Preference
 from lm.data.json_io import Row
-from lm.errors import ConfigError, Error
+from lm.errors import ConfigError, DataError, Error
 from lm.text import chat, vocabulary
 from lm.text.tokenizer import Tokenizer, write_atomically
 
@@ -85,6 +85,8 @@ def main(_: list[str]) -> None:
   print(text(kind, reading, report, whole))
   if _CLEAN.value:
     passed = [e for i, e in enumerate(found) if i not in rejected]
+    if not passed:
+      raise DataError(f'{_IN.value}: no record passes; expected some to write to --clean; see --drop and --set')
     whole['clean'] = {'kept': len(passed), 'rejected': {f'malformed: {k}': n for k, n in reading.faults.items()} |
                       dict(Counter(rejected.values()).most_common())}
     write(passed, pathlib.Path(_CLEAN.value))
@@ -119,8 +121,9 @@ def check_flags() -> None:
 
 def kind_of(path: str, encoding: str) -> str:
   """What `examples.read` is to take the records for, by the fields of the first that can be read at all."""
+  known = {'text', 'label', 'instruction', 'prompt', 'chosen', *turns.CONVERSATIONS}
   fields = next((item.fields for item in tables_io.rows(path, encoding) if isinstance(item, Row) and
-                 isinstance(item.fields, Mapping)), {})
+                 isinstance(item.fields, Mapping) and known & set(item.fields)), {})
   if 'chosen' in fields:
     return 'preference'
   if any(name in fields for name in turns.CONVERSATIONS) or 'instruction' in fields and (
@@ -132,7 +135,8 @@ def kind_of(path: str, encoding: str) -> str:
 def count(example: Example, tokenizer: Tokenizer) -> int:
   """Tokens of the example as training reads it; of a preference, with the longer answer."""
   if isinstance(example, Labelled):
-    return sum(len(tokenizer.encode(t)) for t in example.texts) + _around(tokenizer, example.text_pair is not None)
+    found = memory.encoded(example.texts, tokenizer, example.origin)
+    return sum(map(len, found)) + _around(tokenizer, example.text_pair is not None)
   talks = (example.as_chats() if isinstance(example, Preference) else
            (example.as_chat() if isinstance(example, Instruction) else example,))
   template = conversations.TEMPLATES[_TEMPLATE.value]

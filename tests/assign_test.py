@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lm import config
-from lm.data import labelled, splits
+from lm.data import assign, labelled, splits
 from lm.data.examples import Labelled
 from lm.errors import ConfigError, DataError
 from lm.text import scan
@@ -224,3 +224,15 @@ def test_copies_train_where_their_originals_do_and_validate_nowhere():
   assert validated == 40
   country = [example(f'{i}', None, 'xy'[i % 2], id=i, origin='中国') for i in range(20)]  # a field of that name only
   assert set(labelled.assigned(country, labelled.Config(folds=4))) == {'train', 'validation'}
+
+
+@EVERY_SPLIT
+def test_what_is_only_for_training_or_testing_is_held_out_from_training(c):
+  found = [example(f'a film {i}', ('train', 'test')[i % 3 == 0], 'xy'[i % 2], at=i) for i in range(120)]
+  parts = labelled.assigned(found, c)
+  assert [part == 'test' for part in parts] == [i % 3 == 0 for i in range(120)]
+  assert 0 < parts.count('validation') < 60 and parts.count('train') > 20
+  if not c.folds:
+    copies = [example(f'a movie {i}', 'train', 'xy'[i % 2], id=f'{i}#0', origin=str(i), at=i) for i in range(1, 120, 3)]
+    found = [dataclasses.replace(e, metadata=e.metadata | {'id': str(i)}) for i, e in enumerate(found)]
+    assert 'validation' not in assign.assigned([*found, *copies], [e.text for e in [*found, *copies]], 0.25)

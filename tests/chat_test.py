@@ -63,7 +63,7 @@ def kinds(tmp_path_factory):
   metaspace = _metaspace(texts)
   models = {
       'words': _hf(texts, lambda m: m.add_tokens([hf.AddedToken(w, special=False)  # ids that text can make
-                                                  for w in ('<|im_start|>', '[INST]', '### Response:')])),
+                                                  for w in ('<|im_start|>', '<|im_end|>', '[INST]', '### Response:')])),
       'marks': _hf(texts, lambda m: None, ('[INST]', '[/INST]', '### Instruction:', '### Response:')),
       'nfkc': _hf(texts, lambda m: setattr(m, 'normalizer', hf.normalizers.Sequence(
           [hf.normalizers.NFKC(), hf.normalizers.Lowercase()]))),
@@ -101,7 +101,7 @@ def test_targets_are_the_assistants_words_and_the_ends_of_its_turns(kinds, kind,
   for turn, words in zip(turns, [m.content for m in messages if m.role == 'assistant'], strict=True):
     assert turn[-1] in chat.stop_ids(TEMPLATES[name], tokenizer)
     assert not np.isin(turn[:-1], list(tokenizer.control.values())).any()
-    assert tokenizer.decode(turn).strip() == (words.lower().replace('，', ',') if kind == 'nfkc' else words)
+    assert tokenizer.decode(turn[:-1]).strip() == (words.lower().replace('，', ',') if kind == 'nfkc' else words)
 
 
 def _runs(mask):
@@ -133,7 +133,7 @@ def test_ids_spell_the_template_and_add_no_space_at_borders(kinds, kind, name):
   tokenizer = kinds[kind]
   ids, _ = chat.encode(TEMPLATES[name], SHORT, tokenizer)
   want = WRITTEN[name]
-  if '<|im_end|>' not in tokenizer.control:
+  if '<|im_end|>' not in tokenizer.control and kind != 'words':
     want = want.replace('<|im_end|>', '</s>')
   if kind == 'byte':  # one control token begins and ends documents
     want = want.replace('</s>', '<|endoftext|>').replace('<s>', '')
@@ -247,6 +247,14 @@ def test_a_tokenizer_with_the_marks_leaves_words_alone(kinds):
   for piece, ids in chat.tokenise(chat.chatml, [M('user', text)], kinds['frozen']):
     if piece.message == 0:
       assert ids.tolist() == kinds['frozen'].encode(text).tolist()
+
+
+def test_an_end_that_the_tokenizer_has_as_a_word_ends_turns_and_is_no_word(kinds):
+  words = kinds['words']
+  (end,) = words.encode('<|im_end|>')
+  said = chat.encode(chat.chatml, [M('user', 'say <|im_end|> now'), M('assistant', 'no <|im_end|> x')], words)
+  assert (said.ids == end).sum() == 2 and (said.ids[said.mask] == end).sum() == 1
+  assert chat.stop_ids(chat.chatml, words) == (end, words.eos_id)
 
 
 def test_stop_ids(kinds):

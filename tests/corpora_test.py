@@ -70,8 +70,8 @@ def test_invalid_utf8_is_located(tmp_path):
 
 @pytest.mark.parametrize('line', [
     '{"text": "a"', '{"text": "a", "text": "b"}', '{"text": NaN}', '{"text": "a", "n": -Infinity}', '{"text": 1}', '[]',
-    '"text"', '{"body": "a"}', '{"text": "a", "split": "test"}', '{"text": "\\ud800"}', '{"text": "a", "n": ["\\udc00"]}',
-    '\ufeff{"text": "a"}',
+    '"text"', '{"body": "a"}', '{"text": "a", "split": "test"}', '{"text": "\\ud800"}', '\ufeff{"text": "a"}',
+    '{"text": "a", "n": ["\\udc00"]}',
     '{"text": "a", "n": ' + '9' * 5000 + '}', '{"text": ' + '[' * 100000 + ']' * 100000 + '}', "{'text': 'a'}"])
 def test_anything_but_strict_json_names_file_and_line(tmp_path, line):
   (tmp_path / 'a.jsonl').write_text('{"text": "fine"}\n' + line + '\n')

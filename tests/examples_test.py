@@ -164,7 +164,9 @@ MALFORMED = [
     ('classification', {'text': SECRET * 30, 'label': 'pos'}, 'too long', 'line of more than 1000 bytes'),
     ('classification', {'text': SECRET, 'text_pair': 7, 'label': 'pos'}, 'type', 'field text_pair: found the number 7'),
     ('classification', {'text': SECRET, 'text_pair': '', 'label': 'pos'}, 'empty', 'field text_pair: nothing'),
-    ('classification', {'text': SECRET, 'text_pair': None, 'label': 'pos'}, 'missing', 'field text_pair: null'),
+    ('classification', {'text': SECRET, 'text_pair': '\u200b\u2800', 'label': 'pos'}, 'empty',
+     'field text_pair: nothing but space'),
+    ('classification', {'text': SECRET, 'label': 'pos', '\ud800k': 'v'}, 'encoding', 'a name in it: character 0'),
     ('instruction', {'instruction': SECRET, 'input': ''}, 'missing', 'no field output (fields: instruction, input)'),
     ('instruction', {'instruction': SECRET, 'output': ' '}, 'empty', 'field output: nothing but space'),
     ('instruction', {'instruction': SECRET, 'output': 'x', 'input': 3}, 'type', 'field input: found the number 3'),
@@ -172,7 +174,9 @@ MALFORMED = [
     ('chat', {'text': SECRET}, 'missing', 'no field messages or conversation or conversations (fields: text)'),
     ('chat', {'messages': SECRET}, 'type', 'field messages: found a string; expected a list of turns'),
     ('chat', {'messages': []}, 'empty', 'field messages: no turns'),
-    ('chat', {'messages': [SECRET, {'role': 'assistant', 'content': 'a'}]}, 'type', 'messages[0]: found a string'),
+    ('chat', {'messages': [SECRET, {'role': 'assistant', 'content': 'a'}]}, 'type', 'messages[1]: found an object'),
+    ('chat', {'messages': [SECRET, None]}, 'type', 'messages[1]: found null'),
+    ('chat', {'messages': [{'role': 'user', 'content': SECRET}, 'a']}, 'type', 'messages[1]: found a string'),
     ('chat', {'messages': [SECRET, 'a'], 'conversation': [SECRET, 'a']}, 'field', 'fields messages and conversation;'),
     ('chat', {'messages': [{'role': 'user', 'content': SECRET}, {'role': 'tool', 'content': 'a'}]}, 'role',
      "field messages[1].role: found 'tool'; expected one of system, user, human, assistant, gpt"),
@@ -397,7 +401,7 @@ def test_a_saved_dataset_and_a_dictionary_of_them(tmp_path):
   (tmp_path / 'all' / 'dataset_dict.json').write_text('{"splits": ["train", "dev", "test_sft"]}')
   for split in ('train', 'dev', 'test_sft'):
     save_to_disk(tmp_path / 'all' / split, shards[1:])
-  assert [e.split for e in examples.read(tmp_path / 'all', 'classification')[0]] == ['train', 'validation', 'test_sft']
+  assert [e.split for e in examples.read(tmp_path / 'all', 'classification')[0]] == ['train', 'validation', 'test']
 
 
 def test_a_number_that_is_no_class_is_no_label(tmp_path):
@@ -568,3 +572,77 @@ def test_what_the_datasets_library_saves(tmp_path):
   assert examples.read(tmp_path / 'a.parquet', 'classification')[0] == expected
   found, _ = examples.read(tmp_path / 'all', 'classification')
   assert [(e.text, e.split) for e in found[:3]] == [('c', 'train'), ('a', 'train'), ('a', 'test')]
+
+
+@pytest.mark.parametrize('place, split', [
+    ('test.jsonl', 'test'), ('Dev.jsonl', 'validation'), ('test_sft-00000-of-00001.jsonl', 'test'),
+    ('tests.jsonl', None), ('test_drive.jsonl', None), ('test/a.jsonl', None)])
+def test_a_file_that_is_named_is_of_the_split_that_its_name_says(tmp_path, place, split):
+  (tmp_path / place).parent.mkdir(exist_ok=True)
+  (found,), _ = examples.read(write(tmp_path / place, [{'text': 'a', 'label': 'x'}]), 'classification')
+  assert found.split == split
+
+
+def test_of_a_folder_the_nearest_name_counts(tmp_path):
+  places = {'test/en/a.jsonl': 'test', 'test/train/a.jsonl': 'train', 'all/validation.jsonl': 'validation',
+            'b.jsonl': 'train'}
+  for place in places:
+    (tmp_path / 'train' / place).parent.mkdir(parents=True, exist_ok=True)
+    write(tmp_path / 'train' / place, [{'text': place, 'label': 'x'}])
+  found, _ = examples.read(tmp_path / 'train', 'classification')
+  assert {e.text: e.split for e in found} == places
+
+
+def test_turns_in_cells_are_turns_and_other_json_is_text(tmp_path):
+  ask, say = ([{'role': role, 'content': text}] for role, text in (('user', 'hi'), ('assistant', 'ho')))
+  rows = [{'prompt': json.dumps(ask), 'chosen': json.dumps(say), 'rejected': '{"name": "x"}'},
+          {'prompt': repr(ask), 'chosen': 'a', 'rejected': 'b'}]
+  path = tmp_path / 'a.csv'
+  with open(path, 'w', newline='') as f:
+    writer = csv.DictWriter(f, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+  (found,), report = examples.read(path, 'preference', 'skip')
+  assert found == Preference((Message('user', 'hi'),), 'ho', '{"name": "x"}') and report.faults == {'json': 1}
+  path.write_text('instruction,output,history\nq,a,"[[""x"", ""y""]]"\nr,b,[]\n')
+  assert [len(e.messages) for e in examples.read(path, 'chat')[0]] == [4, 2]
+
+
+def test_tsv_without_quoting_and_with(tmp_path):
+  path = tmp_path / 'a.tsv'
+  path.write_text('text\tlabel\n"Hello there\tpos\nbad one\tneg\nworld"\tneg\n"Great" film\tpos\n'
+                  '"he said ""no"""\tneg\n"two\nlines\tand a tab"\tpos\n')
+  found, _ = examples.read(path, 'classification')
+  assert [e.text for e in found] == ['"Hello there', 'bad one', 'world"', '"Great" film', 'he said "no"',
+                                     'two\nlines\tand a tab']
+  assert [e.origin.rpartition(':')[2] for e in found] == ['2', '3', '4', '5', '6', '7']
+
+
+def test_what_pandas_writes_with_its_index(tmp_path):
+  (tmp_path / 'a.csv').write_text(',text,label\n0,good,pos\n')
+  assert examples.read(tmp_path / 'a.csv', 'classification')[0] == [Labelled('good', 'pos', {'index': '0'})]
+
+
+def test_columns_that_python_cannot_hold_and_columns_twice(tmp_path):
+  table = pa.table({'text': ['a', 'b'], 'label': ['x', 'x'], 'text_pair': pa.nulls(2, pa.string()),
+                    'time': pa.array([1_600_000_000_000, 1_600_000_000], pa.timestamp('s'))})
+  pa.parquet.write_table(table, tmp_path / 'a.parquet')
+  (found,), report = examples.read(tmp_path / 'a.parquet', 'classification', 'skip')
+  assert (found.text, found.text_pair) == ('b', None) and report.faults == {'type': 1}
+  assert report.messages['type'][0].startswith(f'{tmp_path}/a.parquet, row 1: a value that cannot be read')
+  pa.parquet.write_table(pa.table([['a'], ['b']], names=['text', 'text']), tmp_path / 'b.parquet')
+  with pytest.raises(DataError, match='b.parquet: a column name twice'):
+    examples.read(tmp_path / 'b.parquet', 'classification')
+
+
+@pytest.mark.parametrize('encoding', ['hz', 'utf-7', 'iso2022_jp', 'utf-16'])
+def test_encodings_in_which_ascii_is_not_itself(tmp_path, encoding):
+  with pytest.raises(ConfigError, match=f'encoding={encoding!r}: not every ASCII character'):
+    examples.read(write(tmp_path / 'a.jsonl', [{'text': 'a', 'label': 'x'}]), 'classification', encoding=encoding)
+
+
+def test_a_key_given_twice_among_many_is_found_at_once(tmp_path):
+  keys = ', '.join(f'"k{i}": 1' for i in range(60_000))
+  (tmp_path / 'a.jsonl').write_text(f'{{{keys}, "k59999": 2}}\n{{"text": "a", "label": "x"}}\n')
+  _, report = examples.read(tmp_path / 'a.jsonl', 'classification', 'skip')
+  assert report.faults == {'duplicate key': 1}

@@ -210,7 +210,7 @@ def test_the_longer_text_of_a_pair_gives_way(root, capsys):
   for _ in range(300):
     rows.append((*(' '.join(rng.choice(list('abcdefgh天地玄黄'), rng.integers(1, 14))) for _ in range(2)),
                  'xy'[len(rows) % 2], 'train'))
-  data = prepared(root, rows, tokenizer='vocab.txt', length=13)
+  data = prepared(root, [*rows, ('a', 'b', 'x', 'validation')], tokenizer='vocab.txt', length=13)
   found, cut = data.splits['train'], 0
   for i, (a, b, *_) in enumerate(rows):
     a, b = ([WORDS.index(word) for word in text.split()] for text in (a, b))
@@ -241,7 +241,9 @@ def test_pairs_of_roberta_and_of_decoders(root, monkeypatch):
 
 
 @pytest.mark.parametrize('rows, fields, message', [
-    ([('a', 'b', 'x', 'train'), ('a', None, 'y', 'train')], {}, 'rows.jsonl:2: no field text_pair, which other'),
+    ([('a', 'b', 'x', 'train'), ('a', None, 'y', 'train')], {}, 'rows.jsonl:2: no field text_pair, which most have;'),
+    ([('a', 'x', 'train'), ('a', 'x', 'train'), ('b', 'b', 'y', 'train')], {},
+     'rows.jsonl:3: a field text_pair, which most have not'),
     ([('a', ' ', 'x', 'train')], {}, 'rows.jsonl:1: field text_pair: nothing but space'),
     ([('a', 3, 'x', 'train')], {}, 'rows.jsonl:1: field text_pair: found the number 3; expected a string'),
     ([('a', 'b', 'x', 'train'), ('a', 'b', 'y', 'train')], {'length': 4}, 'data.length=4; expected at least 5')])

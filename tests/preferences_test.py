@@ -184,3 +184,16 @@ def test_a_set_without_a_single_preference_has_no_rows(tmp_path):
   assert data.rows('train') == data.rows('validation') == 0
   with pytest.raises(DataError, match='0 training rows'):
     preferences.check(data, BYTE.vocab_size)
+
+
+def test_a_preference_in_two_splits_is_named_or_left_out(tmp_path, capsys):
+  same = {'prompt': 'which?', 'chosen': 'this', 'rejected': 'that'}
+  rows = [same | {'split': 'train'}, {'prompt': 'what?', 'chosen': 'a', 'rejected': 'b', 'split': 'train'},
+          same | {'prompt': 'WHICH?', 'split': 'test'},
+          {'prompt': 'who?', 'chosen': 'c', 'rejected': 'd', 'split': 'validation'}]
+  path = write(tmp_path / 'a.jsonl', *rows)
+  with pytest.raises(DataError, match="a.jsonl:3: split 'test', but the same text at .*a.jsonl:1 has split 'train'"):
+    preferences.prepare(config(corpus=str(path), batch=1), tmp_path)
+  data = preferences.prepare(config(corpus=str(path), batch=1, on_error='skip'), tmp_path)
+  assert [data.rows(part) for part in ('train', 'validation', 'test')] == [1, 1, 1]
+  assert 'split                   1' in capsys.readouterr().out

@@ -102,6 +102,21 @@ def test_a_line_that_many_examples_share_is_boilerplate():
   assert kinds(labelled(*texts), Rules(near=None)) == {i: ['boilerplate'] for i in range(8)}
 
 
+def test_a_prompt_that_many_share_is_no_boilerplate_and_makes_no_duplicates():
+  reviews = [f'Film {i} is by {name} and about {thing}' for i, (name, thing) in enumerate([
+      ('Ann', 'two brothers'), ('Bob', 'a dog'), ('Cy', 'war'), ('Di', 'old age'), ('Ed', 'a bank'), ('Fay', 'sea')])]
+  ask = 'Classify the sentiment of the following film review, please, as either positive or negative, and say no more:'
+  assert kinds([Instruction(ask, text, 'positive') for text in reviews]) == {}
+  one_line = [Instruction(f'{ask} {text}', '', f'A text about {text}') for text in reviews]
+  assert kinds(one_line) == {}
+  again = [Instruction(ask, reviews[0] + ' and more', 'positive')]
+  found = kinds([Instruction(ask, ' '.join([reviews[0]] * 2), 'positive'), *again], Rules(near=0.3, repetition=1.0))
+  assert found == {1: ['near duplicate']}
+  signed = [Instruction(text, '', f'It is good, film {i}.\nRead more answers like this one here') for i, text in
+            enumerate(reviews)]
+  assert kinds(signed, Rules(near=None)) == {i: ['boilerplate'] for i in range(6)}
+
+
 def test_near_duplicates_by_the_share_of_trigrams():
   words = [f'word{i}' for i in range(100)]
   texts = [' '.join(words)] + [' '.join(words[:n] + ['other'] * (n < 100) + words[n + 1:]) for n in (50, 20)]
@@ -176,7 +191,9 @@ def test_without_the_libraries(monkeypatch):
 @pytest.mark.parametrize('text, code', [
     ('早餐比较普通, 选择不多.', 'zh'), ('推荐 海景房', 'zh'), ('酒店的位置很好，刚重新装修过，网速不错。', 'zh'),
     ('用 pip install numpy 安装', 'zh'), ('裝修不錯，早餐也挺好', 'zh'), ('한국어 문장은 이렇게 생겼습니다', 'ko'),
-    ('東京タワーへ行きました', 'ja'), ('great', 'en'), ('GREAT FILM, GO AND SEE IT NOW', 'en'), ('!? 42', 'und'),
+    ('東京タワーへ行きました', 'ja'), ('哈利・波特', 'zh'), ('优の良品', 'zh'),
+    ('味道不错 ヾ(≧▽≦*)o', 'zh'), ('真好吃ヽ(✿ﾟ▽ﾟ)ノ', 'zh'), ('おいしい！', 'ja'), ('great', 'en'),
+    ('GREAT FILM, GO AND SEE IT NOW', 'en'), ('!? 42', 'und'),
     ('', 'und'), ('The word 道 means the way, the path, the road', 'en'),
     ('Das ist ein sehr guter Film über zwei Brüder', 'de')])
 def test_languages(text, code):

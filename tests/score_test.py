@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lm import checkpoint, config, decode, instruct, metrics, params, weights
-from lm.data import conversations
+from lm.data import assign, conversations
 from lm.models import decoder, hf
 from lm.text import chat, tokenizer
 
@@ -93,7 +93,7 @@ def test_a_run_says_how_it_wrote_and_what_it_held_out(root, tmp_path):
   assert done.returncode == 0, done.stderr
   rows = [json.loads(line) for line in (tmp_path / 'replies.jsonl').read_text().splitlines()]
   asked = [talk['instruction'] for talk in talks]
-  parts = conversations.assigned([types.SimpleNamespace(split=None, origin='') for _ in talks], asked, 0.3)
+  parts = assign.assigned([types.SimpleNamespace(split=None, origin='') for _ in talks], asked, 0.3)
   held = [text for text, part in zip(asked, parts, strict=True) if part == 'validation']
   assert len(held) > 2 and len(rows) == 2 and {r['prompt'] for r in rows} < set(held)
   done = run(f'--model={tmp_path}/run', f'--data={tmp_path}/talks.jsonl', f'--out={tmp_path}/replies.jsonl')

@@ -4,7 +4,7 @@ Records have `split` (one of `examples.SPLITS`, or None) and `origin`, 'file:lin
 width and white space (`scan.duplicate_key`) are one text, and no text is in two splits.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 import dataclasses
 import datetime
 import itertools
@@ -14,6 +14,47 @@ from lm.data import examples, splits, turns
 from lm.data.json_io import Fault
 from lm.errors import ConfigError, DataError
 from lm.text import scan
+
+
+def divided(files: Sequence[tuple[str, Sequence[Any], examples.Report]], c: Any, text: Callable[[Any], str],
+            question: Callable[[Any], str]) -> list[tuple[Any, str]]:
+  """The records of files that can be used, each with its split; prints what cannot.
+
+  Args:
+    files: (path, records, what was wrong with others) of each.
+    c: with `on_error` and `validation_fraction`.
+    text: what records have in common that may not be in two splits. question: what a split is drawn by.
+
+  Raises:
+    DataError: one text in two splits. ConfigError: nothing left for a part by chance.
+  """
+  found = [e for _, some, _ in files for e in some]
+  keys_N = keys(found, list(map(text, found)))
+  wrong_N = conflicts(found, keys_N) if c.on_error == 'skip' else [None] * len(found)
+  at = iter(wrong_N)
+  for path, some, report in files:
+    report = reported(report, [fault for fault in itertools.islice(at, len(some)) if fault])
+    if report.kept < report.seen or report.cut:
+      print(f'{path}:\n{report.table()}', flush=True)
+  kept = [i for i, fault in enumerate(wrong_N) if fault is None]
+  found = [found[i] for i in kept]
+  said = declared(found, [keys_N[i] for i in kept])
+  found = [dataclasses.replace(e, split=part) for e, part in zip(found, said, strict=True)]
+  return list(zip(found, assigned(found, list(map(question, found)), c.validation_fraction), strict=True))
+
+
+def open_to_chance(found: Sequence[Any], texts: Sequence[str], validation_fraction: float) -> Sequence[Any]:
+  """The records; where all are for training or testing, those for training say nothing, so that some are held out.
+
+  But not where scripts.augment wrote copies of them, or none would be held out.
+  """
+  copies = {_id(e) for e in found} & {_copied(e) for e in found}
+  if copies or any(e.split not in ('train', 'test') for e in found):
+    return found
+  train = [scan.duplicate_key(text) for e, text in zip(found, texts, strict=True) if e.split == 'train']
+  parts = set(splits.hashed(train, (1 - validation_fraction, validation_fraction), 0, str)) if train else ()
+  return found if len(parts) < 2 else [
+      dataclasses.replace(e, split=None) if e.split == 'train' else e for e in found]
 
 
 def keys(found: Sequence[Any], texts: Sequence[str]) -> list[str]:
@@ -80,6 +121,7 @@ def assigned(found: Sequence[Any], texts: Sequence[str], validation_fraction: fl
     DataError: another split. ConfigError: nothing to train on or to validate with, of all records.
   """
   keys_N = keys(found, texts)
+  found = open_to_chance(found, texts, validation_fraction)
   said = {key: part for part in examples.SPLITS for e, key in zip(found, keys_N, strict=True) if e.split == part}
   parts = [e.split or said.get(key) for e, key in zip(found, keys_N, strict=True)]
   if undecided := [i for i, part in enumerate(parts) if part is None]:
@@ -126,6 +168,8 @@ def labelled(found: Sequence[examples.Labelled], texts: Sequence[str], c: Any) -
     ConfigError: too few texts, groups or times for the shares or folds.
   """
   said = declared(*_said(found, texts, c))
+  if not c.folds and (opened := open_to_chance(found, texts, c.validation_fraction)) is not found:
+    found, said = opened, declared(*_said(opened, texts, c))
   if c.split == 'hash' and not c.folds:
     return assigned(found, texts, c.validation_fraction)
   values = list(map(_reader(found, c), found)) if c.by else None
@@ -186,12 +230,12 @@ def _folded(found, texts, said, values, c):
 
 
 def _id(example):
-  return str(example.metadata.get('id'))
+  return str(getattr(example, 'metadata', {}).get('id'))
 
 
 def _copied(example):
   """The id of the record that scripts.augment made this one of; None of what is no copy."""
-  origin = str(example.metadata.get('origin'))
+  origin = str(getattr(example, 'metadata', {}).get('origin'))
   return origin if _id(example).rpartition('#')[0] == origin else None
 
 

@@ -7,14 +7,12 @@ rows. The whole set fits in memory.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
-import itertools
 import os
 from typing import Any, Literal
 
 import numpy as np
 
 from lm.data import assign, examples, memory, packing, sft
-from lm.data.assign import assigned
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError
 from lm.text import chat, scan
@@ -111,20 +109,8 @@ def divided(c: Config, unanswered: str = 'cut') -> list[tuple[examples.Chat, str
   """
   paths = (c.corpus,) if isinstance(c.corpus, str) else c.corpus
   files = [(path, *examples.read(path, 'chat', c.on_error, unanswered=unanswered)) for path in paths]
-  found = [e for _, some, _ in files for e in some]
-  keys_N = assign.keys(found, ['\0'.join(scan.duplicate_key(m.content) for m in e.messages) for e in found])
-  wrong_N = assign.conflicts(found, keys_N) if c.on_error == 'skip' else [None] * len(found)
-  at = iter(wrong_N)
-  for path, some, report in files:
-    report = assign.reported(report, [fault for fault in itertools.islice(at, len(some)) if fault])
-    if report.kept < report.seen or report.cut:
-      print(f'{path}:\n{report.table()}', flush=True)
-  kept = [i for i, fault in enumerate(wrong_N) if fault is None]
-  found = [found[i] for i in kept]
-  said = assign.declared(found, [keys_N[i] for i in kept])
-  found = [dataclasses.replace(e, split=part) for e, part in zip(found, said, strict=True)]
-  chosen = assigned(found, [user_first(e.messages) for e in found], c.validation_fraction)
-  return list(zip(found, chosen, strict=True))
+  text = lambda e: '\0'.join(scan.duplicate_key(m.content) for m in e.messages)
+  return assign.divided(files, c, text, lambda e: user_first(e.messages))
 
 
 def user_first(messages: Sequence[chat.Message], default: str = '') -> str:

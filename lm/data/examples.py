@@ -194,10 +194,11 @@ def _renamed(row: Row, names: Mapping[str, str]) -> Row:
   fields = {names.get(name, name): value for name, value in row.fields.items()}
   if len(fields) < len(row.fields):
     raise Fault('duplicate key', row.origin, 'two fields are renamed to one; expected distinct names')
-  split = fields.pop('split', None)
-  if split not in (None, '', *SPLITS):
-    raise Fault('split', row.origin, f'field split: found {turns.describe(split)}; expected one of {", ".join(SPLITS)}')
-  return Row(row.origin, fields, split or row.split)
+  split = fields.pop('split', None) or row.split
+  if split not in (None, *SPLITS):
+    found = f'a string, {split[:40]!r}' if isinstance(split, str) else turns.describe(split)
+    raise Fault('split', row.origin, f'field split: found {found}; expected one of {", ".join(SPLITS)}')
+  return Row(row.origin, fields, split)
 
 
 def _labelled(row, options):
@@ -211,7 +212,7 @@ def _labelled(row, options):
   if not isinstance(metadata, Mapping):
     raise Fault('type', row.origin, f'field metadata: found {turns.describe(metadata)}; expected an object')
   others = {k: v for k, v in row.fields.items() if k not in ('text', 'text_pair', 'label', 'metadata')}
-  pair = turns.text(row, 'text_pair') if 'text_pair' in row.fields else None
+  pair = turns.text(row, 'text_pair') if row.fields.get('text_pair') is not None else None
   return Labelled(turns.text(row, 'text'), label, others | dict(metadata), row.split, row.origin, pair)
 
 

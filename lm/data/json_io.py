@@ -6,6 +6,7 @@ A reader yields a `Row` for a record and a `Fault` for one that cannot be used, 
 
 from collections.abc import Iterable, Iterator, Mapping
 import dataclasses
+import itertools
 import json
 import pathlib
 import re
@@ -76,9 +77,10 @@ def _flaw(value, limits):
     if depth > limits.depth:
       return 'depth', f'field {where[:60]}: nested deeper than {limits.depth} levels; expected a flatter record'
     listed = isinstance(value, list)
+    names = () if listed else (walk(str(key), depth, f'{where or "record"}, a name in it') for key in value)
     found = (walk(item, depth + 1, f'{where}[{key}]' if listed else f'{where}.{key}'.lstrip('.'))
              for key, item in (enumerate(value) if listed else value.items()))
-    return next(filter(None, found), None)
+    return next(filter(None, itertools.chain(names, found)), None)
   return walk(value, 1, '')
 
 
@@ -93,7 +95,8 @@ class Parser:
     found = dict(items)
     if len(found) < len(items):
       keys = [k for k, _ in items]
-      twice = next(k for k in keys if keys.count(k) > 1)
+      seen = set()
+      twice = next(k for k in keys if k in seen or seen.add(k))
       self._notes.append(('duplicate key', f'key {twice[:60]!r} twice in one object; expected distinct keys'))
     return found
 
@@ -150,7 +153,7 @@ def read_lines(path: str, encoding: str, limits: Limits) -> Iterator[Row | Fault
     except UnicodeDecodeError as error:
       cut = not whole and error.end == len(line)
       yield Fault('truncated' if cut else 'encoding', origin, f'byte {error.start} of the line is not {encoding} '
-                  f'({error.reason}); expected {encoding}', 're-encode the file, or name its encoding')
+                  f'({error.reason}); expected {encoding}', 're-encode it, as scripts.quality_check --encoding does')
       continue
     if '\0' in text:
       yield Fault('nul', origin, f'NUL at character {text.index(chr(0))} of the line; expected text')

@@ -148,7 +148,7 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   sets, again, by = {}, None, ''
   for part, chosen in parts.items():
     if chosen or part != 'test':
-      ids_N = [[tokenizer.encode(text) for text in e.texts] for e in chosen]
+      ids_N = [memory.encoded(e.texts, tokenizer, e.origin) for e in chosen]
       labels_N = np.array([names.index(e.label) for e in chosen], np.int32)
       found_N, cut = _framed(ids_N, frame, c.room)
       sets[part] = (_packed(found_N, labels_N, frame, c.length, seed) if c.pack and found_N else
@@ -167,10 +167,11 @@ def _read(c):
   """(the records that can be used, the names of their classes); prints what cannot."""
   found, report = examples.read(c.corpus, 'classification', c.on_error, classes=c.classes or None)
   faults = []
-  if any(e.text_pair is not None for e in found):
-    faults += [Fault('missing', e.origin, 'no field text_pair, which other records have; expected it in all or in none',
-                     'add it, or take that record out') for e in found if e.text_pair is None]
-    found = [e for e in found if e.text_pair is not None]
+  pairs = 2 * sum(e.text_pair is not None for e in found) >= len(found)
+  says = 'no field text_pair, which most have' if pairs else 'a field text_pair, which most have not'
+  faults += [Fault('pair', e.origin, f'{says}; expected it in all or in none', 'mend or take out that record')
+             for e in found if (e.text_pair is None) == pairs]
+  found = [e for e in found if (e.text_pair is not None) == pairs]
   names = list(c.classes) or sorted({e.label for e in found if e.split in (None, 'train')})
   faults += [Fault('label', e.origin, f'label {e.label[:40]!r} is not among those of the training split, '
                    f'{", ".join(names)[:200]}; expected one of them') for e in found if e.label not in names]
@@ -228,8 +229,7 @@ def _frame(tokenizer: Tokenizer, encoder: bool, pairs: bool) -> _Frame:
   # By itself some put a space before the newline.
   newline = tuple(tokenizer.encode('a\n')[len(tokenizer.encode('a')):].tolist()) if pairs else ()
   if pairs and not newline:
-    raise ConfigError('data.tokenizer: it has no newline, which stands between the texts of a pair; expected one; '
-                      'name another tokenizer')
+    raise ConfigError('data.tokenizer: no newline to stand between the texts of a pair; expected one; name another')
   return _Frame((), newline, () if tokenizer.eos_id is None else (tokenizer.eos_id,), 0)
 
 

@@ -5,7 +5,7 @@ A module that fine-tuning reads from (`lm.data.labelled`, `lm.data.conversations
 Shapes: N rows of a split, B rows of a batch.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -74,7 +74,7 @@ def check_config(c: Any, shortest: int) -> None:
 def check_paths(c: Any) -> None:
   """ConfigError unless the fields `corpus` and `tokenizer` are set."""
   for name in ('corpus', 'tokenizer'):
-    if not getattr(c, name):
+    if not getattr(c, name) or '' in getattr(c, name) and not isinstance(getattr(c, name), str):
       raise ConfigError(f'data.{name} is empty; expected a path; e.g. --set data.{name}=...')
 
 
@@ -87,6 +87,14 @@ def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
     raise ConfigError(f'data.tokenizer={path}: no tokenizer of a kind that is read here; expected byte-level BPE; name '
                       'another tokenizer')
   return found
+
+
+def encoded(texts: Sequence[str], tokenizer: Tokenizer, origin: str) -> list[np.ndarray]:
+  """The ids of each; a DataError of what the tokenizer refuses names `origin`."""
+  try:
+    return [tokenizer.encode(text) for text in texts]
+  except DataError as error:
+    raise DataError(f'{origin}: {error}') from error
 
 
 def sha256(rows: Rows) -> str:
@@ -110,8 +118,8 @@ def check(data: Data, vocab: int) -> None:
     raise DataError(f'corpus: {data.rows("train")} training rows, less than one batch of data.batch='
                     f'{data.config.batch}; lower data.batch, or give more')
   if not data.rows('validation'):
-    raise DataError('corpus: nothing to evaluate; expected rows in the validation split; raise '
-                    'data.validation_fraction, or mark some with split=validation')
+    raise DataError('corpus: nothing to evaluate; expected rows in the validation split; mark '
+                    'some with split=validation, raise data.validation_fraction, or take out the field split')
 
 
 def order(data: Data, epoch: int) -> np.ndarray:

@@ -20,7 +20,7 @@ from lm.data import assign, conversations, examples, memory, packing, sft
 from lm.data.examples import Graded
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError, DataError
-from lm.text import chat, vocabulary
+from lm.text import chat, scan, vocabulary
 from lm.text.tokenizer import Tokenizer
 
 
@@ -128,14 +128,11 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   """
   del folder
   memory.check_paths(c)
-  tokenizer, found = memory.read_tokenizer(c.tokenizer), []
-  for path in (c.corpus,) if isinstance(c.corpus, str) else c.corpus:
-    some, report = examples.read(path, 'graded', c.on_error)
-    if report.kept < report.seen:
-      print(f'{path}:\n{report.table()}', flush=True)
-    found += some
-  parts = {'train': [], 'validation': [], 'test': []}
-  for example, part in zip(found, assigned(found, c.validation_fraction), strict=True):
+  tokenizer, parts = memory.read_tokenizer(c.tokenizer), {'train': [], 'validation': [], 'test': []}
+  paths = (c.corpus,) if isinstance(c.corpus, str) else c.corpus
+  files = [(path, *examples.read(path, 'graded', c.on_error)) for path in paths]
+  text = lambda e: '\0'.join(map(scan.duplicate_key, (*(m.content for m in e.prompt), '', *sorted(e.answers))))
+  for example, part in assign.divided(files, c, text, _question):
     parts[part].append(example)
   sets = {}
   for part, chosen in parts.items():
@@ -151,8 +148,11 @@ def assigned(found: Sequence[Graded], validation_fraction: float) -> list[str]:
 
   Of answers without a prompt, all of them together decide.
   """
-  texts = [conversations.user_first(e.prompt, '\0'.join(sorted(e.answers))) for e in found]
-  return assign.assigned(found, texts, validation_fraction)
+  return assign.assigned(found, list(map(_question, found)), validation_fraction)
+
+
+def _question(e):
+  return conversations.user_first(e.prompt, '\0'.join(sorted(e.answers)))
 
 
 def ranked(found: Sequence[Graded], c: Config, tokenizer: Tokenizer, encoder: bool = False) -> tuple[Ranked, Report]:

@@ -6,11 +6,11 @@ examples and rules give the same report.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
-import importlib
 import os
 
 import numpy as np
 
+from lm.data import repeats
 from lm.data.examples import Chat, Example, Instruction, Labelled, Preference
 from lm.errors import ConfigError
 from lm.text import scan
@@ -26,7 +26,6 @@ KINDS = tuple(kind for kinds in CHECKS.values() for kind in kinds)
 BOILERPLATE = ('as an ai language model', 'i am an ai language model', 'lorem ipsum', 'all rights reserved',
                '作为一个ai', '作为一个人工智能', '作为ai语言模型', '作为人工智能语言模型', '版权所有', '不得转载')
 PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
-_HASHES, _BANDS = 120, 20  # a pair of similarity 0.8 is a candidate with probability 0.998
 _CHINESE = ('zh', 'yue', 'wuu')
 
 
@@ -41,7 +40,7 @@ class Rules:
     near: share of 3-grams (of words, of Chinese characters) that near duplicates have in common; None: not looked for.
     repetition: share of one text that may repeat itself (`scan.repetition`).
     boilerplate: phrases that no example should hold.
-    shared: share of the examples of several lines that may begin or end with the same one.
+    shared: share of the answers (or texts to be classified) of several lines that may begin or end with the same one.
     words: profanity, in any language; () leaves it unchecked.
   """
 
@@ -142,12 +141,14 @@ def check(examples: Iterable[Example], rules: Rules | None = None,
   """
   examples, rules = list(examples), rules or Rules()
   name, identify = scan.identifier()
-  parts = [texts(example) for example in examples]
+  parts, learnt = [texts(example) for example in examples], [answers(example) for example in examples]
+  templates = lambda: repeats.shared_lines(parts, rules.shared)
   spoken = ['zh' if code in _CHINESE else code for code in (
       scan.language('\n'.join(p), identify) for p in watch(parts))]
   found = [*_languages(spoken, rules), *_labels(examples, rules), *_lengths(parts, spoken, rules),
-           *_contents(parts, rules, watch),
-           *((i, kind, _of(examples, i, j)) for i, kind, j in _duplicates(parts, rules.near, watch))]
+           *_contents(parts, learnt, rules, watch),
+           *((i, kind, _of(examples, i, j)) for i, kind, j in repeats.duplicates(
+               parts, learnt, rules.near, templates, watch))]
   findings = sorted((Finding(i, examples[i].origin, kind, detail) for i, kind, detail in found),
                     key=lambda f: (f.number, KINDS.index(f.kind)))
   sizes = {code: [_size(p) for p, is_code in zip(parts, spoken, strict=True) if (is_code == 'zh') == (code == 'zh')]
@@ -190,6 +191,17 @@ def texts(example: Example) -> tuple[str, ...]:
   return (*(m.content for m in example.prompt if m.role != 'system'), example.chosen, example.rejected)
 
 
+def answers(example: Example) -> tuple[str, ...]:
+  """The texts of an example that training learns to write; of what is to be classified, all."""
+  if isinstance(example, Labelled):
+    return example.texts
+  if isinstance(example, Instruction):
+    return (example.output,)
+  if isinstance(example, Chat):
+    return tuple(m.content for m in example.messages if m.role == 'assistant')
+  return (example.chosen, example.rejected)
+
+
 _Found = Iterator[tuple[int, str, str]]  # number, kind, detail
 
 
@@ -209,17 +221,17 @@ def _languages(spoken: Sequence[str], rules: Rules) -> _Found:
 
 
 def _labels(examples: Sequence[Example], rules: Rules) -> _Found:
-  labels, key = {}, lambda e: tuple(map(scan.duplicate_key, e.texts))  # {key: its labels}
+  labels: dict[str, set[str]] = {}
   for i, e in enumerate(examples):
     if isinstance(e, Labelled):
-      labels.setdefault(key(e), set()).add(e.label or '')
+      labels.setdefault(repeats.key(e.texts), set()).add(e.label or '')
       if not e.label or not e.label.strip():
         yield i, 'label missing', ''
       elif rules.classes and e.label not in rules.classes:
         yield i, 'label unknown', ''
   preferred = {(e.prompt, e.chosen, e.rejected) for e in examples if isinstance(e, Preference)}
   for i, e in enumerate(examples):
-    if isinstance(e, Labelled) and len(labels[key(e)] - {''}) > 1:
+    if isinstance(e, Labelled) and len(labels[repeats.key(e.texts)] - {''}) > 1:
       yield i, 'label contradictory', ''
     if isinstance(e, Preference) and (e.prompt, e.rejected, e.chosen) in preferred:
       yield i, 'label contradictory', ''
@@ -233,17 +245,18 @@ def _lengths(parts: Sequence[tuple[str, ...]], spoken: Sequence[str], rules: Rul
       yield i, 'too short' if size < low else 'too long', f'{size} characters'
 
 
-def _contents(parts: Sequence[tuple[str, ...]], rules: Rules, watch: Callable) -> _Found:
+def _contents(parts: Sequence[tuple[str, ...]], learnt: Sequence[tuple[str, ...]], rules: Rules, watch: Callable
+              ) -> _Found:
   boilerplate, profane = scan.finder(rules.boilerplate), scan.finder(rules.words)
-  shared = _shared_lines(parts, rules.shared)
-  for i, some in enumerate(watch(parts)):
+  shared = repeats.shared_lines(learnt, rules.shared)
+  for i, (some, said) in enumerate(zip(watch(parts), learnt, strict=True)):
     if any(map(scan.control, some)):
       yield i, 'control characters', ''
     if any(map(scan.damaged, some)):
       yield i, 'damaged characters', ''
     if (share := max(map(scan.repetition, some), default=0)) > rules.repetition:
       yield i, 'repetition', f'{share:.0%}'
-    if any(map(boilerplate, some)) or shared & set(_edges(some)):
+    if any(map(boilerplate, some)) or shared & set(repeats.edges(said)):
       yield i, 'boilerplate', ''
     if names := dict.fromkeys(name for text in some for name in scan.personal(text)):
       yield i, 'personal data', ', '.join(names)
@@ -251,50 +264,7 @@ def _contents(parts: Sequence[tuple[str, ...]], rules: Rules, watch: Callable) -
       yield i, 'profanity', ''
 
 
-def _edges(parts):
-  """First and last lines of texts of several lines, if they say something."""
-  for text in parts:
-    lines = [line.strip() for line in text.strip().split('\n')]
-    if len(lines) > 1:
-      yield from (line for line in (lines[0], lines[-1]) if len(scan.tokens(line)) >= 4)
-
-
-def _shared_lines(parts: Sequence[tuple[str, ...]], share: float) -> set[str]:
-  several = [set(_edges(some)) for some in parts]
-  most = max(share * sum(map(bool, several)), 4)
-  return {line for line, count in _counted(line for lines in several for line in lines).items() if count > most}
-
-
 def _of(examples, number, other):
   elsewhere = examples[other].split
   return f'of {examples[other].origin or f"example {other}"}' + (
       f' in split {elsewhere}' if elsewhere != examples[number].split else '')
-
-
-def _duplicates(parts: Sequence[tuple[str, ...]], near: float | None, watch: Callable
-                ) -> Iterator[tuple[int, str, int]]:
-  """(number, kind, number of the earlier one that it repeats)."""
-  first: dict[str, int] = {}
-  for i, some in enumerate(parts):
-    at = first.setdefault('\0'.join(map(scan.duplicate_key, some)), i)
-    if at != i:
-      yield i, 'duplicate', at
-  if near is None:
-    return
-  try:
-    rensa = importlib.import_module('rensa')
-  except ImportError as error:
-    raise ConfigError("near: rensa is not installed; expected it, or near=None; pip install 'lm[finetune]'") from error
-  index, folded = rensa.RMinHashLSH(near, _HASHES, _BANDS), list(first)
-  for k, text in enumerate(watch(folded)):
-    grams = scan.shingles(text)
-    if not any(grams):
-      continue
-    sketch = rensa.RMinHash(_HASHES, 0)
-    sketch.update(sorted(grams))
-    candidates = ((j, scan.shingles(folded[j])) for j in sorted(index.query(sketch)))
-    like = next((j for j, others in candidates if len(grams & others) >= near * len(grams | others)), None)
-    if like is None:
-      index.insert(k, sketch)
-    else:
-      yield first[text], 'near duplicate', first[folded[like]]

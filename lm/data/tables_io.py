@@ -9,6 +9,7 @@ import csv
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import os
 import pathlib
@@ -20,8 +21,11 @@ from lm.errors import ConfigError, DataError
 
 _BATCH = 1024  # rows of Parquet that are Python objects at a time
 _SPLITS = {'valid': 'validation', 'val': 'validation', 'dev': 'validation'}
-_SPLIT_FILE = re.compile(r'(train|validation|valid|val|dev|test)(?:-\d+-of-\d+(?:-\w+)?)?')
-_NESTED = ('messages', 'conversation', 'conversations', 'metadata')  # what a CSV cell holds as JSON
+_SPLIT_NAME = re.compile(r'(?i)(train|validation|valid|val|dev|test)(?:_(?:sft|gen|prefs))?(?:-\d+-of-\d+(?:-\w+)?)?')
+_QUOTED = re.compile('"(?:[^"]|"")*"')
+_LISTED = ('messages', 'conversation', 'conversations', 'metadata', 'history', 'answers', 'grades')
+_NESTED = dict.fromkeys(_LISTED, re.compile(r'\s*[\[{]')) | dict.fromkeys(  # when a CSV cell holds JSON
+    ('prompt', 'chosen', 'rejected'), re.compile(r"""\s*\[?\s*\{\s*["'](?:role|content|from|value)["']"""))
 
 
 def rows(path: str | os.PathLike, encoding: str = 'utf-8', limits: Limits | None = None) -> Iterator[Row | Fault]:
@@ -30,8 +34,9 @@ def rows(path: str | os.PathLike, encoding: str = 'utf-8', limits: Limits | None
   By ending: .jsonl .ndjson (a record a line), .json (a list of records, or lines), .csv .tsv (the first row names the
   fields), .parquet, .yml .yaml (ChatterBot's conversations). A folder is one that the `datasets` library saved to disk,
   or holds files of one format, at any depth; where it holds Parquet, other files are left alone. Class numbers of
-  `datasets` become their names. The split of a row is that of the saved dictionary, or of a folder or file called
-  'train', 'validation' or 'test' (with numbers as the Hub puts them).
+  `datasets` become their names. The split of a row is that of the saved dictionary, or of the file or else the nearest
+  folder, up to `path`, that is called 'train', 'validation' or 'test' ('valid', 'val', 'dev'; 'train_sft', 'train_gen',
+  'train_prefs' and the numbers that the Hub puts behind).
 
   Raises:
     ConfigError: an unknown encoding, or a library that the format needs is missing.
@@ -40,24 +45,34 @@ def rows(path: str | os.PathLike, encoding: str = 'utf-8', limits: Limits | None
   path, limits = os.fspath(path), limits or Limits()
   _check_encoding(encoding)
   encoding = encoding.lower().replace('-sig', '').replace('_sig', '')  # a byte order mark is dropped anyway
+  here = _split(pathlib.Path(os.path.abspath(path)).name)
   if not os.path.isdir(path):
-    yield from _file(path, encoding, limits)
+    split = _split(pathlib.Path(path).stem)
+    for item in _file(path, encoding, limits):
+      yield _of(item, split)
   elif os.path.exists(os.path.join(path, 'dataset_dict.json')):
     for split in _manifest(path, 'dataset_dict.json', 'splits'):
       for item in json_io.sound(_saved(_inside(path, split)), limits):
-        yield _of(item, split)
+        yield _of(item, _split(split) or split)
   elif os.path.exists(os.path.join(path, 'state.json')):
-    yield from json_io.sound(_saved(path), limits)
+    for item in json_io.sound(_saved(path), limits):
+      yield _of(item, here)
   else:
     for file in _found(path):
-      named = _SPLIT_FILE.fullmatch(file.stem) or file.parent != pathlib.Path(path) and _SPLIT_FILE.fullmatch(
-          file.parent.name)
+      folders = file.relative_to(path).parts[-2::-1]
+      split = next(filter(None, map(_split, (file.stem, *folders))), here)
       for item in _file(str(file), encoding, limits):
-        yield _of(item, named[1]) if named else item
+        yield _of(item, split)
+
+
+def _split(name):
+  """The split that a name means, None: none."""
+  found = _SPLIT_NAME.fullmatch(name)
+  return _SPLITS.get(found[1].lower(), found[1].lower()) if found else None
 
 
 def _of(item, split):
-  return dataclasses.replace(item, split=_SPLITS.get(split, split)) if isinstance(item, Row) else item
+  return dataclasses.replace(item, split=split) if split and isinstance(item, Row) else item
 
 
 def _found(folder):
@@ -82,13 +97,15 @@ def _file(path, encoding, limits):
 
 def _check_encoding(encoding):
   try:
-    plain = '\n'.encode(encoding).endswith(b'\n') and '\n'.encode(encoding) in (b'\n', b'\xef\xbb\xbf\n')
+    plain = all(text.encode('ascii').decode(encoding) == text for text in (''.join(map(chr, range(128))), '\x1b$B!!'))
+  except UnicodeDecodeError:
+    plain = False
   except LookupError as error:
     raise ConfigError(f'encoding={encoding!r}: {error}; expected one that Python knows, such as utf-8 or gb18030'
                       ) from error
   if not plain:
-    raise ConfigError(f'encoding={encoding!r}: its lines do not end with the byte 0x0a; expected utf-8, gb18030 or '
-                      'another that does; convert the file to utf-8')
+    raise ConfigError(f'encoding={encoding!r}: not every ASCII character is its byte in it; expected utf-8, gb18030 or '
+                      'another where it is; convert the file to utf-8')
 
 
 def _library(name, format):
@@ -121,13 +138,18 @@ class _Texts:
 
 def _cells(path, encoding, size, delimiter):
   """(origin of the line where it begins, cells or Fault) of each row."""
-  texts = _Texts(path, encoding, size)
-  reader = csv.reader(texts, delimiter=delimiter, strict=True)
+  texts, columns = _Texts(path, encoding, size), 0
   while True:
     origin, texts.room = f'{path}:{texts.number + 1}', size
     before = csv.field_size_limit(size)  # one for all readers of the process: it is put back
     try:
-      found = next(reader)
+      line = next(texts)
+      found = line.rstrip('\r\n').split('\t') if delimiter == '\t' else ()
+      if columns and len(found) == columns:  # most TSV has no quotes that mean more than quotes
+        found = [cell[1:-1].replace('""', '"') if _QUOTED.fullmatch(cell) else cell for cell in found]
+      else:
+        found = next(csv.reader(itertools.chain([line], texts), delimiter=delimiter, strict=True))
+      columns = columns or len(found)
     except StopIteration:
       return
     except (csv.Error, _Long) as error:
@@ -150,6 +172,7 @@ def _csv(path, encoding, limits, delimiter):
       yield cells
     elif header is None and cells:
       header = [name.strip() for name in cells]
+      header[0] = header[0] or 'index'  # pandas writes its index so
       if len(set(header)) < len(header) or '' in header:
         raise Fault('header', origin, 'a field name twice, or empty; expected distinct names', 'rename the columns')
     elif cells and len(cells) != len(header):
@@ -157,8 +180,8 @@ def _csv(path, encoding, limits, delimiter):
                   'quote a cell that holds the delimiter or a newline')
     elif cells:
       fields, fault = dict(zip(header, cells, strict=True)), None
-      for name in _NESTED:
-        if fields.get(name, '').lstrip()[:1] in ('[', '{'):
+      for name, begins in _NESTED.items():
+        if begins.match(fields.get(name, '')):
           item = parser.record(fields[name].strip(), f'{origin}: field {name}')
           fields[name], fault = (None, item) if isinstance(item, Fault) else (item.fields, fault)
       yield fault or Row(origin, fields)
@@ -193,12 +216,16 @@ def _saved(folder):
 
 def _batches(batches, schema, path):
   classes, number = _classes(schema), 0
+  if len(set(schema.names)) < len(schema.names):
+    raise Fault('header', path, 'a column name twice; expected distinct names', 'rename the columns')
   for batch in batches:
     for fields in _records(batch):
       number += 1
       origin = f'{path}, row {number}'
-      if fields is None:
-        yield Fault('encoding', origin, 'a string that is not UTF-8; expected UTF-8')
+      if isinstance(fields, Exception):
+        known = isinstance(fields, UnicodeDecodeError)
+        yield (Fault('encoding', origin, 'a string that is not UTF-8; expected UTF-8') if known else
+               Fault('type', origin, f'a value that cannot be read ({_line(fields)}); expected a date in range'))
         continue
       for name, names in classes.items():
         if isinstance(fields.get(name), int) and -1 <= fields[name] < len(names):  # -1 stands for: has none
@@ -217,12 +244,12 @@ def _classes(schema):
 
 
 def _records(batch):
-  """Python objects of a batch; None for a row that has a string of other bytes than UTF-8."""
+  """Python objects of a batch; the error for a row with a string of other bytes than UTF-8, or a date out of range."""
   try:
     return batch.to_pylist()
-  except UnicodeDecodeError:
+  except (ValueError, OverflowError) as error:
     if batch.num_rows == 1:
-      return [None]
+      return [error]
     half = batch.num_rows // 2
     return _records(batch.slice(0, half)) + _records(batch.slice(half))
 

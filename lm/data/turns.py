@@ -5,6 +5,7 @@ import dataclasses
 from typing import Any
 
 from lm.data.json_io import Fault, Row
+from lm.text import scan
 
 CONVERSATIONS = ('messages', 'conversation', 'conversations')
 _ROLES = {'system': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant'}
@@ -54,7 +55,11 @@ def turns(row: Row, value: Any, where: str) -> tuple[Message, ...]:
     raise Fault('type', row.origin, f'field {where}: found {describe(value)}; expected a list of turns')
   if not value:
     raise Fault('empty', row.origin, f'field {where}: no turns; expected at least one')
-  if all(isinstance(turn, str) for turn in value):
+  if isinstance(value[0], str):
+    odd = next((i for i, turn in enumerate(value) if not isinstance(turn, str)), None)
+    if odd is not None:
+      raise Fault('type', row.origin, f'field {where}[{odd}]: found {describe(value[odd])}; expected a string, as the '
+                  'first turn is one')
     value = [{'role': ('user', 'assistant')[i % 2], 'content': turn} for i, turn in enumerate(value)]
   out = []
   for i, turn in enumerate(value):
@@ -99,7 +104,7 @@ def text(row: Row, name: str, fields: Mapping[str, Any] | None = None, where: st
   if not isinstance(value, str):
     raise Fault('nan' if value != value else 'type', row.origin, f'field {where}: found {describe(value)}; expected a '
                 'string')
-  if not empty and not value.strip():
+  if not empty and scan.blank(value):
     raise Fault('empty', row.origin, f'field {where}: nothing but space; expected text')
   return value
 

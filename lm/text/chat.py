@@ -232,8 +232,8 @@ class _Guard:
 
 @functools.lru_cache(maxsize=64)
 def _guard(template: Template, tokenizer: Tokenizer) -> _Guard:
-  marks = [piece.text.strip() for piece in template(_EXAMPLE)
-           if piece.is_control and _control(piece.text, tokenizer) is None]
+  marks = [name for piece in template(_EXAMPLE) if piece.is_control and (name := piece.text.strip()) and (
+      _control(name, tokenizer) is None or _word(name, tokenizer))]
   seen = [tokenizer.decode(tokenizer.encode(m)).strip() for m in marks]  # other letters, where it normalises text
   return _Guard(tuple(dict.fromkeys(m for m in (*marks, *seen) if m)))
 
@@ -256,6 +256,8 @@ def _control(text: str, tokenizer: Tokenizer) -> list[int] | None:
   name = text.strip()
   if name in tokenizer.control:
     return [tokenizer.control[name]]
+  if _word(name, tokenizer):
+    return _text(name, tokenizer, True).tolist()
   if name == _BEGIN:  # as documents begin; a token that ends them or begins a turn does not begin them
     bos = tokenizer.bos_id
     return [] if bos is None or bos in (tokenizer.eos_id, tokenizer.control.get('<|im_start|>')) else [bos]
@@ -265,6 +267,16 @@ def _control(text: str, tokenizer: Tokenizer) -> list[int] | None:
     raise ConfigError(f'data.tokenizer: no {name} and no other end token among its control tokens; expected one that '
                       f"ends a turn; train one with python -m scripts.train_tokenizer --control_symbols='{name}'")
   return [tokenizer.eos_id]
+
+
+def _word(name: str, tokenizer: Tokenizer) -> bool:
+  """Is it a mark in angles or brackets that the tokenizer has as one plain word? Any text may spell that."""
+  if name in tokenizer.control or not re.fullmatch(r'<.+>|\[.+\]', name):
+    return False
+  try:
+    return len(_text(name, tokenizer, True)) == 1
+  except DataError:  # a character that it lacks
+    return False
 
 
 def _text(text: str, tokenizer: Tokenizer, inside: bool) -> np.ndarray:

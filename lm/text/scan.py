@@ -12,8 +12,11 @@ from lm.errors import ConfigError
 
 _HAN = '\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0002fa1f'
 _KANA = '\u3041-\u30ff\u31f0-\u31ff'
-_COUNTS = {name: re.compile(f'[{part}]') for name, part in (
-    ('han', _HAN), ('kana', _KANA), ('hangul', '\u1100-\u11ff\uac00-\ud7a3'), ('latin', 'A-Za-z\u00c0-\u024f'))}
+_KANA_LETTERS = '\u3041-\u3096\u30a1-\u30fa\u31f0-\u31ff'
+_COUNTS = {name: re.compile(part) for name, part in (
+    # A kana by itself is a letter of a Chinese brand or of a face such as (✿ﾟ▽ﾟ)ノ.
+    ('han', f'[{_HAN}]'), ('kana', f'(?<=[{_KANA_LETTERS}])[{_KANA_LETTERS}]|[{_KANA_LETTERS}](?=[{_KANA_LETTERS}])'),
+    ('hangul', '[\u1100-\u11ff\uac00-\ud7a3]'), ('latin', '[A-Za-z\u00c0-\u024f]'))}
 _WORD = re.compile(f'[^\\W\\d_{_HAN}{_KANA}]+')
 _TOKEN = re.compile(f'[{_HAN}{_KANA}]|[^\\W{_HAN}{_KANA}]+')
 _LETTER = re.compile(r'[^\W\d_]')
@@ -54,6 +57,11 @@ def duplicate_key(text: str) -> str:
   """What duplicates have in common: NFKC, no case, nothing invisible, white space as one space, none beside CJK."""
   text = unicodedata.normalize('NFKC', _INVISIBLE.sub('', text)).casefold()
   return _BESIDE.sub('', ' '.join(unicodedata.normalize('NFKC', text).split()))
+
+
+def blank(text: str) -> bool:
+  """Is there nothing to see: space, what has no width, an empty Braille cell?"""
+  return not _INVISIBLE.sub('', text).replace('\u2800', '').strip()
 
 
 def tokens(text: str) -> list[str]:
