@@ -164,7 +164,7 @@ def test_what_cannot_be_learned_is_dropped_and_counted():
   talks = [talk('q', 'a'), [M('user', 'q')], talk('q', 'b'), talk('q', 'a' * 9, system='s')]
   _, report = sft.conversations(talks, chat.chatml, BYTE, 61)
   assert report.dropped_at == (1, 3) and report.dropped == 2 and report.kept == 2
-  assert str(report) == ('2 kept in 2 rows, 0 of them truncated by 0 targets, 2 dropped (the first at 1); '
+  assert str(report) == ('2 kept in 2 rows, 0 of them truncated by 0 targets, 2 dropped (the first: example 1); '
                          f'4 targets of {report.tokens} tokens')
   with pytest.raises(DataError, match='data.length=20: no example has a target left') as error:
     sft.conversations(talks, chat.chatml, BYTE, 20)
@@ -255,6 +255,20 @@ def test_skip_leaves_out_the_conversation_that_trains(tmp_path, capsys):
   assert 'split                   1   33.33%' in first and 'split                   1   33.33%' in second
   assert f"{tmp_path}/0.jsonl:1: split 'train', but the same text at {tmp_path}/1.jsonl:1 has split 'val" in first
   assert f"{tmp_path}/1.jsonl:2: split 'validation', but the same text at {tmp_path}/0.jsonl:2 has split 't" in second
+
+
+def test_what_is_dropped_or_refused_is_named_by_its_line(tmp_path, capsys):
+  rows = [{'instruction': f'say {i}', 'output': str(i)} for i in range(40)]
+  rows[20]['split'] = 'train'
+  rows[20]['instruction'] = '### Response: twice'
+  (tmp_path / 'a.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  words = [*'[PAD] [UNK] [CLS] [SEP] say # response : twice instruction'.split(), *(str(i) for i in range(40))]
+  (tmp_path / 'vocab.txt').write_text('\n'.join(words) + '\n')
+  c = conversations.Config(str(tmp_path / 'a.jsonl'), 'alpaca', tokenizer=str(tmp_path / 'vocab.txt'), length=40)
+  with pytest.raises(DataError, match='a.jsonl:21: message 0: the tokenizer cannot tell its words from'):
+    conversations.prepare(c, tmp_path)
+  _, report = sft.conversations([talk('q', 'a'), [M('user', 'q')]], chat.chatml, BYTE, 61, names=['f:1', 'f:2'])
+  assert report.dropped == 1 and '1 dropped (the first: f:2)' in str(report)
 
 
 def test_a_file_of_one_split_is_divided_though_it_trains_nothing(tmp_path):

@@ -52,7 +52,7 @@ def open_to_chance(found: Sequence[Any], texts: Sequence[str], validation_fracti
   if copies or any(e.split not in ('train', 'test') for e in found):
     return found
   train = [scan.duplicate_key(text) for e, text in zip(found, texts, strict=True) if e.split == 'train']
-  parts = set(splits.hashed(train, (1 - validation_fraction, validation_fraction), 0, str)) if train else ()
+  parts = set(_hashed(train, validation_fraction)) if train else ()
   return found if len(parts) < 2 else [
       dataclasses.replace(e, split=None) if e.split == 'train' else e for e in found]
 
@@ -125,11 +125,17 @@ def assigned(found: Sequence[Any], texts: Sequence[str], validation_fraction: fl
   said = {key: part for part in examples.SPLITS for e, key in zip(found, keys_N, strict=True) if e.split == part}
   parts = [e.split or said.get(key) for e, key in zip(found, keys_N, strict=True)]
   if undecided := [i for i, part in enumerate(parts) if part is None]:
-    drawn = splits.hashed([keys_N[i] for i in undecided], (1 - validation_fraction, validation_fraction), 0, str)
+    drawn = _hashed([keys_N[i] for i in undecided], validation_fraction)
     for i, part in zip(undecided, drawn, strict=True):
       parts[i] = examples.SPLITS[part]
     check_parts(parts, validation_fraction)
   return parts
+
+
+def _hashed(keys, validation_fraction):
+  """0 = train, 1 = validation, of each; the share in ten thousandths, as a hash decides."""
+  share = max(round(validation_fraction, 4), 0.0001)
+  return splits.hashed(keys, (1 - share, share), 0, str)
 
 
 def check_parts(parts: Sequence[str | None], validation_fraction: float) -> None:

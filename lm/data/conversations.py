@@ -88,12 +88,12 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> memory.Data:
   found = divided(c)
   assign.check_parts([part for _, part in found], c.validation_fraction)
   for example, part in found:
-    parts[part].append(example.messages)
+    parts[part].append(example)
   sets = {}
   for part, talks in parts.items():
     if talks or part != 'test':
-      sets[part], report = sft.conversations(talks, c.written, tokenizer, c.length, loss=c.loss, pack=c.pack,
-                                             seed=seed)
+      sets[part], report = sft.conversations([e.messages for e in talks], c.written, tokenizer, c.length, loss=c.loss,
+                                             pack=c.pack, seed=seed, names=[e.origin for e in talks])
       print(f'{part}: {report}', flush=True)
   return memory.Data(c, seed, tokenizer, sets, packing.Batch(np.int32(0), np.int32(0), np.int32(0), np.bool_(False)))
 

@@ -54,7 +54,7 @@ class Report:
     kept: in the set, the truncated ones too.
     truncated: of those kept, how many lost a token.
     dropped: nothing to learn was left: no target (or, of a pair, no difference) in the first T + 1 tokens.
-    dropped_at: their places in the input, from 0.
+    dropped_at: their places in the input, from 0; first: the name of the first.
     targets: tokens that count in the loss.
     cut_targets: targets that the kept ones lost.
     tokens: real tokens, in `rows` rows.
@@ -69,16 +69,17 @@ class Report:
   cut_targets: int
   tokens: int
   rows: int
+  first: str = ''
 
   def __str__(self) -> str:
-    dropped = f' (the first at {self.dropped_at[0]})' if self.dropped else ''
+    dropped = f' (the first: {self.first})' if self.dropped else ''
     return (f'{self.kept} kept in {self.rows} rows, {self.truncated} of them truncated by {self.cut_targets} targets, '
             f'{self.dropped} dropped{dropped}; {self.targets} targets of {self.tokens} tokens')
 
 
 def conversations(found: Iterable[Sequence[chat.Message]], template: chat.Template, tokenizer: Tokenizer, length: int,
-                  *, loss: Literal['assistant', 'last', 'all'] = 'assistant', pack: bool = True, seed: int = 0
-                  ) -> tuple[packing.Batch, Report]:
+                  *, loss: Literal['assistant', 'last', 'all'] = 'assistant', pack: bool = True, seed: int = 0,
+                  names: Sequence[str] = ()) -> tuple[packing.Batch, Report]:
   """The conversations as a `packing.Batch` of all rows: [N, T + 1].
 
   Args:
@@ -87,6 +88,7 @@ def conversations(found: Iterable[Sequence[chat.Message]], template: chat.Templa
     loss: 'assistant': its words and ends of turns, in every turn; 'last': in its last turn; 'all': every token.
     pack: several in a row, each a segment with positions from 0 (isolated from one another); else one in a row.
     seed: of the order in which they are packed.
+    names: what to call each where it is told of, such as 'file:line'.
 
   Raises:
     DataError: a conversation that `chat.encode` refuses; nothing left.
@@ -94,7 +96,7 @@ def conversations(found: Iterable[Sequence[chat.Message]], template: chat.Templa
   """
   if loss not in LOSSES:
     raise ConfigError(f'data.loss={loss!r}; expected one of {", ".join(LOSSES)}')
-  tally = _Tally(length)
+  tally = _Tally(length, names)
   for messages in found:
     last = max((i for i, m in enumerate(messages) if m.role == 'assistant'), default=None)
     with tally.naming():
@@ -143,17 +145,20 @@ class Row(NamedTuple):
 class _Tally:
   """The examples kept, each a list of rows, and the counts of a `Report`."""
 
-  def __init__(self, length):
+  def __init__(self, length, names=()):
     if length < 1:
       raise ConfigError(f'data.length={length}; expected at least 1')
-    self.kept, self.dropped_at, self._seen = [], [], 0
+    self.kept, self.dropped_at, self._seen, self._names = [], [], 0, names
+
+  def _name(self, i):
+    return self._names[i] if self._names else f'example {i}'
 
   @contextlib.contextmanager
   def naming(self):
     try:
       yield
     except DataError as error:
-      raise DataError(f'example {self._seen}: {error}') from error
+      raise DataError(f'{self._name(self._seen)}: {error}') from error
 
   def add(self, rows):
     if rows and all(row.mask[1:].any() for row in rows):
@@ -166,7 +171,8 @@ class _Tally:
     rows = [row for rows in self.kept for row in rows]
     return Report(len(self.kept), sum(any(row.cut for row in rows) for rows in self.kept), len(self.dropped_at),
                   tuple(self.dropped_at), sum(int(b.mask_BT.sum()) for b in batches), sum(r.cut_targets for r in rows),
-                  sum(len(r.ids) for r in rows), sum(len(b.ids_BT) for b in batches))
+                  sum(len(r.ids) for r in rows), sum(len(b.ids_BT) for b in batches),
+                  self._name(self.dropped_at[0]) if self.dropped_at else '')
 
 
 def arrange(rows: Sequence[Row], plan: Sequence[np.ndarray] | None, width: int) -> packing.Batch:
