@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import os
 import pathlib
 import types
@@ -64,8 +65,8 @@ class _Config(run.Config):
       raise ConfigError(f'classes={self.classes}; expected at least 2')
     if not 0 <= self.smoothing < 1:
       raise ConfigError(f'smoothing={self.smoothing}; expected 0 <= smoothing < 1')
-    if not self.consistency >= 0:
-      raise ConfigError(f'consistency={self.consistency}; expected at least 0')
+    if not 0 <= self.consistency < math.inf:
+      raise ConfigError(f'consistency={self.consistency}; expected a finite number, at least 0')
     virtual = self.peft.length if self.peft.method in ('prefix', 'prompt') else 0
     if self.data.length + virtual > self.model.length:
       raise ConfigError(f'data.length={self.data.length} is more than model.length={self.model.length} positions'
@@ -114,6 +115,7 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
   base, whole = _specs(c)
   specs, body = peft_lib.specs(c.peft, whole), family.specs(c.model)
   flops = budget.training_flops(body, c.model.heads * c.model.head_dim, c.model.layers, c.data.length, predicted=0.0)
+  flops = peft_lib.step_flops(c.peft, flops, c.model.layers)
   quiet = dataclasses.replace(c.model, dropout=nn.Dropout())
   source = types.SimpleNamespace(prepare=functools.partial(labelled.prepare, encoder=family is not decoder),
                                  check=functools.partial(_check, c), train_batches=labelled.train_batches,

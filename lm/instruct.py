@@ -82,6 +82,7 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
   base = decoder.specs(c.model)
   specs = peft_lib.specs(c.peft, base)
   flops = budget.training_flops(base, c.model.heads * c.model.head_dim, c.model.layers, c.data.length)
+  flops = peft_lib.step_flops(c.peft, flops, c.model.layers)
   quiet = dataclasses.replace(c.model, dropout=nn.Dropout())
   evaluated = loss(c, quiet, specs, attend)
   program = samples_lib.around(c.samples, decode.of(decoder, quiet), c.data.written, specs, c.virtual,

@@ -23,12 +23,14 @@ OPENS, CLOSES = '⟦', '⟧'  # around targets
 def describe(c: Any, task: Any) -> str:
   """The parameter table, exact counts by group, training tokens and FLOPs; allocates nothing."""
   tokens = c.optim.steps // task.around.updates * summary.tokens_per_step(c, task)
+  trained = params.count(params.split(task.specs, start.trainable(c, task))[0])
   groups = [(name, f'{n:,}') for name, n in budget.counts(task.specs).items()]
   groups += [('training tokens', f'{tokens:,}'),
              ('FLOPs a token', f'{task.flops.total:.4g} ({task.flops.attention / task.flops.total:.1%} attention)'),
              ('training FLOPs', f'{tokens * task.flops.total:.4g}'),
+             ('trained', f'{trained:,}'),
              (f'bytes, f32 with AdamW{" and an average" if c.optim.ema else ""}',
-              budget.human((20.0 if c.optim.ema else 16.0) * params.count(task.specs), 'B'))]
+              budget.human(4.0 * params.count(task.specs) + (16.0 if c.optim.ema else 12.0) * trained, 'B'))]
   return budget.table(task.specs) + '\n\n' + budget.columns(groups)
 
 

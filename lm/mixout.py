@@ -36,7 +36,7 @@ def stack(inner: blocks.Stack) -> blocks.Stack:
   """`inner`, whose blocks see arrays where the tree has `Mixed`: mixed with a layer's key, w without one."""
   def run(stacked, step, *args, **options):
     return inner.run(stacked, lambda layer, x_BTD, rows, key: step(mix(layer, key), x_BTD, rows, key), *args, **options)
-  return blocks.Stack(run, lambda stacked, i: mix(inner.layer(stacked, i), None))
+  return blocks.Stack(run, lambda stacked, i, key=None: mix(inner.layer(stacked, i), key))
 
 
 def mix(layer: params.Tree, key: nn.Key | None) -> params.Tree:

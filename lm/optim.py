@@ -99,6 +99,9 @@ class Config:
     for name, why in (('thaw', 'moves all of its leaves'), ('networks', 'clips by one norm')):
       if getattr(self, name) and self.name == 'muon':
         raise ConfigError(f"optim.{name}: 'muon' {why}; set optim.{name}=() or another optim.name")
+    for _, when in self.thaw:
+      for step in when if isinstance(when, tuple) else (when,):
+        _check('thaw', step, 0 <= step < self.steps, f'updates of the run, 0 to optim.steps - 1 = {self.steps - 1}')
     for _, factor in self.multipliers:
       for f in factor if isinstance(factor, tuple) else (factor,):
         _check('multipliers', f, 0 <= f < math.inf, 'finite factors, at least 0')
@@ -246,9 +249,11 @@ def _adam(c: Config, factors: dict[str, Any], thaws: dict[str, Any]) -> optax.Gr
     keep = lambda new, old: new if ok is None else jnp.where(ok, new, old)
     clip, rate, count = _clip(c, grads, norm), rate_at(state.count), state.count + 1
     # Scalars: the loops below then multiply once for clipping and once for bias correction.
-    unbias1, unbias2 = (1.0, 1.0) if c.name == 'adam_no_bias_correction' else (
-        1 / (1 - c.b1**count), 1 / (1 - c.b2**count))
-    eps = c.eps * jnp.sqrt(unbias2) if c.name == 'adam_tf' else c.eps
+    def corrections(path):  # a leaf's moments begin when it thaws
+      age = jnp.maximum(count - thaws[path], 1) if c.thaw else count
+      unbias1, unbias2 = (1.0, 1.0) if c.name == 'adam_no_bias_correction' else (
+          1 / (1 - c.b1**age), 1 / (1 - c.b2**age))
+      return unbias1, unbias2, c.eps * jnp.sqrt(unbias2) if c.name == 'adam_tf' else c.eps
     awake = lambda path, x: jnp.where(state.count >= thaws[path], x, jnp.zeros_like(x)) if c.thaw else x
     scaled = lambda path, g: awake(path, clip(path) * g)
     mu = params.map_with_path(lambda path, m, g: keep(c.b1 * m + (1 - c.b1) * scaled(path, g), m), state.mu, grads)
@@ -257,6 +262,7 @@ def _adam(c: Config, factors: dict[str, Any], thaws: dict[str, Any]) -> optax.Gr
                               state.nu, grads)
 
     def step(path, p, m, v):
+      unbias1, unbias2, eps = corrections(path)
       direction = m * unbias1 / (jnp.sqrt(v * unbias2) + eps) + _decay(c, path) * p
       return keep(awake(path, -rate * factors[path] * direction), jnp.zeros_like(p))
     return params.map_with_path(step, tree, mu, nu), optax.ScaleByAdamState(keep(count, state.count), mu, nu)

@@ -105,13 +105,13 @@ def stack(c: sharding.Config, specs: params.Tree, dtype: str) -> blocks.Stack:
     return blocks.run(stacked, gathered, x_BTD, rows, key, remat=remat, **options)
 
   if c.pipe == 1:
-    return blocks.Stack(run, lambda stacked, i: whole(blocks.layer(stacked, i)))
+    return blocks.Stack(run, lambda stacked, i, key=None: whole(blocks.layer(stacked, i)))
 
   def pipelined(stacked, *args, **options):
     # Once a step and not at every tick; as f32, in which the ring sums gradients.
     stacked = jax.tree.map(lambda w, s: _gather(w, s.axes, w.dtype), stacked, specs) if gathers else stacked
     return pipeline.run(stacked, *args, **options, microbatches=c.stage_microbatches, rounds=c.rounds)
-  return blocks.Stack(pipelined, lambda stacked, i: whole(pipeline.layer(stacked, i)))
+  return blocks.Stack(pipelined, lambda stacked, i, key=None: whole(pipeline.layer(stacked, i)))
 
 
 def manual(spec: params.Spec, fsdp: bool) -> PartitionSpec:

@@ -15,7 +15,7 @@ from typing import get_args, Literal
 import jax
 import jax.numpy as jnp
 
-from lm import mixout, params
+from lm import budget, mixout, params
 from lm.errors import ConfigError
 from lm.params import Spec
 from lm.peft_nodes import Adapter, is_node, Lora, lora_weight, Mixed, Prompted
@@ -89,8 +89,18 @@ def specs(c: Config, base: params.Tree) -> params.Tree:
   """The specs of a model, `base`, with what `c` adds.
 
   Raises:
-    ConfigError: nothing, or what is no weight of a product, matches `c.targets`; more layers than there are.
+    ConfigError: nothing, or what is no weight of a product, matches `c.targets`; nothing matches `c.train`; more layers
+      than there are.
   """
+  tree = _specs(c, base)
+  if c.method != 'full' and c.train not in ('', Config.train) and not any(
+      re.search(c.train, path) for path in params.flatten(tree)):
+    raise ConfigError(f'peft.train: {c.train!r} matches no parameter; expected part of a path such as '
+                      f'{next(p for p in params.flatten(base) if not p.startswith(("blocks/", "embed/")))!r}')
+  return tree
+
+
+def _specs(c, base):
   if c.method == 'top':
     layers = params.unstack_specs(base['blocks'])
     if c.layers > len(layers):
@@ -121,6 +131,19 @@ def freeze(c: Config, layers: int) -> str:
   trained = f'^blocks/({top})/' if c.method == 'top' and top else _TRAINED.get(c.method, '')
   wanted = '|'.join(f'(?:{pattern})' for pattern in (trained, c.train) if pattern)
   return f'^(?!.*(?:{wanted}))' if wanted else '^'
+
+
+def step_flops(c: Config, full: budget.Flops, layers: int) -> budget.Flops:
+  """Of a training step in which not all trains, from those of one in which all does, a third of which is forward.
+
+  Weights that do not train need no gradient, which is a third of the products; of 'top', blocks below need no backward
+  pass at all. What LoRA, adapters and prefixes add themselves is not counted.
+  """
+  if c.method == 'full':
+    return full
+  back = c.layers / layers if c.method == 'top' else 1.0
+  parts = 2 if c.method == 'top' else 1  # of the backward pass: by activations, by weights
+  return budget.Flops(full.matmul * (1 + parts * back) / 3, full.attention * (1 + 2 * back) / 3)
 
 
 def graft(p: params.Tree, into: params.Tree, key: jax.Array) -> params.Tree:
@@ -205,7 +228,7 @@ def _wrap(base, pattern, field, node):
 def _lora_specs(c, path, s):
   lead = s.axes[:1] == ('layers',)
   shape, axes = s.shape[lead:], s.axes[lead:]
-  if len(shape) < 2 or path.startswith(('embed/', 'relative/')) or path.endswith('bias'):
+  if len(shape) < 2 or re.search('^(embed/|relative/|conv/|unembed$)|/relative$|bias$', path):
     raise ConfigError(f'peft.targets: {path} of shape {shape} is no matrix of a product; name weights such as '
                       "'^blocks/attn/[qv]$'")
   inputs = 1 if len(shape) == 2 or axes[0] == 'embed' else len(shape) - 1

@@ -24,6 +24,7 @@ from lm.peft_nodes import Lora, Prompted
 
 _BASE = 'base_model.model.'
 _TENSORS, _CONFIG = 'adapter_model.safetensors', 'adapter_config.json'
+_CHANGE_BASE = ('pissa', 'olora', 'corda', 'loftq', 'lora_ga')
 
 
 def save(folder: str | os.PathLike, c: Any, p: params.Tree, few: peft.Config, base: str = '',
@@ -32,7 +33,7 @@ def save(folder: str | os.PathLike, c: Any, p: params.Tree, few: peft.Config, ba
 
   Args:
     c: the config of the model. base: name of the base model, which PEFT may look up.
-    task: PEFT's task_type; None for an encoder without a head.
+    task: PEFT's task_type; None for an encoder.
 
   Raises:
     ConfigError: PEFT has no such method, or transformers no such model.
@@ -63,6 +64,8 @@ def load(folder: str | os.PathLike, c: Any, p: params.Tree) -> tuple[peft.Config
     with safetensors.safe_open(folder / _TENSORS, 'np') as file:
       tensors = {name: np.asarray(file.get_tensor(name), np.float32) for name in file.keys()}
     kind = fields['peft_type']
+    if bad := [name for name, x in tensors.items() if not np.isfinite(x).all()]:
+      raise ValueError(f'{bad[0]} is not finite')
   except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
     raise CheckpointError(f'{folder}: {type(error).__name__}: {str(error)[:200]}; expected {_CONFIG} and {_TENSORS} as '
                           'PEFT saves them') from error
@@ -169,15 +172,23 @@ def _virtual(c, p, few):
 
 
 def _read_lora(folder, fields, tensors, c, p):
-  for name, allowed in (('bias', ('none', None)), ('use_dora', (False, None)), ('modules_to_save', (None, []))):
+  for name, allowed in (('bias', ('none', None)), ('use_dora', (False, None)), ('modules_to_save', (None, [])),
+                        ('alora_invocation_tokens', (None, [])), ('layers_to_transform', (None,))):
     if fields.get(name) not in allowed:
       raise ConfigError(f'{folder}: {name}={fields[name]!r}; expected {allowed[0]!r}; merge it there first')
+  if str(fields.get('init_lora_weights')).lower().startswith(_CHANGE_BASE):  # once more whenever PEFT loads it
+    raise ConfigError(f'{folder}: init_lora_weights={fields["init_lora_weights"]!r} changes the base; expected a start '
+                      'that leaves it as it is; merge it there first')
+  _check_fields(folder, fields)
   known, out, paths = set(), dict(params.flatten(p)), []
   stabilised = bool(fields.get('use_rslora'))
   for row in _rows(c, p):
-    L = out[row.paths[0]].shape[0]
-    names = [f'{_BASE}{row.name.format(i).removesuffix(".weight")}.lora_{{}}.weight' for i in range(L)]
-    if names[0].format('A') not in tensors:
+    L = out[row.paths[0]].shape[0] if row.paths[0] in out else 0  # DeBERTa v2 may share position_k with k
+    modules = [row.name.format(i).removesuffix('.weight') for i in range(L)]
+    if f'{_BASE}{_without_body(row.name)}'.format(0).removesuffix('.weight') + '.lora_A.weight' in tensors:
+      modules = list(map(_without_body, modules))  # of a model without a head
+    names = [f'{_BASE}{module}.lora_{{}}.weight' for module in modules]
+    if not names or names[0].format('A') not in tensors:
       continue
     try:
       a, b = (np.stack([tensors[name.format(which)] for name in names]) for which in 'AB')
@@ -186,7 +197,8 @@ def _read_lora(folder, fields, tensors, c, p):
                             ) from error
     known |= {name.format(which) for name in names for which in 'AB'}
     rank = a.shape[1]
-    alpha, *others = {_alpha(fields, row.name.format(i).removesuffix('.weight')) for i in range(L)}
+    _same(folder, f'{row.name}, rank of lora_B', b.shape[2], rank)
+    alpha, *others = {_alpha(fields, module) for module in modules}
     if others:
       raise ConfigError(f'{folder}: alpha_pattern: {sorted([alpha, *others])} for {row.name}; expected one number for '
                         'all layers; merge it there first')
@@ -202,12 +214,38 @@ def _read_lora(folder, fields, tensors, c, p):
       paths.append(path)
   if unknown := sorted(tensors.keys() - known):
     raise CheckpointError(f'{folder}: {unknown[0]} has no place in this model; expected LoRA of weights it has')
+  if not paths:
+    raise CheckpointError(f'{folder}: no LoRA matrices; expected some of a weight of this model')
   few = peft.Config('lora', train='', targets=f'^({"|".join(paths)})$', rank=fields.get('r', rank),
                     alpha=float(fields['lora_alpha']), rank_stabilised=stabilised,
                     rate=float(fields.get('lora_dropout') or 0.0))
   leaves = [dataclasses.replace(out[path], rate=few.rate) if isinstance(out[path], Lora) else out[path]
             for path in params.flatten(p)]
   return few, jax.tree.unflatten(jax.tree.structure(p), leaves)
+
+
+def _check_fields(folder, fields):
+  number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
+  pattern = lambda x: x is None or isinstance(x, dict) and all(
+      number(value) and isinstance(name, str) and _compiles(name) for name, value in x.items())
+  for name, fits, want in (
+      ('lora_alpha', number, 'a number'), ('r', lambda x: isinstance(x, int) and x > 0, 'a whole number above 0'),
+      ('lora_dropout', lambda x: x is None or number(x) and 0 <= x < 1, 'a share'),
+      ('alpha_pattern', pattern, 'numbers by pattern')):
+    if not fits(fields.get(name)):
+      raise CheckpointError(f'{folder}: {_CONFIG}: {name}={fields.get(name)!r}; expected {want}')
+
+
+def _compiles(pattern):
+  try:
+    return bool(re.compile(pattern))
+  except re.error:
+    return False
+
+
+def _without_body(name):
+  """The name of a weight in a model that has no head, and is not itself a part of one."""
+  return re.sub(r'^(bert|roberta|electra|deberta|model|transformer)\.', '', name)
 
 
 def _alpha(fields, module):

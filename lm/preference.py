@@ -106,6 +106,7 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
   base = decoder.specs(c.model)
   specs = peft_lib.specs(c.peft, base)
   flops = budget.training_flops(base, c.model.heads * c.model.head_dim, c.model.layers, c.data.length)
+  flops = peft_lib.step_flops(c.peft, flops, c.model.layers)
   model = _model(c, specs, attend)
   prompted = functools.partial(instruct.prompted, vocab=c.model.vocab, length=c.peft.length)
   rows = prompted if c.peft.method == 'prompt' else lambda batch: batch

@@ -144,6 +144,7 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
       prepare=functools.partial(preferences.prepare, encoder=isinstance(c, Encoder)), check=preferences.check,
       train_batches=preferences.train_batches, eval_batches=preferences.eval_batches)
   trained, evaluated = (functools.partial(_loss, c, _scorer(c, model, attend)) for model in (c.model, _quiet(c)))
+  one = peft_lib.step_flops(c.peft, one, c.model.layers)
   flops = budget.Flops(*(c.data.answers * x for x in dataclasses.astuple(one)))
   return run.Task(peft_lib.specs(c.peft, whole), trained, lambda p, batch, key: evaluated(p, batch, None),
                   c.model.vocab, flops, source=source, base=run.Base(base, peft_lib.freeze(c.peft, c.model.layers)))

@@ -164,8 +164,7 @@ def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Par
   config.check(c)
   mesh = sharding.make_mesh(c.mesh, devices)
   tx = optim_lib.make(c.optim, task.specs)
-  freeze = task.base and task.base.freeze or c.optim.freeze
-  trainable = optim_lib.trainable_mask(dataclasses.replace(c.optim, freeze=freeze), task.specs)
+  trainable = start.trainable(c, task)
   places = train.shardings(task.specs, tx, trainable, mesh, c.mesh.zero, task.around.carry)
   layout = parallel.layout(mesh, c.mesh, task.specs, trainable)
   options = host.compiler_options(mesh.devices.flat[0].platform, params.count(task.specs))
@@ -195,7 +194,8 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
     raise ConfigError(f'--workdir: {workdir} is a file; expected a directory, or a new name; choose another --workdir')
   parts = build(c, task)
   abstract = start.abstract(task, parts)
-  nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+  kept = abstract.replace(frozen=None)  # checkpoints hold no frozen weights
+  nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
   steps = c.optim.steps // task.around.updates
   checkpoint_lib.preflight(workdir / 'checkpoints', nbytes, c.checkpoint, steps)
   with checkpoint_lib.lock(workdir), loop_lib.Signals() as signals, sharding.use(parts.mesh, c.mesh.sequence):

@@ -5,15 +5,22 @@ c, task, parts: a `run.Config`, `run.Task` and `run.Parts`.
 
 from collections.abc import Iterator
 import contextlib
+import dataclasses
 import itertools
 import pathlib
 from typing import Any
 
 import jax
 
-from lm import checkpoint, params, train, weights
+from lm import checkpoint, optim, params, train, weights
 from lm.data import loader
 from lm.errors import CheckpointError, ConfigError
+
+
+def trainable(c: Any, task: Any) -> params.Tree:
+  """Tree of bools: what trains, by the task's pattern or else `optim.freeze`; raises as `optim.trainable_mask`."""
+  freeze = task.base and task.base.freeze or c.optim.freeze
+  return optim.trainable_mask(dataclasses.replace(c.optim, freeze=freeze), task.specs)
 
 
 def abstract(task: Any, parts: Any) -> train.State:

@@ -134,7 +134,8 @@ def _adapter(out: pathlib.Path) -> None:
     print(f'left out: {left:,} parameters of {few.train}, which trained as well: PEFT would not know them')
   other = f' (python -m scripts.convert --from={c.init_from} --out=FOLDER)' if c.init_from and not named else ''
   print(f'next: in Python, peft.PeftModel.from_pretrained(BASE, {str(out)!r}), BASE being '
-        f'{c.init_from or "the model that it began with"} in transformers{other}')
+        f'{c.init_from or "the model that it began with"} in transformers, of a class with a head, as '
+        f'AutoModelFor{"CausalLM" if talks else "SequenceClassification"}{other}')
 
 
 def _run_in(workdir: pathlib.Path) -> tuple[Any, run.Task]:

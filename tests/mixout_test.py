@@ -29,7 +29,7 @@ from lm import (
 )
 from lm.data import conversations, labelled
 from lm.errors import CheckpointError, ConfigError
-from lm.models import blocks, decoder, encoder, hf
+from lm.models import blocks, deberta, decoder, encoder, hf
 from lm.peft_nodes import Mixed
 from lm.text import tokenizer as tokenizers
 
@@ -118,6 +118,29 @@ def test_layers_draw_their_own_masks_scanned_or_not():
                         jax.random.fold_in(jax.random.key(0), i))['w'] for i in range(3))
   np.testing.assert_allclose(seen(True), want, atol=1e-5)
   np.testing.assert_allclose(seen(False), want, atol=1e-5)
+
+
+def test_the_block_beside_a_convolution_is_mixed_too():
+  c = deberta.Config(vocab=20, length=8, layers=1, embed=8, heads=2, head_dim=4, mlp=16, relative=4, conv=3,
+                     dropout=nn.Dropout())
+  specs = mixout.specs(0.5, deberta.specs(c))
+  p = params.init(specs, jax.random.key(0))
+  run_once = lambda key: deberta.apply(p, c, jnp.arange(8)[None], key=key, stack=mixout.stack(blocks.LOCAL))
+  quiet, one, other = run_once(None), run_once(jax.random.key(1)), run_once(jax.random.key(2))
+  assert not np.allclose(one, other, atol=1e-4) and not np.allclose(one, quiet, atol=1e-4)
+
+
+def test_the_disk_is_asked_for_what_checkpoints_hold(root, tmp_path, monkeypatch):
+  c, asked = chat(root, init_from=str(root / 'base')), []
+
+  def preflight(folder, nbytes, *rest):
+    asked.append(nbytes)
+    raise CheckpointError('enough')
+  monkeypatch.setattr(run.checkpoint_lib, 'preflight', preflight)
+  with pytest.raises(CheckpointError, match='enough'):
+    run.run(c, instruct.task(c), tmp_path)
+  trained = params.count(decoder.specs(c.model))
+  assert 0 <= asked[0] - 12 * trained < 100  # f32 and two moments; not what it falls back to
 
 
 def test_only_matrices_of_the_blocks_are_mixed(root):

@@ -387,10 +387,13 @@ def test_leaves_thaw_one_after_the_other():
   for _ in range(5):
     updates, state = update(jax.tree.map(jnp.ones_like, tree), state, tree)
     moved.append([bool((u != 0).any()) for u in (updates['a'], *updates['blocks']['w'])])
+    step = -0.1 * (1 + c.weight_decay)  # Adam's of a constant gradient: bias is corrected from each leaf's own start
+    np.testing.assert_allclose([u[0] / step for u in (updates['a'], *updates['blocks']['w'])], moved[-1], rtol=1e-5)
     if not moved[-1][0]:
       assert not state.mu['a'].any() and not state.nu['a'].any()
   assert moved == [[False, False, False], [False, False, True], [True, False, True], [True, True, True],
                    [True, True, True]]
-  for thaw, message in (((('nothing', 1),), 'matches no parameter'), ((('^blocks/', (1,)),), '1 values for blocks/w')):
+  for thaw, message in (((('nothing', 1),), 'matches no parameter'), ((('^blocks/', (1,)),), '1 values for blocks/w'),
+                        ((('^a$', 10),), 'optim.thaw'), ((('^blocks/', (0, -1)),), 'optim.thaw')):
     with pytest.raises(ConfigError, match=message):
       optim.make(dataclasses.replace(c, thaw=thaw), specs)

@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 from lm import params, peft, peft_hf
 from lm.errors import CheckpointError, ConfigError
-from lm.models import decoder, encoder, hf
+from lm.models import deberta, decoder, encoder, hf
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -197,3 +197,65 @@ def test_what_cannot_be_read_is_refused(pair, tmp_path):
   (tmp_path / 'dora/adapter_config.json').write_text(json.dumps(fields))
   with pytest.raises(ConfigError, match="peft_type='IA3'"):
     peft_hf.load(tmp_path / 'dora', c, p)
+
+
+def write_fields(folder, **fields):
+  path = folder / 'adapter_config.json'
+  found = json.loads(path.read_text()) | fields
+  path.write_text(json.dumps({k: v for k, v in found.items() if v != 'gone'}))
+
+
+@pytest.mark.parametrize('fields, message', [
+    ({'init_lora_weights': 'pissa'}, "init_lora_weights='pissa' changes the base"),
+    ({'init_lora_weights': 'olora'}, "init_lora_weights='olora' changes the base"),
+    ({'alora_invocation_tokens': [5]}, 'alora_invocation_tokens'),
+    ({'layers_to_transform': [1]}, 'layers_to_transform'),
+    ({'lora_alpha': 'gone'}, 'lora_alpha=None; expected a number'), ({'lora_alpha': 'x'}, "lora_alpha='x'"),
+    ({'r': None}, 'r=None; expected a whole number'), ({'lora_dropout': 'a'}, "lora_dropout='a'"),
+    ({'alpha_pattern': {'(': 2}}, 'alpha_pattern'), ({'alpha_pattern': [1]}, 'alpha_pattern')])
+def test_fields_that_cannot_be_are_named(pair, tmp_path, fields, message):
+  kind, model, c, p = pair
+  theirs.get_peft_model(model, theirs.LoraConfig(r=3, target_modules=QV[kind])).save_pretrained(tmp_path / 'lora')
+  write_fields(tmp_path / 'lora', **fields)
+  with pytest.raises((ConfigError, CheckpointError), match=message) as error:
+    peft_hf.load(tmp_path / 'lora', c, p)
+  assert '\n' not in str(error.value)
+
+
+def test_tensors_that_cannot_be_are_named(pair, tmp_path):
+  kind, model, c, p = pair
+  theirs.get_peft_model(model, theirs.LoraConfig(r=3, target_modules=QV[kind])).save_pretrained(tmp_path / 'lora')
+  path = tmp_path / 'lora/adapter_model.safetensors'
+  whole = load_file(path)
+  b = sorted(name for name in whole if 'lora_B' in name)
+  for tensors, message in (({}, 'no LoRA matrices'), (whole | {b[0]: whole[b[0]] * np.nan}, 'is not finite'),
+                           (whole | {name: whole[name][:, :2].copy() for name in b}, 'rank of lora_B')):
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=message):
+      peft_hf.load(tmp_path / 'lora', c, p)
+
+
+@pytest.mark.parametrize('name', ['BertModel', 'DebertaV2Model', 'DebertaV2ForMaskedLM'])
+def test_lora_of_an_encoder_with_or_without_a_head_and_with_shared_keys(name, tmp_path):
+  torch.manual_seed(0)
+  sizes = dict(vocab_size=V, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48,
+               max_position_embeddings=24, hidden_act='gelu')
+  config = transformers.BertConfig(**sizes) if name == 'BertModel' else transformers.DebertaV2Config(
+      **sizes, relative_attention=True, pos_att_type=['p2c', 'c2p'], share_att_key=True, position_buckets=4,
+      max_relative_positions=24, norm_rel_ebd='layer_norm', position_biased_input=False, type_vocab_size=0)
+  model = getattr(transformers, name)(config).eval()
+  model.save_pretrained(tmp_path / 'base')
+  c, p = hf.load(tmp_path / 'base')
+  modules = ['query', 'value'] if name == 'BertModel' else ['query_proj', 'value_proj']
+  tuned = theirs.get_peft_model(model, theirs.LoraConfig(r=3, target_modules=modules)).eval()
+  with torch.no_grad():
+    for weight, w in tuned.named_parameters():
+      if 'lora_B' in weight:
+        w.add_(0.3 * torch.randn_like(w))
+  tuned.save_pretrained(tmp_path / 'lora')
+  family = encoder if name == 'BertModel' else deberta
+  tree = peft_hf.load(tmp_path / 'lora', c, p)[1]
+  ours = lambda tree: np.asarray(family.apply({k: v for k, v in tree.items() if k in family.specs(c)}, c,
+                                              jnp.asarray(IDS_BT)))
+  np.testing.assert_allclose(ours(tree), logits(name, tuned), atol=1e-4)
+  assert np.abs(ours(tree) - ours(p)).max() > 1e-2

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import bert, gpt2, roberta
-from lm import hlo, nn, optim, params, peft, peft_hf, peft_nodes, train
+from lm import budget, hlo, nn, optim, params, peft, peft_hf, peft_nodes, train
 from lm.data.packing import Batch
 from lm.errors import ConfigError
 from lm.losses import ar
@@ -316,3 +316,33 @@ def test_a_tensor_that_holds_heads_in_turn_is_refused(tmp_path):
   _, c, p, _, tree = tuned('deberta', few)
   with pytest.raises(ConfigError, match='head by head, for which LoRA is not cut'):
     peft_hf.save(tmp_path, c, tree, few)
+
+
+LITTLE = dict(vocab=9, length=8, layers=1, embed=8, heads=2, head_dim=4, mlp=8)
+
+
+@pytest.mark.parametrize('model, target', [
+    (decoder.Config(**LITTLE, kv_heads=2, tied=False), '^unembed$'),
+    (decoder.Config(**LITTLE, kv_heads=2, positions='relative'), 'attn/relative$'),
+    (deberta.Config(**LITTLE, relative=4, conv=3), '^conv/kernel$')])
+def test_what_no_product_of_a_block_reads_gets_no_lora(model, target):
+  specs = (deberta if isinstance(model, deberta.Config) else decoder).specs(model)
+  with pytest.raises(ConfigError, match='peft.targets: .* is no matrix of a product'):
+    peft.specs(peft.Config('lora', targets=target), specs)
+
+
+def test_a_pattern_of_what_trains_besides_matches_something():
+  specs = decoder.specs(decoder.Config(**LITTLE, kv_heads=2))
+  for method in ('lora', 'top', 'prefix'):
+    with pytest.raises(ConfigError, match="peft.train: '\\^clasify/' matches no parameter; expected .*'final_norm/"):
+      peft.specs(peft.Config(method, train='^clasify/', layers=1), specs)
+    peft.specs(peft.Config(method, train='^final_norm/', layers=1), specs)
+    peft.specs(peft.Config(method, layers=1), specs)  # the default names a head, which not every model has
+
+
+def test_flops_of_a_step_in_which_few_train():
+  full = budget.Flops(60.0, 12.0)
+  assert peft.step_flops(peft.Config(), full, 4) == full
+  assert peft.step_flops(peft.Config('lora'), full, 4) == budget.Flops(40.0, 12.0)
+  assert peft.step_flops(peft.Config('top', layers=4), full, 4) == full
+  assert peft.step_flops(peft.Config('top', layers=1), full, 4) == budget.Flops(30.0, 6.0)

@@ -96,7 +96,7 @@ def test_what_trains_is_counted(module, make):
   assert f'{params.count(a_task.specs):,}' in look.describe(c, a_task)
   mask = optim.trainable_mask(optim.Config(freeze=a_task.base.freeze), a_task.specs)
   trained = params.count(params.split(a_task.specs, mask)[0])
-  assert 0 < trained <= params.count(a_task.specs)
+  assert 0 < trained <= params.count(a_task.specs) and f'trained                {trained:,}' in look.describe(c, a_task)
   assert trained == TRAINED.get(make.__name__, trained)
 
 

@@ -37,8 +37,9 @@ def run(blocks: params.Tree, step: Step, x_BTD: jax.Array, rows: Any, key: nn.Ke
   return x_BTD
 
 
-def layer(blocks: params.Tree, i: int) -> params.Tree:
-  """The parameters of one block."""
+def layer(blocks: params.Tree, i: int, key: nn.Key | None = None) -> params.Tree:
+  """The parameters of one block; key: of what a stack may draw in them, see `lm.mixout`."""
+  del key
   return blocks[i] if isinstance(blocks, (list, tuple)) else jax.tree.map(lambda x: x[i], blocks)
 
 
@@ -50,7 +51,7 @@ class Stack(NamedTuple):
   """
 
   run: Callable[..., jax.Array]
-  layer: Callable[[params.Tree, int], params.Tree]
+  layer: Callable[..., params.Tree]
 
 
 LOCAL = Stack(run, layer)

@@ -171,7 +171,8 @@ def _encode(p, c, ids_BT, layers, positions_BT, segments_BT, types_BT, key, atte
   block = functools.partial(_block, c=c, relative=_relative(p, c, ids_BT.shape[1]), attend=attend)
   first = 1 if c.conv and layers else 0
   if first:
-    y_BTD = blocks.run([stack.layer(p['blocks'], 0)], block, x_BTD, segments_BT, nn.fold(key, c.layers + 1),
+    own = nn.fold(key, c.layers + 1)
+    y_BTD = blocks.run([stack.layer(p['blocks'], 0, nn.fold(own, 0))], block, x_BTD, segments_BT, own,
                        scan_layers=False, remat=c.remat)
     x_BTD = _convolve(p['conv'], x_BTD, y_BTD, segments_BT, nn.fold(key, c.layers + 2), c)
   x_BTD = stack.run(p['blocks'], block, x_BTD, segments_BT, key, scan_layers=c.scan_layers, remat=c.remat, first=first,
