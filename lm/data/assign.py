@@ -1,7 +1,7 @@
 """Which split a record goes to: what it says, else what another record of its text says, else what a config chooses.
 
 Records have `split` (one of `examples.SPLITS`, or None) and `origin`, 'file:line'. Texts that are equal but for case,
-width and white space (`scan.duplicate_key`) are one text, and no text is in two splits.
+width, white space and what is invisible (`scan.duplicate_key`) are one text, and no text is in two splits.
 """
 
 from collections.abc import Callable, Hashable, Sequence

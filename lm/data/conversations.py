@@ -33,8 +33,8 @@ class Config:
     batch: rows of the global batch.
     loss: which tokens are targets: the 'assistant' turns, the 'last' of them, or 'all'.
     pack: several conversations in a row, isolated from each other.
-    validation_fraction: of conversations whose file does not say; by a hash of the first user turn, for every seed the
-      same.
+    validation_fraction: of conversations that say no split, or of those that say 'train' where none validates; by a
+      hash of the first user turn, for every seed the same.
     on_error: a record that is wrong ends the run ('stop') or is left out and counted ('skip'); of a conversation of
       which records say two splits, those that train are.
     threads: batches built ahead, 0 = none.
