@@ -41,8 +41,8 @@ class Config:
     pack: several examples in a row, isolated from each other, so that little of a row is padding; `batch` still counts
       rows. They are packed once; an epoch shuffles the rows.
     longest: most tokens of an example, where it is to be less than a row; 0 = length.
-    split: how records that do not say are split (or, where none validates, those that say 'train'), for every seed the
-      same: by a hash of their texts; 'stratified', in equal shares of each class; 'grouped', nearly so, and no group is in
+    split: how records that say none (where none validates, those that say 'train') are split, for every seed the same:
+      by a hash of their texts; 'stratified', in equal shares of each class; 'grouped', nearly so, and no group is in
       two splits; 'time', the first train and the last validate, and a text is left out where an earlier split has it.
     by: the field of the records that groups, e.g. author (authors that share a text are one group), or that orders: a
       number, or an ISO 8601 date.
