@@ -30,7 +30,8 @@ class Limits:
   """What is too much.
 
   Attributes:
-    window: evaluations back to which the newest is compared; 0 = to the first.
+    window: evaluations back to which the newest is compared; 0 = to the first. A held-out reward, and the share that
+      ends, also to their largest since.
     errors: standard errors of a difference that count as a change, where the metric has one ('NAME_se').
     change: a change of a score or reward that has none, in its own units.
     nll: rise of the reference's negative log-likelihood, nats a token.
@@ -71,28 +72,32 @@ def alarms(evaluations: Sequence[tuple[int, Mapping[str, Any]]], limits: Limits 
   """
   if not evaluations:
     return []
-  before, now = evaluations[-1 - (limits.window or len(evaluations) - 1):][0], evaluations[-1]
-  found = []
+  seen = evaluations[-1 - (limits.window or len(evaluations) - 1):]
+  before, now, found = seen[0], evaluations[-1], []
+  best = lambda name: max(seen, key=lambda e: -math.inf if _value(e, name) is None else _value(e, name))
 
-  def pair(name):
-    values = _value(before, name), _value(now, name)
+  def pair(name, start=before):
+    values = _value(start, name), _value(now, name)
     return None if None in values else values
 
-  def told(name):
-    old, new = pair(name)
+  def told(name, start=before):
+    old, new = pair(name, start)
     return f'{name} {"rose" if new > old else "fell"} from {old:.4g} to {new:.4g}'
 
-  def moved(name):
+  def moved(name, start, more=0.0):
     """Whether a score rose (1) or fell (-1) by more than chance has it, or did neither (0)."""
-    values = pair(name)
+    values = pair(name, start)
     if values is None or values[0] == values[1]:
       return 0
-    errors = pair(f'{name}_se')
-    least = limits.errors * math.hypot(*errors) if errors else limits.change
+    errors = pair(f'{name}_se', start)
+    least = (limits.errors + more) * math.hypot(*errors) if errors else limits.change
     return (values[1] > values[0]) * 2 - 1 if abs(values[1] - values[0]) > least else 0
   when = f'from step {before[0]} to step {now[0]}'
-  if moved(score) > 0 and moved(held_out) < 0:
-    found.append(f'{when}, {told(score)} while {told(held_out)}: the policy may be fooling its reward')
+  for start, more in ((before, 0.0), (best(held_out), 1.0)):  # the best of several is partly luck
+    if moved(score, start, more) > 0 and moved(held_out, start, more) < 0:
+      found.append(f'from step {start[0]} to step {now[0]}, {told(score, start)} while {told(held_out, start)}: the '
+                   'policy may be fooling its reward')
+      break
   if pair(reference) and pair(reference)[1] - pair(reference)[0] > limits.nll:
     found.append(f'{when}, {told(reference)} nats a token, by more than {limits.nll:g}: the policy writes what the '
                  'reference finds unlikely')
@@ -100,8 +105,8 @@ def alarms(evaluations: Sequence[tuple[int, Mapping[str, Any]]], limits: Limits 
   if limits.kl_target and far is not None and far > limits.kl * limits.kl_target:
     found.append(f'at step {now[0]}, {kl} is {far:.4g} nats a response, more than {limits.kl:g} times its target of '
                  f'{limits.kl_target:g}: the policy is too far from the reference')
-  if pair(ended) and pair(ended)[1] < limits.ended <= pair(ended)[0]:
-    found.append(f'{when}, {told(ended)}: hardly any response ends')
+  if (ends := pair(ended, best(ended))) and ends[1] < limits.ended <= ends[0]:
+    found.append(f'from step {best(ended)[0]} to step {now[0]}, {told(ended, best(ended))}: hardly any response ends')
   if pair(length) and min(pair(length)) > 0:
     old, new = pair(length)
     if max(new / old, old / new) > limits.length:

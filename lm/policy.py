@@ -143,17 +143,18 @@ class PPO(Config):
   def __post_init__(self):
     super().__post_init__()
     if self.loss.missing_eos and not (self.rollout.end or self.rollout.cut):
-      raise ConfigError(f'loss.missing_eos={self.loss.missing_eos} with rollout.end=False; expected responses that can '
-                        'end; set rollout.end=True, rollout.cut or loss.missing_eos=0')
+      raise ConfigError(f'loss.missing_eos={self.loss.missing_eos}: no response ends; set rollout.end, .cut or 0')
     if self.critic_from and self.value == 'shared':
-      raise ConfigError(f"critic_from={self.critic_from} with value='shared'; expected a trunk of its own; set "
-                        "value='separate'")
+      raise ConfigError(f"critic_from={self.critic_from}: value='shared' has no trunk for it; set value='separate'")
     if self.value == 'separate' and self.peft.method == 'top':
-      raise ConfigError("value='separate' with peft.method='top'; expected the critic's trunk to train as the policy's;"
-                        " set value='shared'")
-    if self.text.corpus and self.text.batch % (self.optim.microbatches * self.mesh.rows):
+      raise ConfigError("value='separate': the critic's trunk would not train as peft.method='top'; set value='shared'")
+    if self.text.corpus and self.text.batch % (ways := self.optim.microbatches * self.mesh.rows):
       raise ConfigError(f'text.batch={self.text.batch}; expected a multiple of optim.microbatches x mesh.data x '
-                        f'mesh.fsdp = {self.optim.microbatches * self.mesh.rows}')
+                        f'mesh.fsdp = {ways}')
+    if self.text.corpus and self.text.length + (self.peft.method == 'prefix') * self.peft.length > self.model.length:
+      raise ConfigError(f'text.length={self.text.length} is more than the model has positions; lower it')
+    if self.loss.kl.target and self.rows >= 5 * (horizon := self.loss.kl.horizon):  # or beta may change its sign
+      raise ConfigError(f'loss.kl.horizon={horizon}; expected more than a fifth of the {self.rows} responses')
     if not 0 <= self.text_weight < math.inf:
       raise ConfigError(f'text_weight={self.text_weight}; expected a finite number, at least 0')
 
@@ -254,16 +255,15 @@ def graft(given: params.Tree, into: params.Tree, key: jax.Array, scored: params.
 
 def critic(c: Config) -> params.Tree | None:
   """The trunk of the reward model at `c.critic_from`, and a head that gives its normalised score; None without.
-
-  Raises:
-    ConfigError: another model than the policy's.
-  """
+  ConfigError: another model than the policy's."""
   if not getattr(c, 'critic_from', ''):
     return None
   found = reward_model.load(c.critic_from)
-  if config.replace(found.config.model, **_FREE) != config.replace(c.model, **_FREE):
-    raise ConfigError(f'critic_from={c.critic_from}: a {type(found.config.model).__module__} of another shape than '
-                      "model; expected a reward model that began as the policy does; train one, or set critic_from=''")
+  other = config.replace(found.config.model, **_FREE) != config.replace(c.model, **_FREE)
+  if other or found.config.peft.method not in ('full', 'top', 'lora'):
+    what = f'{type(found.config.model).__module__} of another shape' if other else 'model with parts beside its weights'
+    raise ConfigError(f'critic_from={c.critic_from}: a {what}; expected a reward model that began as the policy does, '
+                      "trained in full, in its top or by LoRA; train one, or set critic_from=''")
   tree, affine = peft_lib.plain(found.params), found.normaliser
   head = tree.pop('classify')
   return tree | {'value': {'kernel': head['out'][:, 0] * affine.scale,

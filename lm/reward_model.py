@@ -211,7 +211,7 @@ def load(workdir: str | os.PathLike) -> RewardModel:
 def reward(workdir: str | os.PathLike, field: str) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
   """The reward function, see `lm.rewards`, that the model in `workdir` is; it is loaded by its `load`, or when asked.
 
-  Of records (`lm.data.prompts.Record`) that are the beginning of a text it scores the text, without a prompt. `field`
+  Of records (`lm.data.prompts.Record`) that begin a text, or ask nothing, it scores the text, without a prompt. `field`
   of the config names `workdir`, for errors: those of loading are a ConfigError.
   """
   @functools.cache
@@ -224,8 +224,8 @@ def reward(workdir: str | os.PathLike, field: str) -> Callable[[Sequence[Any], S
       raise ConfigError(f'{field}={error}') from error
 
   def scores(records, responses):
-    return loaded().scores(((), record.prompt + said) if record.text is not None else (record.messages, said)
-                           for record, said in zip(records, responses, strict=True))
+    return loaded().scores(((), r.prompt + said) if r.text is not None or not r.prompt else (r.messages, said)
+                           for r, said in zip(records, responses, strict=True))
   scores.load = loaded
   return scores
 

@@ -18,12 +18,13 @@ from lm.errors import ConfigError, DataError, Error
 Reward = Callable[[Sequence[Record], Sequence[str]], Sequence[float]]
 
 _CUT = 60  # characters of a value in an error
+_MOST = 1e18  # of a reward: the square of f32's largest is none
 _SENTENCE = re.compile(r'(?<=[.!?])\s+|\n+')
 _CJK = '\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003134f'  # written without spaces
 _WORD = re.compile(rf"[{_CJK}]|[^\W_{_CJK}]+(?:['’-][^\W_{_CJK}]+)*")
 # A full-width comma is a mark between clauses, never one between thousands.
 _PLAIN = str.maketrans('０１２３４５６７８９－−–．，', '0123456789---.;')
-_UNSIGNED = r'(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?'
+_UNSIGNED = r'(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9.])\.[0-9]+)'
 _NUMBER = re.compile(rf'(?:(?<![A-Za-z0-9)])(?<![0-9)] )-)?{_UNSIGNED}')  # behind a number, '-' takes away
 _MARKED = re.compile(rf'(?:^|\n)####[ ]*-?{_UNSIGNED}\s*$')
 
@@ -141,11 +142,12 @@ def checked(reward: Reward, records: Sequence[Record], responses: Sequence[str])
 
 def _number(value, where, row, record):
   plain = value.tolist() if hasattr(value, 'tolist') else value
-  at = f'{where}: row {row}{f" ({record.origin})" if record.origin else ""}: gave {repr(value)[:_CUT]}'
+  shown = 'a very large int' if isinstance(plain, int) and plain.bit_length() > 1024 else repr(value)[:_CUT]
+  at = f'{where}: row {row}{f" ({record.origin})" if record.origin else ""}: gave {shown}'
   if not isinstance(plain, numbers.Real):
     raise DataError(f'{at}; expected a number; mend the function')
-  if not abs(plain) <= float(np.finfo(np.float32).max):
-    raise DataError(f'{at}; expected a finite f32 number; mend the function')
+  if not abs(plain) <= _MOST:
+    raise DataError(f'{at}; expected a finite number, at most 1e18; mend the function')
   return float(plain)
 
 

@@ -83,6 +83,9 @@ def main(_: list[str]) -> None:
   tok = model.tokenizer
   print(f'{out}: {params.count(model.params):,} parameters, '
         + (f'{tok.kind} tokenizer of {tok.vocab_size:,} ids' if tok else 'no tokenizer; --tokenizer=PATH sends one'))
+  if tok and tok.kind == 'sentencepiece' and _TO.value == 'hf':
+    print("its tokenizer.model is SentencePiece's; AutoTokenizer reads it with other rules for spaces and line breaks: "
+          'encode with sentencepiece there')
   if not encoder:
     print(f'next: python -m scripts.sample --model={out} --prompt="..."')
 

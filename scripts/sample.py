@@ -33,7 +33,7 @@ _MAX_NEW = flags.DEFINE_integer('max_new', None, 'Most new tokens; default 256, 
 _TEMPERATURE = flags.DEFINE_float('temperature', 0.8, 'Divides the logits; 0 = always the most likely token.')
 _TOP_K = flags.DEFINE_integer('top_k', 0, 'Draw from the k most likely tokens; 0 = all.')
 _TOP_P = flags.DEFINE_float('top_p', 1.0, 'Draw from the most likely tokens that hold this much probability.')
-_SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same text.')
+_SEED = flags.DEFINE_integer('seed', 0, 'The same seed gives the same text.', lower_bound=0, upper_bound=2**32 - 1)
 _CHAT = flags.DEFINE_enum('chat', '', ['', *conversations.TEMPLATES], 'Write each prompt as a user turn in this '
                           'template, for models tuned to it.')
 _DTYPE = flags.DEFINE_enum('dtype', 'float32', ['float32', 'bfloat16', 'int8'], 'How weights are held; int8 is the '
@@ -52,7 +52,10 @@ def main(_: list[str]) -> None:
                     '.model; copy it there')
   texts = _PROMPT.value or [_read()]
   prompts = [[*peft.virtual_tokens(found.params), *_encode(tokenizer, text)] for text in texts]
-  model = decode.of(decoder, found.config)
+  model, most = decode.of(decoder, found.config), max(map(max, prompts))
+  if most >= found.config.vocab + len(peft.virtual_tokens(found.params)):
+    raise ConfigError(f'{_MODEL.value}: its tokenizer gives id {most}, the model has {found.config.vocab}; expected '
+                      'the tokenizer that it was trained with; put that one there')
   if model.length is not None:  # a learned prefix takes the first positions
     model = dataclasses.replace(model, length=model.length - blocks.virtual(found.params['blocks']))
   stop = [tokenizer.eos_id, tokenizer.control.get('<|im_end|>')]
@@ -78,7 +81,10 @@ def main(_: list[str]) -> None:
 def _read() -> str:
   if sys.stdin.isatty():
     print('prompt, then Ctrl-D:', file=sys.stderr, flush=True)
-  return sys.stdin.read().rstrip('\n')
+  try:
+    return sys.stdin.buffer.read().decode().replace('\r\n', '\n').rstrip('\n')
+  except UnicodeDecodeError as error:
+    raise DataError(f'the prompt on stdin: byte {error.start} is not UTF-8; expected UTF-8; re-encode it') from error
 
 
 def _encode(tokenizer, text: str) -> list[int]:

@@ -24,13 +24,13 @@ import tqdm
 
 from experiments import cli
 from lm.data import corpora, records
-from lm.errors import ConfigError
+from lm.errors import ConfigError, Error
 from lm.text import tokenizer as tokenizers
 
 _TEXT = flags.DEFINE_list('text', [], '.txt and .jsonl files, directories or globs, comma-separated.')
 _KIND = flags.DEFINE_enum('kind', 'unigram', ['unigram', 'bpe', 'char'], 'What to train.')
 _VOCAB = flags.DEFINE_integer('vocab', 16000, 'Number of ids, control symbols and 256 bytes included (not for char).',
-                              lower_bound=300)
+                              lower_bound=300, upper_bound=1 << 24)
 _OUT = flags.DEFINE_string('out', '', 'The .model file to write (char: a directory).')
 _CONTROL = flags.DEFINE_list('control_symbols', [], 'Extra control symbols, e.g. "<|user|>,<|assistant|>,[MASK]": they '
                              'get ids from 4 on, and text that spells them stays text.')
@@ -49,19 +49,27 @@ def main(_: list[str]) -> None:
     if not flag.value:
       raise ConfigError(f'--{flag.name}: not given; expected --text=PATHS --out=FILE.model; see --help')
   files = corpora.Files(tuple(p for path in _TEXT.value for p in corpora.find(path).paths))
-  texts = trained(tqdm.tqdm(files, desc='reading', unit=' documents', disable=None), _HELD_OUT.value)
+  failed: list[Error] = []
+  documents = tqdm.tqdm(files, desc='reading', unit=' documents', disable=None)
+  texts = trained(remembered(documents, failed), _HELD_OUT.value)
   if _KIND.value == 'char':
     if _HELD_OUT.value:
       raise ConfigError(f'--validation_fraction={_HELD_OUT.value} with --kind=char: it has no id for a character '
                         'that it did not see; drop the flag')
+    if _CONTROL.value or _MAX_LINES.value:
+      raise ConfigError('--control_symbols, --max_lines: not for --kind=char, which has all characters and no other; '
+                        'drop them, or choose another kind')
     tokenizer = tokenizers.char(texts)
     tokenizer.save(_OUT.value)
   else:
     if not _OUT.value.endswith('.model'):
       raise ConfigError(f'--out={_OUT.value}: expected a name ending in .model; e.g. --out={_OUT.value}.model')
-    tokenizer = tokenizers.train_sentencepiece(
-        texts, _OUT.value, _VOCAB.value, _KIND.value, control_symbols=_CONTROL.value,
-        character_coverage=_COVERAGE.value, max_lines=_MAX_LINES.value)
+    try:
+      tokenizer = tokenizers.train_sentencepiece(
+          texts, _OUT.value, _VOCAB.value, _KIND.value, control_symbols=_CONTROL.value,
+          character_coverage=_COVERAGE.value, max_lines=_MAX_LINES.value)
+    except ConfigError as error:
+      raise (failed[0] if failed else error) from error
   count = size = inexact = 0
   for document in itertools.islice(files, CHECKED):
     ids = tokenizer.encode(document.text)
@@ -71,6 +79,15 @@ def main(_: list[str]) -> None:
         f'first {CHECKED:,} documents not given back exactly, sha256 {tokenizer.sha256[:16]}')
   print(f'next: python -m scripts.prepare_corpus --text={",".join(_TEXT.value)} --tokenizer={_OUT.value} --out='
         + (os.path.dirname(_OUT.value) or '.'))
+
+
+def remembered(documents: Iterable[corpora.Document], failed: list[Error]) -> Iterator[corpora.Document]:
+  """The documents; an error on the way is kept, too, as SentencePiece makes another of it."""
+  try:
+    yield from documents
+  except Error as error:
+    failed.append(error)
+    raise
 
 
 def trained(documents: Iterable[corpora.Document], held_out: float) -> Iterator[str]:

@@ -202,6 +202,16 @@ def test_unfinished_dataset_is_named_as_such(prepare, tmp_path):
     loader.prepare(loader.Config(str(tmp_path)), tmp_path / 'cache')
 
 
+def test_what_a_prepared_dataset_holds_out_is_no_text_of_the_folder_around_it(prepare, tmp_path):
+  path = prepare().datasets[0].path
+  (tmp_path / 'set').mkdir()
+  for name in ('manifest.json', 'validation.txt'):
+    (tmp_path / 'set' / name).write_bytes((path / name).read_bytes())
+  (tmp_path / 'book.txt').write_text('a book')
+  for where in (tmp_path, tmp_path / '**'):
+    assert corpora.find(str(where)).paths == (str(tmp_path / 'book.txt'),)
+
+
 def test_model_vocabulary_must_fit_the_tokenizer(prepare):
   data = prepare()
   for vocab in (258, 300, 384):

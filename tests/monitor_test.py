@@ -33,6 +33,9 @@ def test_a_good_run_is_silent():
 @pytest.mark.parametrize('changes, words', [
     ({'val_held_out': (1.0, 0.9, 0.6)}, 'from step 0 to step 20, val_score rose from 0.1 to 0.5 while val_held_out '
                                         'fell from 1 to 0.6: the policy may be fooling its reward'),
+    ({'val_held_out': (0.1, 1.0, 0.15), 'val_score': (0.0, 0.1, 0.6)},  # it rose first, and may end above its start
+     'from step 10 to step 20, val_score rose from 0.1 to 0.6 while val_held_out fell from 1 to 0.15'),
+    ({'val_ended': (0.02, 0.9, 0.0)}, 'from step 10 to step 20, val_ended fell from 0.9 to 0: hardly any response'),
     ({'val_reference_nll': (3.0, 3.5, 4.2)}, 'val_reference_nll rose from 3 to 4.2 nats a token, by more than 1'),
     ({'val_kl': (0.0, 4.0, 9.5)}, 'at step 20, val_kl is 9.5 nats a response, more than 1.5 times its target of 6'),
     ({'val_ended': (0.9, 0.4, 0.01)}, 'val_ended fell from 0.9 to 0.01: hardly any response ends'),
@@ -66,10 +69,10 @@ def test_without_standard_errors_a_score_counts_by_its_units():
 
 
 def test_a_window_sees_what_the_run_as_a_whole_hides():
-  late = history(val_held_out=(1.0, 2.0, 1.5))
+  late = history(val_reference_nll=(3.0, 1.0, 3.5))
   assert monitor.alarms(late) == monitor.alarms(late, Limits(window=2)) == monitor.alarms(late, Limits(window=99)) == []
   found, = monitor.alarms(late, Limits(window=1))
-  assert 'from step 10 to step 20' in found and 'val_held_out fell from 2 to 1.5' in found
+  assert 'from step 10 to step 20' in found and 'val_reference_nll rose from 1 to 3.5' in found
 
 
 def test_other_names_are_looked_at_and_no_target_means_no_rule():

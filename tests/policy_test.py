@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from lm import config, decode, experience, nn, optim, params, peft, policy, rollout
-from lm.data import prompts
+from lm.data import loader, prompts
 from lm.errors import ConfigError
 from lm.kernels import attention
 from lm.losses import grpo, ppo
@@ -150,8 +150,10 @@ def test_what_a_prompt_says_is_not_scored(kind):
     ({'optim__steps': 7}, 'optim.steps=7'), ({'peft': peft.Config('prompt', train='')}, "peft.method='prompt'"),
     ({'model__dropout': nn.Dropout(hidden=0.1)}, 'model.dropout='), ({'optim__freeze': 'embed'}, 'optim.freeze=embed'),
     ({'peft': peft.Config('lora', train='', targets='attn/q', rate=0.1)}, 'peft.rate=0.1'),
-    ({'loss': ppo.Config(missing_eos=1.0), 'rollout__end': False}, 'loss.missing_eos=1.0 with rollout.end=False'),
+    ({'loss': ppo.Config(missing_eos=1.0), 'rollout__end': False}, 'loss.missing_eos=1.0: no response ends'),
     ({'value': 'separate', 'peft': METHODS['top']}, "value='separate'"),
+    ({'text': loader.Config('x', length=65, batch=4)}, 'text.length=65 is more'),
+    ({'loss': ppo.Config(kl=ppo.KL(target=6.0, horizon=1)), 'data__batch': 8}, 'loss.kl.horizon=1'),
     ({'rollout__epochs': 0}, 'rollout.epochs=0'), ({'text_weight': -1.0}, 'text_weight=-1.0')])
 def test_what_cannot_be_is_refused(changes, named):
   with pytest.raises(ConfigError, match=named.replace('.', r'\.').replace('(', r'\(')):

@@ -417,6 +417,8 @@ def test_pretraining_is_mixed_in_as_one_more_mean():
 @pytest.mark.parametrize('make, part', [
     (lambda: ppo.Config(gamma=1.1), 'loss.gamma=1.1'), (lambda: ppo.Config(lam=-.1), 'loss.lam=-0.1'),
     (lambda: ppo.Config(clip=0), 'loss.clip=0'), (lambda: ppo.Config(temperature=0), 'loss.temperature=0'),
+    (lambda: ppo.Config(missing_eos_mode='replace'), "loss.missing_eos_mode='replace' with loss.missing_eos=0.0"),
+    (lambda: ppo.KL(coef=0.0, target=6.0), 'loss.kl.target=6.0 with loss.kl.coef=0'),
     (lambda: ppo.Config(missing_eos=-1), 'loss.missing_eos=-1'), (lambda: ppo.Config(chunk=0), 'loss.chunk=0'),
     (lambda: ppo.Config(missing_eos_mode='add'), "loss.missing_eos_mode='add'"),
     (lambda: ppo.KL(coef=-1), 'loss.kl.coef=-1'), (lambda: ppo.KL(horizon=0), 'loss.kl.horizon=0'),

@@ -98,6 +98,12 @@ def test_answers_given_twice_and_prompts_without_a_better_answer_are_left_out():
   assert 'left out: 2 answers given twice, 1 above data.answers, 2 prompts' in str(report)
 
 
+def test_answers_of_unequal_grades_come_before_more_of_the_same():
+  found, report = preferences.ranked([graded('p', ['a', 'b', 'c', 'd'], [3, 3, 1, 2])], config(answers=2), BYTE)
+  assert [text for _, text in rows(found, 0)] == ['a$', 'c$'] and found.grades_NK[0].tolist() == [3, 1]
+  assert (report.dropped, report.surplus) == (0, 2)
+
+
 def test_an_encoder_gets_its_own_frame(tmp_path):
   texts = ['good film 好电影 bad'] * 10
   tokenizer = tokenizers.train_sentencepiece(texts, tmp_path / 'x.model', vocab=278,

@@ -174,7 +174,7 @@ def test_any_mesh_gives_the_curve_of_one_device(kind, changes, mesh, root, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('method', ['full', 'lora'])
+@pytest.mark.parametrize('method', ['full', 'lora', 'prefix'])
 def test_a_critic_starts_as_the_reward_model_scores(method, root, tmp_path):
   graded = [{'prompt': '', 'answers': [f'aaa {i}', f'bbb {i}'], 'grades': [1, 0], 'split': 'validation' if i > 9 else
              'train'} for i in range(16)]
@@ -187,6 +187,10 @@ def test_a_critic_starts_as_the_reward_model_scores(method, root, tmp_path):
   reward_model.finish(scored, tmp_path / 'reward')
   found = reward_model.load(tmp_path / 'reward')
   c = make(root, value='separate', critic_from=str(tmp_path / 'reward'))
+  if method == 'prefix':  # a critic has no place for one
+    with pytest.raises(ConfigError, match='critic_from=.*parts beside its weights'):
+      policy.critic(c)
+    return
   base = params.init(decoder.specs(MODEL), jax.random.key(3))
   p = policy.graft(base, policy.specs(c), jax.random.key(1), policy.critic(c))
   rows = found.rows([((), 'aab'), ((), 'bbc d')])

@@ -63,7 +63,8 @@ def test_length_is_one_at_its_target_and_never_below_zero():
     ('1,234,567.', '1234567', 1), ('１２３４', '1234', 1), ('有17，250', '250', 1), ('1, 2, 3', '3', 1),
     ('1,2345', '2345', 1), ('025', '25', 1), ('-0', '0', 1), ('25.0', '25', 1), ('25.5', '25', 0), ('2.25', '25', 0),
     ('25.\nDone!', '25', 1), ('so 25.Then', '25', 1), ('25', 'so it is 5 * 5.\n#### 25', 1), ('#### 1,025', '1025', 1),
-    ('9' * 5000, '9', 0), ('0' * 5000 + '9', '9', 1), ('$25', '25', 1), ('25%', '25', 1), ('x=25', '25', 1)])
+    ('9' * 5000, '9', 0), ('0' * 5000 + '9', '9', 1), ('$25', '25', 1), ('25%', '25', 1), ('x=25', '25', 1),
+    ('.5', '5', 0), ('-.5', '5', 0), ('is .25', '25', 0), ('...5', '5', 1)])
 def test_arithmetic_takes_the_last_number(response, answer, right):
   assert rewards.arithmetic(records(answer), [response]) == [right]
 
@@ -110,7 +111,8 @@ def test_checked_keeps_fractions_and_takes_ints_and_bools(given, want):
     ([1.0], 'gave 1 numbers for 2 responses'), ([1.0, 2.0, 3.0], 'gave 3 numbers'), ([], 'gave 0 numbers'),
     (0.5, 'gave 0.5; expected a list of 2'), (None, 'gave None'), ('ab', "gave 'ab'"), ({'a': 1, 'b': 2}, 'gave {'),
     ([1.0, math.nan], 'row 1 (in.jsonl:2): gave nan; expected a finite'), ([-math.inf, 1], 'row 0 (in.jsonl:1): gave'),
-    ([1.0, 1e39], 'finite f32'), ([10**400, 1], 'finite f32'), (np.array([1, np.nan]), 'row 1 (in.jsonl:2): gave nan'),
+    ([1.0, 1e39], 'at most 1e18'), ([10**5000, 1], 'a very large int; expected a finite'),
+    ([3e38, 1], 'at most 1e18'), (np.array([1, np.nan]), 'row 1 (in.jsonl:2): gave nan'),
     ([1.0, '0.5'], "row 1 (in.jsonl:2): gave '0.5'; expected a number"), ([None, 1], 'row 0 (in.jsonl:1): gave None'),
     ([1.0, 1j], 'gave 1j'), (np.ones((2, 1)), 'row 0 (in.jsonl:1): gave [1.0]; expected a number')])
 def test_checked_names_the_reward_the_row_and_what_it_gave(given, part):

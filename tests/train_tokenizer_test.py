@@ -50,7 +50,14 @@ def test_held_out_documents_have_no_part_in_it(fraction, vocab, corpus, tmp_path
     (['--text=TEXT', '--out=OUT.model', '--validation_fraction=1'], 'validation_fraction=1.0'),
     (['--text=TEXT', '--kind=char', '--out=OUT', '--validation_fraction=0.1'],
      '--validation_fraction=0.1 with --kind=char'),
+    slow(['--text=TEXT', '--kind=char', '--out=OUT', '--control_symbols=[CLS]'], 'not for --kind=char'),
 ])
 def test_what_is_wrong_is_named(arguments, expected, corpus, tmp_path):
   done = run(*(a.replace('TEXT', str(corpus)).replace('OUT', str(tmp_path / 'out')) for a in arguments))
   assert done.returncode in (2, 3) and expected in done.stderr and done.stderr.count('\n') == 1
+
+
+def test_damaged_text_is_named_and_not_the_vocabulary(corpus, tmp_path):
+  corpus.write_bytes(corpus.read_bytes() + '\n{"text": "好"}\n'.encode('gbk'))
+  done = run('--vocab=300', f'--text={corpus}', f'--out={tmp_path}/a.model')
+  assert done.returncode == 3 and done.stderr.startswith(f'error: {corpus}:61: byte 10 is not UTF-8'), done.stderr

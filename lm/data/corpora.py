@@ -51,6 +51,8 @@ def sha256_file(path: str | os.PathLike) -> str:
 def find(path: str) -> Files:
   """The .txt and .jsonl files of `path`: one file, a directory (searched below, in sorted order) or a glob.
 
+  What lies in a prepared dataset is left out: its validation.txt is held out of texts that lie beside it.
+
   Raises:
     DataError: nothing there, or a file of another kind.
   """
@@ -60,11 +62,17 @@ def find(path: str) -> Files:
                       'names, or a prepared dataset; convert it, or rename it if it is one of them')
     return Files((path,))
   pattern = os.path.join(glob.escape(path), '**', '*') if os.path.isdir(path) else path
-  found = sorted(p for p in glob.glob(pattern, recursive=True) if p.endswith(_KINDS) and os.path.isfile(p))
+  found = sorted(p for p in glob.glob(pattern, recursive=True) if p.endswith(_KINDS) and os.path.isfile(p)
+                 and not is_prepared(os.path.dirname(p)))
   if not found:
     raise DataError(f'{path}: no text; expected a .txt or .jsonl file, a directory or glob of them, or a prepared '
                     'dataset; check the path')
   return Files(tuple(found))
+
+
+def is_prepared(path: str | os.PathLike) -> bool:
+  """Is it the folder of a prepared dataset, or of one that was being written?"""
+  return os.path.isdir(path) and any(n == 'manifest.json' or '.array_record' in n for n in os.listdir(path))
 
 
 def write_jsonl(path: str | os.PathLike, documents: Iterable[Document]) -> int:

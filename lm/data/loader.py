@@ -141,7 +141,7 @@ def prepare(c: Config, cache_dir: str | os.PathLike, *, seed: int = 0) -> Data:
     raise ConfigError(f'seed={seed}; expected at least 0')
   if not c.corpora or not all(c.corpora):
     raise ConfigError('data.corpus is empty; expected a prepared dataset or text; set data.corpus=PATH')
-  sources = [records.Dataset(p) if _is_prepared(p) else corpora.find(p) for p in c.corpora]
+  sources = [records.Dataset(p) if corpora.is_prepared(p) else corpora.find(p) for p in c.corpora]
   tokenizer = _tokenizer(c, sources)
   datasets = tuple(s if isinstance(s, records.Dataset) else _tokenised(s, tokenizer, c, pathlib.Path(cache_dir))
                    for s in sources)
@@ -156,10 +156,6 @@ def _plans(c, tokenizer, datasets, split, seed=0, shuffle=True):
   if c.encoder:
     return inputs.plans(c.packing, datasets, split, tokenizer, c.length, c.copies, seed, shuffle)
   return tuple(packing.plan(c.packing, d.lengths[split], c.length, seed, shuffle) for d in datasets)
-
-
-def _is_prepared(path: str) -> bool:
-  return os.path.isdir(path) and any(n == 'manifest.json' or '.array_record' in n for n in os.listdir(path))
 
 
 def _tokenizer(c, sources):

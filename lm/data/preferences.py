@@ -44,7 +44,7 @@ class Config:
     tokenizer: a path.
     length: T; rows hold T + 1 tokens. What is longer is cut, see `lm.data.sft`.
     batch: prompts of the global batch, each of `answers` rows.
-    answers: K, most answers of a prompt; the first that differ are taken.
+    answers: K, most answers of a prompt; the first that differ are taken, of unequal grades where there are any.
     validation_fraction: of prompts whose file does not say; by a hash of the first user turn, or of the answers.
     on_error: a record that is wrong ends the run ('stop') or is left out and counted ('skip').
     threads: batches built ahead, 0 = none.
@@ -162,7 +162,9 @@ def ranked(found: Sequence[Graded], c: Config, tokenizer: Tokenizer, encoder: bo
     grade_of, once = {}, {}  # of two alike the first grade counts
     for text, grade in zip(e.answers, e.grades, strict=True):
       grade_of.setdefault(text, grade)
-    texts = [*grade_of][:c.answers]
+    texts, rest = [*grade_of][:c.answers], [*grade_of][c.answers:]
+    if len({grade_of[text] for text in texts}) == 1:  # one that differs teaches more than one more of these
+      texts[-1] = next((text for text in rest if grade_of[text] != grade_of[texts[0]]), texts[-1])
     for text, row in zip(texts, _rows(e, texts, c, tokenizer, encoder), strict=False):
       once.setdefault(row.ids.tobytes(), (row, grade_of[text]))
     if len({grade for _, grade in once.values()}) < 2:

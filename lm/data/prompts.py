@@ -188,7 +188,8 @@ def read(path: str | os.PathLike, c: Config, tokenizer: Tokenizer
 def _prompt(row: Row, c: Config, tokenizer: Tokenizer) -> tuple[Record, np.ndarray]:
   if not isinstance(row.fields, Mapping):
     raise Fault('type', row.origin, f'found {turns.describe(row.fields)}; expected an object with fields')
-  split = row.fields.get('split') or row.split
+  split = row.fields.get('split')
+  split = row.split if split in (None, '') else split
   if split not in (None, *examples.SPLITS):
     raise Fault('split', row.origin, f'field split: found {turns.describe(split)}; expected one of '
                 f'{", ".join(examples.SPLITS)}')

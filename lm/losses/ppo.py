@@ -52,6 +52,8 @@ class KL:
         raise ConfigError(f'loss.kl.{name}={getattr(self, name)}; expected a finite number, at least 0')
     if self.horizon < 1:
       raise ConfigError(f'loss.kl.horizon={self.horizon}; expected at least 1 episode')
+    if self.target and not self.coef:
+      raise ConfigError(f'loss.kl.target={self.target} with loss.kl.coef=0, which no factor moves; set loss.kl.coef')
     if self.estimator not in ('k1', 'k2', 'k3'):
       raise ConfigError(f'loss.kl.estimator={self.estimator!r}; expected one of k1, k2, k3')
 
@@ -94,8 +96,9 @@ class Config:
     for name in ('missing_eos', 'value_clip', 'value_weight', 'entropy_weight'):
       if not 0 <= getattr(self, name) < math.inf:
         raise ConfigError(f'loss.{name}={getattr(self, name)}; expected a finite number, at least 0')
-    if self.missing_eos_mode not in ('subtract', 'replace'):
-      raise ConfigError(f"loss.missing_eos_mode={self.missing_eos_mode!r}; expected 'subtract' or 'replace'")
+    if self.missing_eos_mode != 'subtract' and not (self.missing_eos_mode == 'replace' and self.missing_eos):
+      raise ConfigError(f"loss.missing_eos_mode={self.missing_eos_mode!r} with loss.missing_eos={self.missing_eos}; "
+                        "expected 'subtract', or 'replace' with more than 0")
     if not 0 < self.clip < 1:
       raise ConfigError(f'loss.clip={self.clip}; expected 0 < clip < 1')
     if self.chunk < 1:
