@@ -109,7 +109,7 @@ def divided(c: Config, unanswered: str = 'cut') -> list[tuple[examples.Chat, str
   """
   paths = (c.corpus,) if isinstance(c.corpus, str) else c.corpus
   files = [(path, *examples.read(path, 'chat', c.on_error, unanswered=unanswered)) for path in paths]
-  text = lambda e: '\0'.join(scan.duplicate_key(m.content) for m in e.messages)
+  text = lambda e: scan.duplicate_key(*(m.content for m in e.messages))
   return assign.divided(files, c, text, lambda e: user_first(e.messages))
 
 

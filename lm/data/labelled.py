@@ -197,7 +197,7 @@ def assigned(found: Sequence[examples.Labelled], c: Config) -> list[str | None]:
 
 def _whole(example):
   """A text that two examples have in common if they are duplicates; of a pair, both texts decide."""
-  return example.text if example.text_pair is None else '\0'.join(map(scan.duplicate_key, example.texts))
+  return example.text if example.text_pair is None else scan.duplicate_key(*example.texts)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -131,7 +131,7 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   tokenizer, parts = memory.read_tokenizer(c.tokenizer), {'train': [], 'validation': [], 'test': []}
   paths = (c.corpus,) if isinstance(c.corpus, str) else c.corpus
   files = [(path, *examples.read(path, 'graded', c.on_error)) for path in paths]
-  text = lambda e: '\0'.join(map(scan.duplicate_key, (*(m.content for m in e.prompt), '', *sorted(e.answers))))
+  text = lambda e: scan.duplicate_key(*(m.content for m in e.prompt), '', *sorted(e.answers))
   for example, part in assign.divided(files, c, text, _question):
     parts[part].append(example)
   sets = {}

@@ -224,14 +224,14 @@ def _labels(examples: Sequence[Example], rules: Rules) -> _Found:
   labels: dict[str, set[str]] = {}
   for i, e in enumerate(examples):
     if isinstance(e, Labelled):
-      labels.setdefault(repeats.key(e.texts), set()).add(e.label or '')
+      labels.setdefault(scan.duplicate_key(*e.texts), set()).add(e.label or '')
       if not e.label or not e.label.strip():
         yield i, 'label missing', ''
       elif rules.classes and e.label not in rules.classes:
         yield i, 'label unknown', ''
   preferred = {(e.prompt, e.chosen, e.rejected) for e in examples if isinstance(e, Preference)}
   for i, e in enumerate(examples):
-    if isinstance(e, Labelled) and len(labels[repeats.key(e.texts)] - {''}) > 1:
+    if isinstance(e, Labelled) and len(labels[scan.duplicate_key(*e.texts)] - {''}) > 1:
       yield i, 'label contradictory', ''
     if isinstance(e, Preference) and (e.prompt, e.rejected, e.chosen) in preferred:
       yield i, 'label contradictory', ''

@@ -14,11 +14,6 @@ from lm.text import scan
 _HASHES, _BANDS = 120, 20  # a pair of similarity 0.8 is a candidate with probability 0.998
 
 
-def key(parts: Sequence[str]) -> str:
-  """What duplicates have in common; no two pairs of texts with the same join."""
-  return '\0'.join(map(scan.duplicate_key, parts))
-
-
 def edges(parts: Sequence[str]) -> Iterator[str]:
   """First and last lines of texts of several lines, if they say something."""
   for text in parts:
@@ -41,14 +36,15 @@ def duplicates(parts: Sequence[Sequence[str]], learnt: Sequence[Sequence[str]], 
   Args:
     parts: all texts of each example. learnt: those of them that are answers.
     near: share of 3-grams that near duplicates have in common; None: not looked for.
-    templates: lines that do not count.
+    templates: () -> lines that do not count; asked for only where near duplicates are.
+    watch: wraps what is gone through, as a progress bar does.
 
   Raises:
     ConfigError: near duplicates are asked for and the library `rensa` is not installed.
   """
   first: dict[str, int] = {}
   for i, some in enumerate(parts):
-    at = first.setdefault(key(some), i)
+    at = first.setdefault(scan.duplicate_key(*some), i)
     if at != i:
       yield i, 'duplicate', at
   if near is None:

@@ -53,10 +53,15 @@ def fold(text: str) -> str:
   return _SPACE.sub(' ', unicodedata.normalize('NFKC', text).casefold()).strip()
 
 
-def duplicate_key(text: str) -> str:
-  """What duplicates have in common: NFKC, no case, nothing invisible, white space as one space, none beside CJK."""
-  text = unicodedata.normalize('NFKC', _INVISIBLE.sub('', text)).casefold()
-  return _BESIDE.sub('', ' '.join(unicodedata.normalize('NFKC', text).split()))
+def duplicate_key(*texts: str) -> str:
+  """What duplicates have in common: NFKC, no case, nothing invisible, white space as one space, none beside CJK.
+
+  Of several texts NUL stands between, so that ('a b', 'c') is not ('a', 'b c').
+  """
+  def one(text):
+    text = unicodedata.normalize('NFKC', _INVISIBLE.sub('', text)).casefold()
+    return _BESIDE.sub('', ' '.join(unicodedata.normalize('NFKC', text).split()))
+  return '\0'.join(map(one, texts))
 
 
 def blank(text: str) -> bool:
