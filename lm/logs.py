@@ -19,9 +19,8 @@ from typing import Any
 import jax
 import tqdm
 
-from lm import events, seal
+from lm import disk, events, seal
 from lm.errors import CheckpointError
-from lm.text import tokenizer
 
 # What of a row a person is shown.
 TOLD = ('loss', 'val_loss', 'val_bits_per_byte', 'score', 'kl', 'val_score', 'val_kl', 'tokens_per_s')
@@ -116,7 +115,7 @@ class Logs:
 def _rewritten(workdir, rows):
   """metrics.jsonl with these rows alone, open for more."""
   path = workdir / 'metrics.jsonl'
-  tokenizer.write_atomically(str(path), ''.join(json.dumps(row) + '\n' for row in rows).encode())
+  disk.write(path, ''.join(json.dumps(row) + '\n' for row in rows).encode())
   return open(path, 'a', buffering=1, encoding='utf-8')
 
 
@@ -225,7 +224,7 @@ def _differences(old, new, prefix=''):
 
 def _write(path: pathlib.Path, record: dict[str, Any]) -> None:
   with seal.failing(f'--workdir: cannot write {path}', seal.WRITABLE):
-    tokenizer.write_atomically(str(path), json.dumps(record, indent=1).encode())
+    disk.write(path, json.dumps(record, indent=1).encode())
 
 
 def _jsonable(value: Any) -> Any:

@@ -13,9 +13,8 @@ import os
 import pathlib
 from typing import Any
 
-from lm import logs, seal
+from lm import disk, logs, seal
 from lm.errors import ConfigError
-from lm.text import tokenizer
 
 PANELS = {  # title: the metrics drawn there
     'score': ('score', 'val_score'), 'held-out reward': ('val_held_out',), 'KL, nats a response': ('kl', 'val_kl'),
@@ -145,7 +144,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, kl_target: 
   buffer = io.BytesIO()
   figure.savefig(buffer, dpi=120, format='png')
   with seal.failing(f'{path}: cannot write the picture', 'expected a writable directory; choose another path'):
-    tokenizer.write_atomically(str(path), buffer.getvalue())
+    disk.write(path, buffer.getvalue())
   return pathlib.Path(path)
 
 

@@ -15,9 +15,8 @@ import re
 
 import numpy as np
 
-from lm import metrics, seal
+from lm import disk, metrics, seal
 from lm.errors import ConfigError
-from lm.text import tokenizer
 
 _LONGEST = 32  # characters of a name
 _NUMBERED = 20  # classes up to which the cells of a confusion matrix say their number
@@ -179,7 +178,7 @@ def _save(figure, path):
   buffer = io.BytesIO()
   figure.savefig(buffer, dpi=120, format='png')
   with seal.failing(f'{path}: cannot write the picture', 'expected a writable directory; choose another path'):
-    tokenizer.write_atomically(str(path), buffer.getvalue())
+    disk.write(path, buffer.getvalue())
   return pathlib.Path(path)
 
 

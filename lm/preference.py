@@ -25,6 +25,7 @@ from lm import (
   budget,
   config,
   decode,
+  disk,
   hosts,
   instruct,
   logprobs,
@@ -46,7 +47,6 @@ from lm.errors import CheckpointError, ConfigError
 from lm.kernels import attention
 from lm.losses import dpo
 from lm.models import decoder
-from lm.text import tokenizer
 
 REFERENCE = 'reference.safetensors'  # in the workdir
 
@@ -234,4 +234,4 @@ def _read(path: pathlib.Path, known: dict[str, str]) -> tuple[dict[str, np.ndarr
 
 def _write(path: str | os.PathLike, kept: dict[str, np.ndarray], known: dict[str, str]) -> None:
   with seal.failing(f'--workdir: cannot write {path}', seal.WRITABLE):
-    tokenizer.write_atomically(str(path), safetensors.numpy.save(kept, known | {'sha256': memory.sha256(kept)}))
+    disk.write(path, safetensors.numpy.save(kept, known | {'sha256': memory.sha256(kept)}))

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm import decode, events, logs, loop, params, peft, seal, sharding, train
+from lm import decode, disk, events, logs, loop, params, peft, seal, sharding, train
 from lm.data import memory, packing
 from lm.errors import ConfigError
-from lm.text import chat, tokenizer as tokenizers
+from lm.text import chat
 
 _KEY = 3  # folded into the run's key, beside those of initial values, training and evaluation
 
@@ -152,7 +152,7 @@ class Book:
     self._rows = [row for row in self._rows if row['step'] not in steps] + rows
     with self._failing():
       lines = [json.dumps(row, ensure_ascii=False) + '\n' for row in self._rows]
-      tokenizers.write_atomically(str(self._dir / 'samples.jsonl'), ''.join(lines).encode())
+      disk.write(self._dir / 'samples.jsonl', ''.join(lines).encode())
       seen = {}
       for row in rows:
         seen[row['step']] = i = seen.get(row['step'], -1) + 1

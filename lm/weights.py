@@ -23,11 +23,14 @@ _TOKENIZERS = ('*.model', 'tokenizer.json', 'vocab.*', 'encoder.json', 'char.jso
 
 
 class Model(NamedTuple):
-  """A model's config, f32 parameters on the default device, and its tokenizer (None where it has none)."""
+  """A model's config, f32 parameters on the default device, its tokenizer (None where it has none), and the ids that
+  end its texts where its folder names any.
+  """
 
   config: Any
   params: params.Tree
   tokenizer: tokenizers.Tokenizer | None
+  ends: tuple[int, ...] = ()
 
 
 def load(path: str | os.PathLike, best: bool = True) -> Model:
@@ -49,7 +52,7 @@ def load(path: str | os.PathLike, best: bool = True) -> Model:
   if not isinstance(c, decoder.Config):
     raise ConfigError(f'{path}: the config is of an encoder; expected a decoder, which generates text; name another '
                       'model')
-  return Model(c, p, _tokenizer(path))
+  return Model(c, p, _tokenizer(path), hf.ends(path))
 
 
 def load_encoder(workdir: str | os.PathLike, best: bool = True) -> Model:

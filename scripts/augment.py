@@ -25,7 +25,6 @@ from collections import Counter
 import dataclasses
 import difflib
 import json
-import os
 import pathlib
 from typing import Any
 
@@ -33,6 +32,7 @@ from absl import flags
 import numpy as np
 
 from experiments import cli
+from lm import disk
 from lm.data import corpora
 from lm.errors import ConfigError, DataError
 from lm.text import augment, methods, scan, synonyms
@@ -105,10 +105,8 @@ def main(_: list[str]) -> None:
   held = {row.key for row in rows if row.split != _SPLIT.value}
   made = [row for row in made if not row.origin or row.key not in held]
   out.parent.mkdir(parents=True, exist_ok=True)
-  temporary = out.with_name(out.name + '.tmp')
-  with open(temporary, 'w', encoding='utf-8', newline='\n') as f:
+  with disk.replacing(out) as f:
     f.writelines(row.json() + '\n' for row in made)
-  os.replace(temporary, out)
   report(rows, made)
   print(f'next: {out} goes wherever {_IN.value} went; compare held-out scores with and without, same seed')
 

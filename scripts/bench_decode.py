@@ -100,7 +100,7 @@ def _lm():
   from lm import decode, weights
   from lm.models import decoder
 
-  c, p, _ = weights.load(_MODEL.value)
+  c, p, *_ = weights.load(_MODEL.value)
   p, model, key = decode.prepare(p, _WORKER.value), decode.of(decoder, c), jax.random.key(0)
   s = decode.Sampling(_MAX_NEW.value, _TEMPERATURE.value)
   read = sum(x.nbytes for x in jax.tree.leaves((p['blocks'], p['unembed'])))

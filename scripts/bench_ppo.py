@@ -121,7 +121,7 @@ def _ours(folder, stack):
   from lm import loop, reinforce, run, sharding, train, weights
   from lm.data import prompts
 
-  model, p, _ = weights.load(_MODEL.value)
+  model, p, *_ = weights.load(_MODEL.value)
   c, called = make_config(model), []
   score = _scorer(c, p)
 

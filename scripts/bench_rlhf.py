@@ -156,7 +156,7 @@ def _rollout():
   from lm import decode, peft, rollout, weights
   from lm.models import decoder
 
-  c, p, _ = weights.load(_MODEL.value)
+  c, p, *_ = weights.load(_MODEL.value)
   model, s, p = decode.of(decoder, c), decode.Sampling(_max_new()), jax.device_put(p)
 
   @jax.jit

@@ -31,6 +31,7 @@ from lm import (
   checkpoint,
   classification,
   config,
+  disk,
   instruct,
   params,
   peft,
@@ -73,7 +74,7 @@ def main(_: list[str]) -> None:
     raise ConfigError(f'--to=workdir: {_BASE.value or _FROM.value} is an encoder; expected a decoder; give --to=hf, '
                       'from which training starts as well')
   if _TOKENIZER.value:
-    model = model._replace(tokenizer=tokenizer.load(_TOKENIZER.value))
+    model = model._replace(tokenizer=tokenizer.load(_TOKENIZER.value), ends=())
   if _TO.value == 'hf':
     hf.save(out, *model)
   elif model.tokenizer is None:
@@ -83,9 +84,9 @@ def main(_: list[str]) -> None:
   tok = model.tokenizer
   print(f'{out}: {params.count(model.params):,} parameters, '
         + (f'{tok.kind} tokenizer of {tok.vocab_size:,} ids' if tok else 'no tokenizer; --tokenizer=PATH sends one'))
-  if tok and tok.kind == 'sentencepiece' and _TO.value == 'hf':
-    print("its tokenizer.model is SentencePiece's; AutoTokenizer reads it with other rules for spaces and line breaks: "
-          'encode with sentencepiece there')
+  if tok and tok.kind == 'sentencepiece' and _TO.value == 'hf' and not (out / 'tokenizer.json').exists():
+    print("its tokenizer.model has rules that no tokenizer.json has: AutoTokenizer would give other ids; encode with "
+          'sentencepiece there')
   if not encoder:
     print(f'next: python -m scripts.sample --model={out} --prompt="..."')
 
@@ -111,7 +112,7 @@ def _merged() -> weights.Model:
   if weights.of_encoder(base) or weights.kind_of(base) != 'hf':
     model = _load(base)
   else:  # of an encoder, too
-    model = weights.Model(*hf.load(base), tokenizer.load(_TOKENIZER.value or base))
+    model = weights.Model(*hf.load(base), tokenizer.load(_TOKENIZER.value or base), hf.ends(base))
   few, tree = peft_hf.load(_FROM.value, *model[:2])
   if few.method != 'lora':
     raise ConfigError(f'--from={_FROM.value}: a {few.method}, which stands beside the weights and cannot be merged; '
@@ -174,7 +175,7 @@ def _workdir(out: pathlib.Path, model: weights.Model) -> None:
   with checkpoint.Saver(out / 'checkpoints', c.checkpoint, start=None) as saver:
     saver.save(0, {'params': model.params}, meta={}, metrics={})
   model.tokenizer.save(out / 'tokenizer')
-  tokenizer.write_atomically(str(out / 'config.json'), json.dumps({'config': config.to_json(c)}, indent=1).encode())
+  disk.write(out / 'config.json', json.dumps({'config': config.to_json(c)}, indent=1).encode())
 
 
 if __name__ == '__main__':

@@ -22,8 +22,8 @@ import random
 from absl import flags
 
 from experiments import cli
+from lm import disk
 from lm.errors import ConfigError
-from lm.text.tokenizer import write_atomically
 
 OPERATORS = {'add': ('+', '+', int.__add__), 'subtract': ('-', '-', int.__sub__), 'multiply': ('*', '×', int.__mul__)}
 PROMPTS = {'en': 'What is {} {} {}?', 'zh': '{} {} {} 等于多少？'}
@@ -46,7 +46,7 @@ def main(_: list[str]) -> None:
   found = records(_LANGUAGE.value, _DIGITS.value, _OPERATORS.value, _COUNT.value, _SEED.value,
                   _SHOTS.value)
   out.parent.mkdir(parents=True, exist_ok=True)
-  write_atomically(str(out), ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in found).encode())
+  disk.write(out, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in found).encode())
   held_out = sum(r['split'] == 'validation' for r in found)
   print(f'{out}: {len(found) - held_out:,} training and {held_out:,} validation problems')
 

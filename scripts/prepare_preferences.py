@@ -26,10 +26,10 @@ from typing import Any
 from absl import flags
 
 from experiments import cli
+from lm import disk
 from lm.data import recipes
 from lm.data.corpora import Document
 from lm.errors import ConfigError, DataError
-from lm.text.tokenizer import write_atomically
 
 _KIND = flags.DEFINE_enum('kind', None, list(recipes.PREFERENCES), 'What to make.')
 _OUT = flags.DEFINE_string('out', '', 'JSONL file to write; must not exist.')
@@ -59,7 +59,7 @@ def main(_: list[str]) -> None:
     records = groups(documents, _ANSWERS.value, gap, _TIMES.value, _SEED.value, _PROMPT.value)
   else:
     records = [json.loads(d.text) | {'split': d.split} for d in documents]
-  write_atomically(str(out), ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records).encode())
+  disk.write(out, ''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records).encode())
   counts = {name: sum(r['split'] == name for r in records) for name in ('train', 'validation')}
   print(f'{out}: {counts["train"]:,} training and {counts["validation"]:,} validation records; licence: '
         f'{recipe.licence}')

@@ -42,13 +42,13 @@ import numpy as np
 import tqdm
 
 from experiments import cli
-from lm import config, pictures
+from lm import config, disk, pictures
 from lm.data import conversations, examples, labelled, memory, quality, tables_io, turns
 from lm.data.examples import Chat, Example, Instruction, Labelled, Preference
 from lm.data.json_io import Row
 from lm.errors import ConfigError, DataError, Error
 from lm.text import chat, vocabulary
-from lm.text.tokenizer import Tokenizer, write_atomically
+from lm.text.tokenizer import Tokenizer
 
 _IN = flags.DEFINE_string('in', '', 'File or folder of records.')
 _KIND = flags.DEFINE_enum('kind', None, ['classification', 'instruction', 'chat', 'preference'], 'What the records '
@@ -94,7 +94,7 @@ def main(_: list[str]) -> None:
         ', '.join(f'{name} {n}' for name, n in whole['clean']['rejected'].items()) or 'none'))
   if _OUT.value:
     content = json.dumps(whole, ensure_ascii=False, indent=1, allow_nan=False) + '\n'
-    write_atomically(_OUT.value, content.encode())
+    disk.write(_OUT.value, content.encode())
     print(f'{_OUT.value}: every finding with its place')
   if _PICTURE.value:
     draw(found, tokens)
@@ -205,10 +205,8 @@ def record(example: Example) -> dict[str, Any]:
 
 
 def write(passed: Iterable[Example], path: pathlib.Path) -> None:
-  temporary = path.with_name(path.name + '.tmp')
-  with open(temporary, 'w', encoding='utf-8', newline='\n') as f:
+  with disk.replacing(path) as f:
     f.writelines(json.dumps(_plain(record(e)), ensure_ascii=False, allow_nan=False) + '\n' for e in passed)
-  os.replace(temporary, path)
 
 
 def draw(found: Sequence[Example], tokens: Sequence[int] | None) -> None:

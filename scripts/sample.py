@@ -7,7 +7,7 @@ r"""Continues prompts with a trained model, streaming the text as it comes.
 --model is a workdir of an experiment (its best checkpoint), a Hugging Face folder (GPT-2 or Llama) or a GGUF file.
 Without --prompt, one is read from standard input. One prompt streams, in whole characters: one that takes several
 tokens appears with its last. Several prompts are decoded together, which takes little longer than one, and printed at
-the end. Text ends at the model's end token, or after --max_new tokens. The program for a model is compiled once and
+the end. Text ends at the model's end tokens, or after --max_new tokens. The program for a model is compiled once and
 kept in ~/.cache/lm (or $XDG_CACHE_HOME/lm).
 
 Exit status: 0 done, 2 a flag is wrong, 3 the tokenizer, 4 the weights.
@@ -58,7 +58,7 @@ def main(_: list[str]) -> None:
                       'the tokenizer that it was trained with; put that one there')
   if model.length is not None:  # a learned prefix takes the first positions
     model = dataclasses.replace(model, length=model.length - blocks.virtual(found.params['blocks']))
-  stop = [tokenizer.eos_id, tokenizer.control.get('<|im_end|>')]
+  stop = [tokenizer.eos_id, tokenizer.control.get('<|im_end|>'), *found.ends]
   stop += chat.stop_ids(conversations.TEMPLATES[_CHAT.value], tokenizer) if _CHAT.value else []
   s = decode.Sampling(_room(model, prompts), _TEMPERATURE.value, _TOP_K.value, _TOP_P.value,
                       tuple(sorted({i for i in stop if i is not None})))
@@ -89,14 +89,11 @@ def _read() -> str:
 
 def _encode(tokenizer, text: str) -> list[int]:
   """Ids of the prompt, begun as documents are begun in training; control ids come from here, never from the text."""
-  plain = lambda text: tokenizer.encode(text).tolist()
-  begin = tokenizer.control.get('<|im_start|>')
   if _CHAT.value:
     return chat.prompt(conversations.TEMPLATES[_CHAT.value], [chat.Message('user', text)], tokenizer).tolist()
-  first = tokenizer.bos_id if tokenizer.bos_id not in (None, begin) else None  # a turn's mark begins no document
-  ids = plain(text)
-  if first is not None and (first != tokenizer.eos_id or not ids):
-    ids = [first, *ids]
+  ids = [*tokenizer.begin, *tokenizer.encode(text).tolist()]
+  if not ids and tokenizer.bos_id not in (None, tokenizer.control.get('<|im_start|>')):
+    return [tokenizer.bos_id]
   if not ids:
     raise ConfigError('--prompt: empty, and no token of this tokenizer begins a document; expected text; give some')
   return ids

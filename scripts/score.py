@@ -21,11 +21,11 @@ import numpy as np
 import tqdm
 
 from experiments import cli
-from lm import config, decode, metrics, peft, weights
+from lm import config, decode, disk, metrics, peft, weights
 from lm.data import conversations, examples
 from lm.errors import ConfigError, DataError
 from lm.models import blocks, decoder
-from lm.text import chat, scan, tokenizer as tokenizers
+from lm.text import chat, scan
 
 _MEANS = {'exact_match': metrics.exact_match, 'rouge_l': lambda *args: metrics.rouge(*args)['rougeL']}
 METRICS = _MEANS | {'bleu': metrics.bleu, 'chrf': lambda *args: metrics.chrf(*args[:2])}
@@ -57,7 +57,7 @@ def main(_: list[str]) -> None:
   c = _written()
   rows = _answered(_records(c), weights.load(_MODEL.value), c.written)
   out.parent.mkdir(parents=True, exist_ok=True)
-  tokenizers.write_atomically(str(out), ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows).encode())
+  disk.write(out, ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows).encode())
   print(f'{metrics.table(_table(rows))}\n\n{out}: {len(rows)} replies, {sum(row["ended"] for row in rows)} ended')
 
 

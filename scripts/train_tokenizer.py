@@ -25,7 +25,7 @@ import tqdm
 from experiments import cli
 from lm.data import corpora, records
 from lm.errors import ConfigError, Error
-from lm.text import tokenizer as tokenizers
+from lm.text import tokenizer as tokenizers, training
 
 _TEXT = flags.DEFINE_list('text', [], '.txt and .jsonl files, directories or globs, comma-separated.')
 _KIND = flags.DEFINE_enum('kind', 'unigram', ['unigram', 'bpe', 'char'], 'What to train.')
@@ -65,7 +65,7 @@ def main(_: list[str]) -> None:
     if not _OUT.value.endswith('.model'):
       raise ConfigError(f'--out={_OUT.value}: expected a name ending in .model; e.g. --out={_OUT.value}.model')
     try:
-      tokenizer = tokenizers.train_sentencepiece(
+      tokenizer = training.train_sentencepiece(
           texts, _OUT.value, _VOCAB.value, _KIND.value, control_symbols=_CONTROL.value,
           character_coverage=_COVERAGE.value, max_lines=_MAX_LINES.value)
     except ConfigError as error:

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
-    'errors hosts config params sharding products nn kernels',
+    'errors disk hosts config params sharding products nn kernels',
     'models text data rewards',
     'losses logprobs metrics peft peft_hf peft_nodes mixout optim muon ema spikes budget scaling hlo hlo_module '
     'targets',

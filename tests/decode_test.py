@@ -16,7 +16,7 @@ from lm import decode, nn, params, sharding
 from lm.decode import Sampling
 from lm.errors import ConfigError
 from lm.models import decoder
-from lm.text import tokenizer
+from lm.text import tokenizer, training
 
 GPT2 = decoder.Config(vocab=96, length=64, layers=2, embed=32, heads=4, kv_heads=4, head_dim=8, mlp=64)
 LLAMA = dataclasses.replace(GPT2, kv_heads=2, positions='rotary', norm='rms', norm_bias=False, bias=False,
@@ -317,7 +317,7 @@ def test_control_ids_show_as_nothing():
 
 def test_pieces_keep_the_space_that_sentencepiece_drops_at_the_start_of_a_text(tmp_path):
   """And byte-fallback pieces: 你 is not in the training text."""
-  t = tokenizer.train_sentencepiece(['the cat sat on the mat. a cat and a dog.'] * 50, tmp_path / 't.model', vocab=276)
+  t = training.train_sentencepiece(['the cat sat on the mat. a cat and a dog.'] * 50, tmp_path / 't.model', vocab=276)
   ids = t.encode('the cat 你 sat').tolist()
   assert len(list(decode.pieces(t.decode, ids))) < len(ids)
   assert ''.join(decode.pieces(t.decode, ids)) == t.decode(ids) == 'the cat 你 sat'
@@ -325,7 +325,7 @@ def test_pieces_keep_the_space_that_sentencepiece_drops_at_the_start_of_a_text(t
 
 def test_pieces_behind_a_prompt_keep_their_first_space(tmp_path):
   """SentencePiece, and Metaspace as HF's tokenizers have it: either drops the space of a text's first token."""
-  sp = tokenizer.train_sentencepiece(['the cat sat on the mat. a cat and a dog.'] * 50, tmp_path / 't.model', vocab=276)
+  sp = training.train_sentencepiece(['the cat sat on the mat. a cat and a dog.'] * 50, tmp_path / 't.model', vocab=276)
   vocab = {name: i for i, name in enumerate(('▁', 'a', 'b', '▁a', '▁b'))}
   model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [('▁', 'a'), ('▁', 'b')]))
   model.pre_tokenizer, model.decoder = tokenizers.pre_tokenizers.Metaspace(), tokenizers.decoders.Metaspace()

@@ -18,7 +18,7 @@ from experiments import bert, deberta, electra, roberta
 from lm import config, look, params, pretrain_encoder, run
 from lm.data import inputs, masking
 from lm.errors import ConfigError, Preempted
-from lm.text import tokenizer as tokenizers
+from lm.text import training
 
 # With all heads of pretraining; DeBERTa's are published without.
 COUNTS = {'bert_base': 110_106_428, 'bert_large': 336_226_108, 'roberta_base': 124_697_433,
@@ -76,7 +76,7 @@ def prepared(tmp_path_factory):
   words = 'the quick brown fox jumps over lazy dogs 敏捷 的 棕色 狐狸 跳过 懒狗'.split()
   texts = ['\n'.join(' '.join(rng.choice(words, 9)) + '.' for _ in range(12)) for _ in range(40)]
   (folder / 'text.jsonl').write_text('\n'.join(json.dumps({'text': t}) for t in texts), encoding='utf-8')
-  tokenizers.train_sentencepiece(texts, folder / 'some.model', vocab=310, control_symbols=('[CLS]', '[SEP]', '[MASK]'))
+  training.train_sentencepiece(texts, folder / 'some.model', vocab=310, control_symbols=('[CLS]', '[SEP]', '[MASK]'))
   return folder
 
 

@@ -122,6 +122,27 @@ def test_tokenizer_goes_beside(tmp_path):
   assert hf.load(tmp_path / 'out3')[0].vocab == 320
 
 
+@pytest.mark.parametrize('files, want', [
+    ({}, ()), ({'config.json': None}, ()), ({'config.json': 3}, (3,)), ({'config.json': [3, 5]}, (3, 5)),
+    ({'config.json': 3, 'generation_config.json': [4, 3]}, (4, 3)),
+    ({'config.json': 3, 'generation_config.json': None}, (3,)), ({'config.json': -1}, ())])
+def test_ends_of_texts_are_those_that_the_folder_names(tmp_path, files, want):
+  for name, ids in files.items():
+    (tmp_path / name).write_text(json.dumps({'eos_token_id': ids}))
+  assert hf.ends(tmp_path) == want
+
+
+def test_ends_of_texts_are_written(tmp_path):
+  c, p = hf.load(GOLDEN / 'gpt2')
+  for i, (given, field) in enumerate((((), None), ((3,), 3), ((3, 5), [3, 5]))):
+    hf.save(tmp_path / str(i), c, p, ends=given)
+    assert json.loads((tmp_path / str(i) / 'config.json').read_text())['eos_token_id'] == field
+    assert hf.ends(tmp_path / str(i)) == given
+  (tmp_path / '0' / 'generation_config.json').write_text('{"eos_token_id": "</s>"}')
+  with pytest.raises(CheckpointError, match="generation_config.json: eos_token_id='</s>'; expected a token id"):
+    hf.ends(tmp_path / '0')
+
+
 # Config fields
 
 

@@ -26,7 +26,7 @@ from lm import (
 from lm.data import labelled
 from lm.errors import ConfigError
 from lm.models import deberta as deberta_model, deberta_pair, electra as electra_model
-from lm.text import tokenizer as tokenizers
+from lm.text import tokenizer as tokenizers, training
 
 SMALL = {'vocab': 300, 'length': 32, 'layers': 2, 'embed': 16, 'heads': 2, 'head_dim': 8, 'mlp': 32}
 
@@ -51,7 +51,7 @@ def shrink(c, **changes):
 def root(tmp_path_factory):
   root = tmp_path_factory.mktemp('init_from')
   texts = ['good film 好电影 bad film 坏电影 the a of'] * 20
-  tokenizers.train_sentencepiece(texts, root / 'x.model', vocab=282, control_symbols=('[CLS]', '[SEP]', '[MASK]'))
+  training.train_sentencepiece(texts, root / 'x.model', vocab=282, control_symbols=('[CLS]', '[SEP]', '[MASK]'))
   (root / 'text.jsonl').write_text('\n'.join(json.dumps({'text': '\n'.join(f'{t} {i} {j}.' for j in range(12))})
                                              for i, t in enumerate(texts * 2)))
   rows = [{'text': f'{"good" if i % 2 else "bad"} film {i}', 'label': str(i % 2),

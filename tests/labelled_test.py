@@ -15,7 +15,7 @@ from lm.data.examples import Labelled
 from lm.errors import ConfigError, DataError
 from lm.losses import classify
 from lm.models import deberta, decoder, encoder, hf
-from lm.text import augment, noise, tokenizer as tokenizers, vocabulary
+from lm.text import augment, noise, tokenizer as tokenizers, training, vocabulary
 
 SHAPE = dict(vocab=300, length=32, layers=1, embed=16, heads=2, head_dim=8, mlp=32, scan_layers=False)
 MODEL = encoder.Config(**SHAPE, dropout=nn.Dropout())
@@ -32,7 +32,7 @@ CHINESE = '这部电影真的很好看，演员的表演也很自然。我不会
 def root(tmp_path_factory):
   root = tmp_path_factory.mktemp('t')
   texts = ['good film 好电影 bad film 坏电影 the a of'] * 20
-  tokenizers.train_sentencepiece(texts, root / 'x.model', vocab=282, control_symbols=('[CLS]', '[SEP]', '[MASK]'))
+  training.train_sentencepiece(texts, root / 'x.model', vocab=282, control_symbols=('[CLS]', '[SEP]', '[MASK]'))
   (root / 'vocab.txt').write_text('\n'.join(WORDS) + '\n')
   return root
 

@@ -31,7 +31,7 @@ from lm.data import conversations, labelled
 from lm.errors import CheckpointError, ConfigError
 from lm.models import blocks, deberta, decoder, encoder, hf
 from lm.peft_nodes import Mixed
-from lm.text import tokenizer as tokenizers
+from lm.text import training
 
 MODEL = decoder.Config(vocab=258, length=64, layers=2, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=32)
 MIXED = {'blocks/attn/q', 'blocks/attn/k', 'blocks/attn/v', 'blocks/attn/o', 'blocks/mlp/up', 'blocks/mlp/down'}
@@ -225,7 +225,7 @@ def test_evaluation_draws_nothing(root):
 
 @pytest.mark.slow
 def test_an_encoder_is_classified_with_it(root, tmp_path):
-  tokenizers.train_sentencepiece(['good film 好电影 bad film 坏电影 the a of'] * 20, root / 'x.model', vocab=282,
+  training.train_sentencepiece(['good film 好电影 bad film 坏电影 the a of'] * 20, root / 'x.model', vocab=282,
                                  control_symbols=('[CLS]', '[SEP]', '[MASK]'))
   rows = [{'text': f'{"good" if i % 2 else "bad"} film {i}', 'label': str(i % 2), 'split': 'train' if i % 5 else
            'validation'} for i in range(80)]

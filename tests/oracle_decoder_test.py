@@ -13,7 +13,7 @@ import pytest
 
 from lm import params
 from lm.models import decoder, gguf, hf
-from lm.text import tokenizer
+from lm.text import tokenizer, training
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -230,3 +230,24 @@ def test_smollm2_weights_and_tokenizer_equal_their_gguf_reader(tmp_path):
   for text in ("It's 2024-11-05, 3.14159!", '  naïve\n\n\tcafé 你好 мир', 'def f(x):\n    return x**2  # 10%'):
     assert ours.encode(text).tolist() == exported(text)['input_ids']
     assert ours.encode(text).tolist() == official(text, add_special_tokens=False)['input_ids']
+
+
+@pytest.mark.parametrize('kind', ['unigram', 'bpe', 'byte', 'char'])
+def test_exported_tokenizers_are_read_by_transformers(tmp_path, kind):
+  """The same ids, begun as documents are, whatever the model beside; and generation ends where the folder says."""
+  texts = ['Four score and  seven years ago\n\tour fathers\n 却说曹操，', '天地玄黄 😀 \n<0x0A> x'] * 30
+  made = {'byte': tokenizer.byte, 'char': lambda: tokenizer.char(texts)}.get(kind) or (
+      lambda: training.train_sentencepiece(texts, tmp_path / 'x.model', 295, kind, control_symbols=['<|im_end|>']))
+  text = made()
+  c = dataclasses.replace(OURS['llama-untied'], vocab=text.vocab_size)
+  hf.save(tmp_path / 'hf', c, jax.device_get(params.init(decoder.specs(c), jax.random.key(0))), text, ends=(3, 5))
+  exported = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf')
+  for said in (*texts[:2], ' a', '\n', '  ', 'score 操', ''):
+    if kind != 'char' or not set(said) - set(''.join(texts)):
+      assert exported(said, add_special_tokens=False)['input_ids'] == text.encode(said).tolist()
+      assert exported(said)['input_ids'] == [*text.begin, *text.encode(said).tolist()]
+      assert exported.decode(text.encode(said).tolist()) == said
+  roles = [getattr(exported, f'{role}_token_id') for role in ('bos', 'eos', 'pad')]
+  assert roles == [text.bos_id, text.eos_id, text.pad_id]
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')
+  assert model.generation_config.eos_token_id == [3, 5]

@@ -10,7 +10,7 @@ from lm import sharding
 from lm.data import examples, preferences
 from lm.data.examples import Graded
 from lm.errors import ConfigError, DataError
-from lm.text import chat, tokenizer as tokenizers
+from lm.text import chat, tokenizer as tokenizers, training
 
 BYTE = tokenizers.byte()
 PLACE = sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
@@ -106,7 +106,7 @@ def test_answers_of_unequal_grades_come_before_more_of_the_same():
 
 def test_an_encoder_gets_its_own_frame(tmp_path):
   texts = ['good film 好电影 bad'] * 10
-  tokenizer = tokenizers.train_sentencepiece(texts, tmp_path / 'x.model', vocab=278,
+  tokenizer = training.train_sentencepiece(texts, tmp_path / 'x.model', vocab=278,
                                              control_symbols=('[CLS]', '[SEP]', '[MASK]'))
   cls, sep = (tokenizer.control[name] for name in ('[CLS]', '[SEP]'))
   c = config(length=20)

@@ -15,7 +15,7 @@ from lm.data import packing, preferences, prompts
 from lm.errors import CheckpointError, ConfigError
 from lm.losses import reward
 from lm.models import decoder, encoder
-from lm.text import chat, tokenizer as tokenizers
+from lm.text import chat, training
 
 SMALL = {'vocab': 300, 'length': 48, 'layers': 2, 'embed': 16, 'heads': 2, 'head_dim': 8, 'mlp': 24}
 PLACE = sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
@@ -54,7 +54,7 @@ def some_rows(R=5, T=16, seed=0):
 def root(tmp_path_factory):
   """Three answers a prompt, or two: the better, the more often 'good' stands there; the best is the shortest."""
   root = tmp_path_factory.mktemp('reward')
-  tokenizers.train_sentencepiece(['good film 好电影 bad film 坏电影 the a of say'] * 20, root / 'x.model', vocab=286,
+  training.train_sentencepiece(['good film 好电影 bad film 坏电影 the a of say'] * 20, root / 'x.model', vocab=286,
                                  control_symbols=('[CLS]', '[SEP]', '[MASK]', '<|im_start|>', '<|im_end|>'))
   texts = ['good 好电影', 'good film the bad', 'bad film the a 坏电影']
   rows = []

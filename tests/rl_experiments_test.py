@@ -11,7 +11,7 @@ from experiments import cli, grpo, ppo, reward, sft
 from lm import config, instruct, policy, reinforce, reward_model, run
 from lm.data import loader
 from lm.losses import grpo as grpo_loss
-from lm.text import tokenizer as tokenizers
+from lm.text import training
 
 ALL = [pytest.param(m, f, id=f'{m.__name__.split(".")[1]}-{f.__name__}') for m in (ppo, grpo) for f in m.CONFIGS]
 SMALL = {'vocab': 300, 'length': 64, 'layers': 2, 'embed': 16, 'heads': 2, 'kv_heads': 1, 'head_dim': 8, 'mlp': 24,
@@ -22,7 +22,7 @@ SMALL = {'vocab': 300, 'length': 64, 'layers': 2, 'embed': 16, 'heads': 2, 'kv_h
 def root(tmp_path_factory):
   root = tmp_path_factory.mktemp('rl')
   texts = ['the film is good 好电影 bad 坏 1 + 2'] * 20
-  tokenizers.train_sentencepiece(texts, root / 'x.model', vocab=284, control_symbols=('<|im_start|>', '<|im_end|>'))
+  training.train_sentencepiece(texts, root / 'x.model', vocab=284, control_symbols=('<|im_start|>', '<|im_end|>'))
   rows = [{'prompt': f'{i} + 8?', 'answer': str(i + 8), 'text': f'{i} film is good and 好电影 bad'}
           for i in range(60)]
   (root / 'rows.jsonl').write_text('\n'.join(json.dumps(r, ensure_ascii=False) for r in rows), encoding='utf-8')

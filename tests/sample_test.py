@@ -1,6 +1,8 @@
 """scripts.sample: a tiny model from the command line."""
 
+import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -11,7 +13,7 @@ import pytest
 
 from lm import params
 from lm.models import decoder, hf
-from lm.text import tokenizer
+from lm.text import tokenizer, training
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -47,7 +49,7 @@ def test_several_prompts_make_a_block_each(folder):
 def test_the_space_behind_a_prompt_is_not_lost(tmp_path):
   """A model that says one word of SentencePiece's again and again, alone and beside another prompt."""
   text = 'the cat sat on the mat, and that cat and a dog sat there.'
-  t = tokenizer.train_sentencepiece([text] * 50, tmp_path / 't.model', 300, 'bpe')
+  t = training.train_sentencepiece([text] * 50, tmp_path / 't.model', 300, 'bpe')
   word, = t.encode('the').tolist()
   c = decoder.Config(vocab=t.vocab_size, length=32, layers=1, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=32)
   p = jax.tree.map(np.zeros_like, params.init(decoder.specs(c), jax.random.key(0)))
@@ -56,6 +58,19 @@ def test_the_space_behind_a_prompt_is_not_lost(tmp_path):
   flags = (f'--model={tmp_path}/hf', '--max_new=2', '--temperature=0', '--prompt=the cat')
   assert run(*flags).stdout == b'the cat the the\n'
   assert run(*flags, '--prompt=sat').stdout == b'the cat the the\n\nsat the the\n\n'
+
+
+@pytest.mark.slow
+def test_text_ends_where_the_folder_says(folder, tmp_path):
+  """At any of its end tokens, one of them among what is most likely here."""
+  flags = ('--prompt=ab', '--temperature=0', '--max_new=8')
+  whole = run(f'--model={folder}', *flags).stdout
+  shutil.copytree(folder, tmp_path / 'x')
+  drawn = whole.removeprefix(b'ab')[:3]
+  fields = json.loads((tmp_path / 'x' / 'config.json').read_text())
+  assert fields['eos_token_id'] == 256
+  (tmp_path / 'x' / 'generation_config.json').write_text(json.dumps({'eos_token_id': [256, drawn[0]]}))
+  assert run(f'--model={tmp_path}/x', *flags).stdout.rstrip(b'\n') == b'ab' + drawn[:1]
 
 
 @pytest.mark.parametrize('flags, code, part', [

@@ -1,12 +1,13 @@
 """Round trips, determinism, and: no text ever makes a control id."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from lm.errors import ConfigError, DataError
-from lm.text import tokenizer as tokenizers, vocabulary
+from lm.text import tokenizer as tokenizers, training, vocabulary
 
 TEXTS = ['The quick brown fox jumps over the lazy dog.\nIt had 1,234 reasons.\n\n\tIndented, and  twice spaced. \n',
          '天地玄黄，宇宙洪荒。\n日月盈昃，辰宿列张。寒来暑往，秋收冬藏。\n',
@@ -43,8 +44,8 @@ def kinds(tmp_path_factory):
   (root / 'wordpiece' / 'vocab.txt').write_text('\n'.join(words) + '\n')
   return {
       'byte': tokenizers.byte(), 'char': tokenizers.char([*TEXTS, *NASTY]),
-      'unigram': tokenizers.train_sentencepiece(TEXTS, root / 'u.model', 340, control_symbols=['<|user|>', '[MASK]']),
-      'bpe': tokenizers.train_sentencepiece(TEXTS, root / 'b.model', 400, 'bpe', control_symbols=['<|user|>']),
+      'unigram': training.train_sentencepiece(TEXTS, root / 'u.model', 340, control_symbols=['<|user|>', '[MASK]']),
+      'bpe': training.train_sentencepiece(TEXTS, root / 'b.model', 400, 'bpe', control_symbols=['<|user|>']),
       'hf': tokenizers.load(root / 'hf'), 'gpt2': tokenizers.load(root / 'gpt2' / 'vocab.bpe'),
       'wordpiece': tokenizers.load(root / 'wordpiece')}
 
@@ -116,7 +117,7 @@ def test_decode_skips_control_ids_and_ids_of_a_padded_head(kinds):
 
 
 def test_sentencepiece_training_is_deterministic_and_lays_out_the_control_ids(kinds, tmp_path):
-  again = tokenizers.train_sentencepiece(TEXTS, tmp_path / 'x.model', 340, control_symbols=['<|user|>', '[MASK]'])
+  again = training.train_sentencepiece(TEXTS, tmp_path / 'x.model', 340, control_symbols=['<|user|>', '[MASK]'])
   assert again.sha256 == kinds['unigram'].sha256
   assert again.control == {'<pad>': 0, '</s>': 1, '<s>': 2, '<|user|>': 4, '[MASK]': 5}
   assert again.encode('a\nb').tolist().count(6) == 1  # a newline is one token
@@ -124,7 +125,7 @@ def test_sentencepiece_training_is_deterministic_and_lays_out_the_control_ids(ki
 
 @pytest.mark.parametrize('text', ['y' * 4096 + 'zq' * 9000, 'zq\u2585' * 300, 'zq\tzq\n' * 300])
 def test_sentencepiece_trains_on_lines_that_its_trainer_would_drop(tmp_path, text):
-  tokenizer = tokenizers.train_sentencepiece(['other ' * 50, text], tmp_path / 'x.model', 280, 'bpe')
+  tokenizer = training.train_sentencepiece(['other ' * 50, text], tmp_path / 'x.model', 280, 'bpe')
   assert len(tokenizer.encode('zqzqzq')) <= 4
 
 
@@ -132,7 +133,7 @@ def test_training_on_a_sample_of_lines_is_deterministic_too(tmp_path):
   words = np.random.default_rng(0).choice(list('abcdefghij'), (2000, 6))
   lines = [' '.join((''.join(w), ''.join(w[:3]))) for w in words]
   first, again, everything = (
-      tokenizers.train_sentencepiece(lines, tmp_path / 'x.model', 300, max_lines=n).sha256 for n in (200, 200, 0))
+      training.train_sentencepiece(lines, tmp_path / 'x.model', 300, max_lines=n).sha256 for n in (200, 200, 0))
   assert first == again != everything
 
 
@@ -140,7 +141,7 @@ def test_training_on_a_sample_of_lines_is_deterministic_too(tmp_path):
                                     {'vocab': 300, 'max_lines': 9}])
 def test_untrainable_is_a_config_error(kwargs, tmp_path):
   with pytest.raises(ConfigError, match='vocab|model_type|max_lines'):
-    tokenizers.train_sentencepiece(['ab'], tmp_path / 'x.model', **kwargs)
+    training.train_sentencepiece(['ab'], tmp_path / 'x.model', **kwargs)
 
 
 def test_char_names_the_character_it_lacks():
@@ -192,6 +193,19 @@ def test_roles_come_from_the_file_beside_tokenizer_json(tmp_path):
       {'bos_token': '<|user|>', 'eos_token': {'content': '<|endoftext|>'}}))
   tokenizer = tokenizers.load(tmp_path / 'hf' / 'tokenizer.json')
   assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0)
+
+
+def test_what_begins_a_document_is_said_by_the_files(tmp_path):
+  """bos, unless they say that none is added, or it begins the turns of a chat."""
+  small_hf(tmp_path / 'hf')
+  config = tmp_path / 'hf' / 'tokenizer_config.json'
+  for said, begin in (({}, [1]), ({'add_bos_token': True}, [1]), ({'add_bos_token': False}, [])):
+    config.write_text(json.dumps({'bos_token': '<|user|>', 'eos_token': '<|endoftext|>'} | said))
+    tokenizer = tokenizers.load(tmp_path / 'hf')
+    assert tokenizer.begin == begin and tokenizer.bos_id == 1
+    assert tokenizer.document('x').tolist() == [*begin, *tokenizer.encode('x'), 0]
+  turns = dataclasses.replace(tokenizers.byte(), control={'<|im_start|>': 5}, bos_id=5)
+  assert turns.begin == [] and dataclasses.replace(turns, control={}).begin == [5]
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -263,7 +277,7 @@ def test_sentence_ends(kinds, kind):
 def test_special_ids(kinds, tmp_path):
   assert vocabulary.special_ids(kinds['wordpiece']) == vocabulary.Special(2, 3, 4, 0)
   assert vocabulary.special_ids(kinds['unigram']) == vocabulary.Special(cls=2, sep=1, mask=5, pad=0)
-  trained = tokenizers.train_sentencepiece(TEXTS, tmp_path / 'x.model', 340,
+  trained = training.train_sentencepiece(TEXTS, tmp_path / 'x.model', 340,
                                            control_symbols=['[CLS]', '[SEP]', '[MASK]'])
   assert vocabulary.special_ids(trained) == vocabulary.Special(4, 5, 6, 0)
   assert not np.isin(trained.encode('[CLS] 天地[MASK]<pad>[SEP]'), [0, 4, 5, 6]).any()

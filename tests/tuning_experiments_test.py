@@ -12,7 +12,7 @@ import tiny
 from experiments import adapters, classify, lora, prefix, sft
 from lm import classification, config, instruct, look, optim, params, run
 from lm.nn import Dropout
-from lm.text import chat, tokenizer as tokenizers
+from lm.text import chat, training
 
 MNLI, SST2, MRPC, E2E, WEBNLG = 392_702, 67_349, 3_668, 42_061, 18_025  # training rows
 # name, lr, schedule, warm-up, steps, b2, eps, weight decay, clip, rows: of the papers and their code.
@@ -67,7 +67,7 @@ def shrunk(c, root):
 def root(tmp_path_factory):
   root = tmp_path_factory.mktemp('tuning')
   texts = ['good film 好电影 bad film 坏电影 the a of say'] * 20
-  tokenizers.train_sentencepiece(texts, root / 'x.model', vocab=286, control_symbols=('[CLS]', '[SEP]', '[MASK]',
+  training.train_sentencepiece(texts, root / 'x.model', vocab=286, control_symbols=('[CLS]', '[SEP]', '[MASK]',
                                                                                      '<|im_start|>', '<|im_end|>'))
   labels = ('contradiction', 'neutral', 'entailment')
   rows = [{'text': f'film {i}', 'label': labels[i % 3], 'split': 'train' if i % 4 else 'validation'} for i in range(32)]

@@ -35,7 +35,7 @@ from lm.data import conversations, labelled, memory
 from lm.errors import CheckpointError, ConfigError, DataError, Preempted
 from lm.losses import classify
 from lm.models import deberta, decoder, encoder, hf
-from lm.text import tokenizer as tokenizers
+from lm.text import training
 
 SHAPE = dict(length=64, layers=2, embed=16, heads=2, head_dim=8, mlp=32)
 CHAT = decoder.Config(vocab=384, kv_heads=2, **SHAPE)
@@ -46,7 +46,7 @@ EVERY = dict(loop=loop.Config(log_every=1, eval_every=4), checkpoint=checkpoint.
 def root(tmp_path_factory):
   root = tmp_path_factory.mktemp('tuning')
   texts = ['good film 好电影 bad film 坏电影 the a of'] * 20
-  tokenizers.train_sentencepiece(texts, root / 'x.model', vocab=282, control_symbols=('[CLS]', '[SEP]', '[MASK]'))
+  training.train_sentencepiece(texts, root / 'x.model', vocab=282, control_symbols=('[CLS]', '[SEP]', '[MASK]'))
   rows = [{'text': f'{"good" if i % 2 else "bad"} film {i}', 'label': 'positive' if i % 2 else 'negative',
            'split': 'train' if i % 5 else 'validation'} for i in range(80)]
   (root / 'films.jsonl').write_text('\n'.join(map(json.dumps, rows)))

@@ -9,6 +9,7 @@ import os
 import pathlib
 from typing import Any
 
+from lm import disk
 from lm.errors import DataError
 
 _KINDS = ('.txt', '.jsonl')
@@ -78,11 +79,10 @@ def is_prepared(path: str | os.PathLike) -> bool:
 def write_jsonl(path: str | os.PathLike, documents: Iterable[Document]) -> int:
   """Writes `documents` so that `find(path)` gives them back, in one move; their number."""
   count = 0
-  with open(f'{path}.tmp', 'w', encoding='utf-8', newline='\n') as f:
+  with disk.replacing(path) as f:
     for d in documents:
       f.write(json.dumps({k: v for k, v in dataclasses.asdict(d).items() if v is not None}, ensure_ascii=False) + '\n')
       count += 1
-  os.replace(f.name, path)
   return count
 
 

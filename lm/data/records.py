@@ -22,6 +22,7 @@ from typing import Any
 from array_record.python import array_record_module
 import numpy as np
 
+from lm import disk
 from lm.data import corpora
 from lm.errors import ConfigError, DataError
 from lm.text import tokenizer as tokenizers
@@ -132,7 +133,7 @@ def write(documents: Iterable[corpora.Document], tokenizer: tokenizers.Tokenizer
       raise DataError(f'{out}: no text in {source or "the documents"} ({empty} empty documents); '
                       'expected at least one document with text; check the corpus')
     manifest = head | {'dtype': dtype.str, 'skipped': {'empty': empty}, 'splits': done}
-    tokenizers.write_atomically(str(out / 'manifest.json'), (json.dumps(manifest, indent=1) + '\n').encode())
+    disk.write(out / 'manifest.json', (json.dumps(manifest, indent=1) + '\n').encode())
   return Dataset(out)
 
 
@@ -177,9 +178,8 @@ class _Writer:
     if self.file is not None:
       self.end_shard()
     path = self.out / f'{self.name}.npy'
-    with open(f'{path}.tmp', 'wb') as f:
+    with disk.replacing(path, 'wb') as f:
       np.save(f, np.array(self.index, np.int64).reshape(-1, 2))
-    os.replace(f.name, path)
     return {'documents': self.documents, 'tokens': sum(s['tokens'] for s in self.shards),
             'utf8_bytes': self.utf8_bytes, 'shards': self.shards,
             'index': {'name': path.name, 'bytes': path.stat().st_size, 'sha256': corpora.sha256_file(path)}}

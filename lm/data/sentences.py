@@ -57,7 +57,7 @@ class Cut:
 def find(dataset: records.Dataset, split: str, tokenizer: Tokenizer, longest: int) -> Sentences:
   """Every sentence of the split, none longer than `longest` tokens; reads all of its tokens once."""
   ends_V, closers_V = vocabulary.sentence_ends(tokenizer)
-  lead = int(tokenizer.bos_id is not None and tokenizer.bos_id != tokenizer.eos_id)  # as `Tokenizer.document` does
+  lead = len(tokenizer.begin)
   stop = dataset.lengths[split] - (tokenizer.eos_id is not None)
   documents = np.flatnonzero(stop > lead)
   found = [(np.zeros(0, np.int64),) * 3]

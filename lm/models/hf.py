@@ -4,7 +4,7 @@
 model: pickles are refused.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import functools
 import hashlib
@@ -24,7 +24,7 @@ from safetensors import numpy as st
 from lm import params
 from lm.errors import CheckpointError, ConfigError
 from lm.models import decoder, encoder, hf_deberta, hf_decoder, hf_encoder, tables
-from lm.text import tokenizer
+from lm.text import export, tokenizer
 
 FAMILIES = hf_decoder.FAMILIES | hf_encoder.FAMILIES | hf_deberta.FAMILIES
 
@@ -79,14 +79,31 @@ def load(folder: str | os.PathLike) -> tuple[Any, params.Tree]:
   return tables.fill(c, lambda c: family.tree(c, heads), family.rows, tensors, folder, family.ignored)
 
 
+def ends(folder: str | os.PathLike) -> tuple[int, ...]:
+  """Ids that end a text: eos_token_id of generation_config.json, else of config.json; none where neither has it.
+
+  Raises:
+    CheckpointError: it is neither an id nor a list of them.
+  """
+  for path in (pathlib.Path(folder) / 'generation_config.json', pathlib.Path(folder) / 'config.json'):
+    given = _json(path).get('eos_token_id') if path.is_file() else None
+    found = given if isinstance(given, list) else [] if given is None else [given]
+    if not all(type(i) is int for i in found):
+      raise CheckpointError(f'{path}: eos_token_id={given!r}; expected a token id, or a list of them; mend it')
+    if found:
+      return tuple(i for i in found if i >= 0)
+  return ()
+
+
 def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Tokenizer | None = None,
-         shard_bytes: int = 4 << 30) -> None:
+         ends: Sequence[int] = (), shard_bytes: int = 4 << 30) -> None:
   """Writes a folder that transformers loads, with f32 weights; it appears whole or not at all.
 
   Args:
     folder: new, or empty.
     p: arrays of `specs(c)`, an encoder's heads beside them; they choose the architecture.
-    text: its files are written beside, and its begin, end and padding ids into config.json.
+    text: its files are written beside (see `lm.text.export`), and its begin, end and padding ids into config.json.
+    ends: ids that end a text, where they are others than the tokenizer's end.
     shard_bytes: most bytes of a weight file, unless one tensor is larger.
 
   Raises:
@@ -107,10 +124,12 @@ def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Toke
   architecture = next(name for name, needed in family.architectures.items() if set(needed) <= set(heads))
   fields = {'architectures': [architecture], 'model_type': kind, 'dtype': 'float32', 'vocab_size': c.vocab}
   fields |= {f'{role}_token_id': getattr(text, f'{role}_id', None) for role in ('bos', 'eos', 'pad')}
+  if ends:
+    fields['eos_token_id'] = ends[0] if len(ends) == 1 else list(ends)
   with _new_folder(pathlib.Path(os.path.abspath(folder))) as tmp:
     _write_json(tmp / 'config.json', fields | family.write(c))
-    if text is not None:
-      text.save(tmp)
+    for name, content in (export.files(text, not isinstance(c, decoder.Config)) if text else {}).items():
+      (tmp / name).write_bytes(content)
     flat = {path: np.asarray(x) for path, x in params.flatten(p).items()}
     _write_tensors(tmp, list(tables.instances(family.rows, specs)), flat, shard_bytes)
 

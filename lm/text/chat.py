@@ -258,9 +258,8 @@ def _control(text: str, tokenizer: Tokenizer) -> list[int] | None:
     return [tokenizer.control[name]]
   if _word(name, tokenizer):
     return _text(name, tokenizer, True).tolist()
-  if name == _BEGIN:  # as documents begin; a token that ends them or begins a turn does not begin them
-    bos = tokenizer.bos_id
-    return [] if bos is None or bos in (tokenizer.eos_id, tokenizer.control.get('<|im_start|>')) else [bos]
+  if name == _BEGIN:  # as documents begin
+    return tokenizer.begin
   if name not in _ENDS:
     return None
   if tokenizer.eos_id is None:

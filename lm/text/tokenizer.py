@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
-import io
 import json
 import os
 import pathlib
@@ -21,16 +20,16 @@ import numpy as np
 import sentencepiece
 import tokenizers
 
-from lm.errors import ConfigError, DataError
+from lm import disk
+from lm.errors import DataError
 
 _BPE = {'vocab.bpe': ('encoder.json', 'vocab.bpe'), 'encoder.json': ('encoder.json', 'vocab.bpe'),
         'merges.txt': ('vocab.json', 'merges.txt'), 'vocab.json': ('vocab.json', 'merges.txt')}
-_HF_NAMES = ('tokenizer_config.json', 'special_tokens_map.json')  # beside tokenizer.json: which token plays which role
+HF_CONFIG, _HF_SPECIAL = 'tokenizer_config.json', 'special_tokens_map.json'  # which token plays which role
+MADE_FROM = 'made_from'  # field of HF_CONFIG: the file that tokenizer.json repeats for transformers
 _BOS = ('<|begin_of_text|>', '<s>', '[CLS]', '<|endoftext|>')
 _EOS = ('<|end_of_text|>', '</s>', '[SEP]', '<|endoftext|>')
 _PAD = ('<pad>', '[PAD]', '<|pad|>')
-_UNTRAINABLE = re.compile('[\n\u2585]')  # SentencePiece's trainer drops a line with U+2585, its mark for unknown,
-_LINE_CHARS, _LINE_BYTES = 4096, 16384  # and a line that is too long
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,6 +42,7 @@ class Tokenizer:
     control: name -> id of the tokens that text can never produce.
     bos_id, eos_id, pad_id: None where the tokenizer has none; GPT-2 has bos_id == eos_id.
     files: canonical name -> content; `save` writes them, `sha256` hashes them.
+    adds_bos: False where its files say that no document begins with bos.
   """
 
   kind: str
@@ -54,6 +54,7 @@ class Tokenizer:
   files: Mapping[str, bytes]
   to_ids: Callable[[str], Any]
   to_text: Callable[[list[int]], str]
+  adds_bos: bool = True
 
   @functools.cached_property
   def sha256(self) -> str:
@@ -81,25 +82,22 @@ class Tokenizer:
     plain = (ids >= 0) & (ids < self.vocab_size) & ~np.isin(ids, list(self.control.values()))
     return self.to_text(ids[plain].tolist())
 
+  @property
+  def begin(self) -> list[int]:
+    """What begins a document: [bos], or nothing where that token ends documents, too, or begins the turns of a chat."""
+    unfit = (None, self.eos_id, self.control.get('<|im_start|>'))
+    return [self.bos_id] if self.adds_bos and self.bos_id not in unfit else []
+
   def document(self, text: str) -> np.ndarray:
-    """A whole document as it stands in a shard: [bos, where distinct from eos] ids [eos]."""
-    bos = [self.bos_id] if self.bos_id is not None and self.bos_id != self.eos_id else []
+    """A whole document as it stands in a shard: `begin`, ids, [eos]."""
     eos = [] if self.eos_id is None else [self.eos_id]
-    return np.concatenate([np.array(bos, np.int32), self.encode(text), np.array(eos, np.int32)])
+    return np.concatenate([np.array(self.begin, np.int32), self.encode(text), np.array(eos, np.int32)])
 
   def save(self, folder: str | os.PathLike) -> None:
     """Writes the files under their canonical names, so that `load(folder)` gives this tokenizer."""
     os.makedirs(folder, exist_ok=True)
     for name, content in self.files.items():
-      write_atomically(os.path.join(folder, name), content)
-
-
-def write_atomically(path: str, content: bytes) -> None:
-  with open(f'{path}.tmp{os.getpid()}', 'wb') as f:
-    f.write(content)
-    f.flush()
-    os.fsync(f.fileno())
-  os.replace(f.name, path)
+      disk.write(os.path.join(folder, name), content)
 
 
 def byte() -> Tokenizer:
@@ -133,61 +131,13 @@ def load(path: str | os.PathLike) -> Tokenizer:
                     'tokenizer; copy or train it again') from error
 
 
-def train_sentencepiece(texts: Iterable[str], out_path: str | os.PathLike, vocab: int, model_type: str = 'unigram', *,
-                        control_symbols: Sequence[str] = (), character_coverage: float = 0.9995, max_lines: int = 0
-                        ) -> Tokenizer:
-  """Trains a SentencePiece model that gives every text back exactly, but for U+2581, its own mark for a space.
-
-  The same texts give the same bytes: the number of threads and the trainer's seed are fixed. Long documents are cut
-  into lines and lines into pieces; nothing is dropped. `control_symbols` take the ids from 4 on and cannot be written
-  in text.
-
-  Args:
-    texts: documents.
-    out_path: the .model file, written in one move.
-    vocab: number of ids, 256 byte pieces and the control ids included.
-    model_type: 'unigram' (encodes 4x faster) or 'bpe' (trains 10x faster).
-    character_coverage: fraction of the characters that get a piece; the rest are spelled in bytes.
-    max_lines: train on a random sample of this many lines (0 = all); unigram needs about 20 bytes of memory per byte.
-
-  Raises:
-    ConfigError: a vocabulary that the text cannot fill, or an unknown model type.
-  """
-  if model_type not in ('unigram', 'bpe'):
-    raise ConfigError(f"model_type={model_type!r}; expected 'unigram' or 'bpe'")
-  if 0 < max_lines <= 100:
-    raise ConfigError(f'max_lines={max_lines}; expected 0 (all) or more than 100')
-  model = io.BytesIO()
-  try:
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=_lines(texts), model_writer=model, vocab_size=vocab, model_type=model_type,
-        character_coverage=character_coverage, byte_fallback=True, normalization_rule_name='identity',
-        split_digits=True, allow_whitespace_only_pieces=True, remove_extra_whitespaces=False, pad_id=0, eos_id=1,
-        bos_id=2, unk_id=3, control_symbols=list(control_symbols), user_defined_symbols=['\n'], num_threads=2,
-        max_sentence_length=_LINE_BYTES, input_sentence_size=max_lines, shuffle_input_sentence=max_lines > 0,
-        minloglevel=2)
-  except (RuntimeError, OSError) as error:
-    reason = str(error).rpartition('] ')[-1].strip() or str(error)
-    raise ConfigError(f'vocab={vocab}: {reason}; change the vocabulary size or give more text') from error
-  os.makedirs(os.path.dirname(os.path.abspath(out_path)), exist_ok=True)
-  write_atomically(os.fspath(out_path), model.getvalue())
-  return load(out_path)
-
-
-def _lines(texts):
-  for text in texts:
-    for line in _UNTRAINABLE.split(text):
-      for start in range(0, len(line), _LINE_CHARS):
-        yield line[start:start + _LINE_CHARS]
-
-
 def _collect(path: pathlib.Path) -> dict[str, bytes]:
   """{canonical name: content}, the file that decides the kind first."""
   if path.is_dir():
     models = sorted(path.glob('*.model'))
     names = ('tokenizer.json', models[0].name if len(models) == 1 else 'tokenizer.model', 'char.json', 'byte.json',
              'vocab.json', 'encoder.json', 'vocab.txt')
-    found = [path / name for name in names if (path / name).is_file()]
+    found = [path / name for name in sorted(names, key=lambda n: n != _made_from(path)) if (path / name).is_file()]
     if not found:
       raise DataError(f'{path}: no tokenizer inside; expected one of {", ".join(names)}')
     path = found[0]
@@ -202,15 +152,24 @@ def _collect(path: pathlib.Path) -> dict[str, bytes]:
   if path.suffix == '.model':
     return {'tokenizer.model': path.read_bytes()}
   if path.suffix == '.txt':
-    config = path.with_name(_HF_NAMES[0])  # says whether case counts
+    config = path.with_name(HF_CONFIG)  # says whether case counts
     return {'vocab.txt': path.read_bytes()} | ({config.name: config.read_bytes()} if config.is_file() else {})
   if path.name in ('char.json', 'byte.json'):
     return {path.name: path.read_bytes()}
   if path.suffix != '.json':
     raise DataError(f'{path}: unknown kind of tokenizer; expected .model, tokenizer.json, vocab.json, vocab.bpe, '
                     'vocab.txt, char.json or byte.json')
-  beside = {name: path.with_name(name).read_bytes() for name in _HF_NAMES if path.with_name(name).is_file()}
+  beside = {name: path.with_name(name).read_bytes() for name in (HF_CONFIG, _HF_SPECIAL)
+            if path.with_name(name).is_file()}
   return {'tokenizer.json': path.read_bytes()} | beside
+
+
+def _made_from(folder: pathlib.Path) -> str | None:
+  """The file that the folder's tokenizer.json only repeats for transformers."""
+  try:
+    return json.loads((folder / HF_CONFIG).read_bytes()).get(MADE_FROM)
+  except (OSError, ValueError, AttributeError):
+    return None
 
 
 def _byte(files):
@@ -249,15 +208,21 @@ def _hf(files):
   model = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
   model.no_padding()
   model.no_truncation()
-  roles = {}
-  for name in reversed(_HF_NAMES):
-    roles |= {k: v['content'] if isinstance(v, dict) else v for k, v in json.loads(files.get(name, b'{}')).items()
+  config, roles = json.loads(files.get(HF_CONFIG, b'{}')), {}
+  for fields in (json.loads(files.get(_HF_SPECIAL, b'{}')), config):
+    roles |= {k: v['content'] if isinstance(v, dict) else v for k, v in fields.items()
               if k.endswith('_token') and isinstance(v, str | dict)}
-  return _from_hf('hf', model, files, *([roles[k] for k in keys if k in roles] for keys in (
+  found = _from_hf('hf', model, files, *([roles[k] for k in keys if k in roles] for keys in (
       ('bos_token', 'cls_token'), ('eos_token', 'sep_token'), ('pad_token',))))
+  return dataclasses.replace(found, adds_bos=config.get('add_bos_token') is not False)
 
 
 def _bpe(files):
+  return _from_hf('bpe', bpe_model(files), files)
+
+
+def bpe_model(files: Mapping[str, bytes]) -> tokenizers.Tokenizer:
+  """GPT-2's, of vocab.json and merges.txt."""
   merges = [tuple(line.split(' ')) for line in files['merges.txt'].decode().split('\n')
             if line and not line.startswith('#version')]
   model = tokenizers.Tokenizer(tokenizers.models.BPE(json.loads(files['vocab.json']), merges))
@@ -265,14 +230,14 @@ def _bpe(files):
   model.decoder = tokenizers.decoders.ByteLevel()
   names = dict.fromkeys((*_BOS, *_EOS, *_PAD, '<mask>'))
   model.add_special_tokens([name for name in names if model.token_to_id(name) is not None])
-  return _from_hf('bpe', model, files)
+  return model
 
 
 def _wordpiece(files):
   words = files['vocab.txt'].decode().rstrip('\n').split('\n')
   special = [w for w in words if re.fullmatch(r'\[[A-Z]+\]', w)]
   guess = not any(w != w.lower() for w in words if w not in special and w not in ('<S>', '<T>'))  # Chinese BERT's
-  lowercase = json.loads(files.get(_HF_NAMES[0], b'{}')).get('do_lower_case', guess)
+  lowercase = json.loads(files.get(HF_CONFIG, b'{}')).get('do_lower_case', guess)
   model = tokenizers.Tokenizer(tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token='[UNK]'))
   model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
   model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()

@@ -110,11 +110,15 @@ def _continued(vocab, prefix):
           for word, i in vocab.items()}
 
 
-def _byte_level(vocab):
-  """GPT-2 writes the bytes that print as themselves, and the others as U+0100, U+0101, ..."""
+def byte_letters() -> dict[str, int]:
+  """The letters that GPT-2 writes bytes with: those that print are themselves, the others U+0100, U+0101, ..."""
   plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
   rest = [b for b in range(256) if b not in plain]
-  byte = {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+  return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(rest)}
+
+
+def _byte_level(vocab):
+  byte = byte_letters()
   return {i: bytes(byte[c] for c in piece) if all(c in byte for c in piece) else piece.encode()
           for piece, i in vocab.items()}
 
