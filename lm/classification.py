@@ -222,7 +222,8 @@ def _bound(c, model, family, specs, attend):
   options = {} if family is deberta else {'attend': attend}
   stack = mixout.stack(parallel.stack(c.mesh, peft_lib.block_specs(c.peft, specs), model.dtype))
 
-  before = functools.partial(_prompted, vocab=model.vocab, length=c.peft.length, first=int(family is not decoder))
+  first = int(family is not decoder)  # [CLS] stays first
+  before = functools.partial(peft_lib.prompted, vocab=model.vocab, length=c.peft.length, first=first)
   rows = before if c.peft.method == 'prompt' else lambda batch: batch
 
   def score(p, batch, key):
@@ -242,14 +243,3 @@ def _loss(c, model, family, specs, attend, smoothing=0.0, consistency=0.0) -> tr
     return classify.loss(lambda key: score(p, batch, key), batch.labels_B, key, smoothing=smoothing,
                          consistency=consistency)
   return loss
-
-
-def _prompted(batch, vocab, length, first):
-  """The ids of a learned prompt before each row, or behind its [CLS]."""
-  def put(x_BT, new_BP):
-    return jnp.concatenate([x_BT[:, :first], new_BP.astype(x_BT.dtype), x_BT[:, first:]], axis=1)
-  B = batch.ids_BT.shape[0]
-  return batch.replace(
-      ids_BT=put(batch.ids_BT, jnp.broadcast_to(vocab + jnp.arange(length)[None], (B, length))),
-      segments_BT=put(batch.segments_BT, jnp.broadcast_to(batch.segments_BT[:, :1], (B, length))),
-      types_BT=None if batch.types_BT is None else put(batch.types_BT, jnp.zeros((B, length))))

@@ -5,7 +5,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 
 from lm import (
   budget,
@@ -21,7 +20,6 @@ from lm import (
   train,
 )
 from lm.data import conversations
-from lm.data.packing import Batch
 from lm.errors import ConfigError
 from lm.kernels import attention
 from lm.losses import ar
@@ -68,15 +66,6 @@ def check(c: Config) -> None:
     raise ConfigError('mesh.sequence=True: a prefix makes keys longer than rows; set mesh.sequence=False')
 
 
-def prompted(batch: Batch, vocab: int, length: int) -> Batch:
-  """The batch with the ids of a learned prompt before each row: vocab, vocab + 1, ..., which are no targets."""
-  B = batch.ids_BT.shape[0]
-  row_1P = jnp.arange(length, dtype=jnp.int32)[None]
-  before = lambda first, x_BT: jnp.concatenate([jnp.broadcast_to(first, (B, length)).astype(x_BT.dtype), x_BT], axis=1)
-  return Batch(before(vocab + row_1P, batch.ids_BT), before(batch.segments_BT[:, :1], batch.segments_BT),
-               before(row_1P, batch.positions_BT + length), before(jnp.zeros((1, 1), bool), batch.mask_BT))
-
-
 def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.Task:
   """The decoder of `c.model`, with what `c.peft` adds, under the loss of the assistant's tokens."""
   base = decoder.specs(c.model)
@@ -100,6 +89,6 @@ def loss(c: Config, model: decoder.Config, specs: params.Tree, attend: Callable[
     return decoder.apply(p, model, ids_BT, positions_BT=positions_BT, segments_BT=segments_BT, key=key, attend=attend,
                          stack=stack)
   bound = functools.partial(ar.loss, apply=apply, head=lambda p: decoder.head(p, model), c=c.loss)
-  before = functools.partial(prompted, vocab=c.model.vocab, length=c.peft.length)
+  before = functools.partial(peft_lib.prompted, vocab=c.model.vocab, length=c.peft.length)
   rows = before if c.peft.method == 'prompt' else lambda batch: batch
   return lambda p, batch, key: bound(peft_lib.materialise(p), rows(batch), key)

@@ -10,7 +10,7 @@ Shapes: D embed, P virtual positions, M width of the prefix's MLP, K key/value h
 import dataclasses
 import math
 import re
-from typing import get_args, Literal
+from typing import Any, get_args, Literal
 
 import jax
 import jax.numpy as jnp
@@ -204,6 +204,24 @@ def virtual_tokens(p: params.Tree) -> list[int]:
   """The ids of a learned prompt in a tree of arrays or specs: they stand before every row. [] where it has none."""
   table = p['embed']['tokens']
   return [table.shape[0] + i for i in range(table.prompt.shape[0])] if isinstance(table, Prompted) else []
+
+
+def prompted(batch: Any, vocab: int, length: int, first: int = 0) -> Any:
+  """The batch with the ids of a learned prompt, vocab, vocab + 1, ..., before each row; they are no targets.
+
+  Args:
+    batch: a dataclass with ids_BT and segments_BT, and perhaps positions_BT, types_BT and mask_BT.
+    first: tokens of a row that stay before them, as [CLS] does.
+  """
+  def put(x_BT, new):
+    new_BP = jnp.broadcast_to(jnp.asarray(new, x_BT.dtype), (x_BT.shape[0], length))
+    return jnp.concatenate([x_BT[:, :first], new_BP, x_BT[:, first:]], axis=1)
+  at_P, given = jnp.arange(length), {name: x for name, x in vars(batch).items() if x is not None}
+  new = {'ids_BT': vocab + at_P, 'segments_BT': jnp.minimum(batch.segments_BT.max(1, keepdims=True), 1),
+         'positions_BT': first + at_P, 'types_BT': 0, 'mask_BT': False}
+  if 'positions_BT' in given:
+    given['positions_BT'] = given['positions_BT'].at[:, first:].add(length)
+  return batch.replace(**{name: put(given[name], value) for name, value in new.items() if name in given})
 
 
 def materialise(p: params.Tree) -> params.Tree:

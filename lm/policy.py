@@ -40,7 +40,7 @@ class Rollout:
       least `cut_after` before it, as lm-human-preferences does ('.', 16); one that has none has not ended.
     group: responses to a prompt.
     epochs: passes over the responses. minibatches: updates in a pass, each of as many rows.
-    stop_kl: no further pass once the policy is this far (approx_kl, nats a token) from the one that drew; 0 = all.
+    stop_kl: no further pass once approx_kl (nats a token) is above it, 0 = all; what is left out shortens the schedule.
     samples: held-out prompts whose responses are written to samples.jsonl at each evaluation.
   """
 
@@ -81,10 +81,6 @@ class Config(run.Config):
     if self.data.length + r.new_tokens + virtual > self.model.length:
       raise ConfigError(f'rollout.new_tokens={r.new_tokens} after prompts of data.length={self.data.length}; expected '
                         f'at most model.length={self.model.length} positions in all; lower one of them')
-    ways = r.minibatches * self.optim.microbatches * self.mesh.rows
-    if self.kept % ways:
-      raise ConfigError(f'data.batch={self.data.batch}: {self.kept} rows to learn from are not divisible by '
-                        f'rollout.minibatches x optim.microbatches x mesh.data x mesh.fsdp = {ways}; choose a multiple')
     if self.optim.steps % self.updates:
       raise ConfigError(f'optim.steps={self.optim.steps}; expected a multiple of rollout.epochs x rollout.minibatches '
                         f'= {self.updates} updates an iteration')
@@ -99,6 +95,12 @@ class Config(run.Config):
                         " a policy has no learned prompt, mixout or stages; choose another method, set 0 and 1")
     pretrain.check_mesh(self, self.model)
     instruct.check(self)
+
+  def check_batch(self) -> None:
+    ways = self.rollout.minibatches * self.optim.microbatches * self.mesh.rows
+    if self.kept % ways or self.data.batch % self.mesh.rows:
+      raise ConfigError(f'data.batch={self.data.batch}: {self.kept} rows to learn from are not divisible by rollout.'
+                        f'minibatches x optim.microbatches x mesh.data x mesh.fsdp = {ways}, or prompts by the mesh')
 
   @property
   def rows(self) -> int:
@@ -253,11 +255,9 @@ def graft(given: params.Tree, into: params.Tree, key: jax.Array, scored: params.
   return made | ({'value': fresh(into)} if 'value' in into else {})
 
 
-def critic(c: Config) -> params.Tree | None:
-  """The trunk of the reward model at `c.critic_from`, and a head that gives its normalised score; None without.
+def critic(c: PPO) -> params.Tree:
+  """The trunk of the reward model at `c.critic_from`, and a head that gives its normalised score.
   ConfigError: another model than the policy's."""
-  if not getattr(c, 'critic_from', ''):
-    return None
   found = reward_model.load(c.critic_from)
   other = config.replace(found.config.model, **_FREE) != config.replace(c.model, **_FREE)
   if other or found.config.peft.method not in ('full', 'top', 'lora'):

@@ -108,7 +108,7 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
   flops = budget.training_flops(base, c.model.heads * c.model.head_dim, c.model.layers, c.data.length)
   flops = peft_lib.step_flops(c.peft, flops, c.model.layers)
   model = _model(c, specs, attend)
-  prompted = functools.partial(instruct.prompted, vocab=c.model.vocab, length=c.peft.length)
+  prompted = functools.partial(peft_lib.prompted, vocab=c.model.vocab, length=c.peft.length)
   rows = prompted if c.peft.method == 'prompt' else lambda batch: batch
 
   def loss(p, batch, key):

@@ -41,7 +41,7 @@ from lm.data import loader, prompts
 from lm.errors import ConfigError
 from lm.kernels import attention
 from lm.models import decoder
-from lm.text import chat
+from lm.text import chat, tokenizer as tokenizers, vocabulary
 
 METRICS = tuple(f'val_{name}' for name in ('score', 'score_std', 'score_se', 'kl', 'entropy', 'reference_nll', 'length',
                                            'ended'))
@@ -70,11 +70,12 @@ def task(c: policy.Config, reward: Callable[..., Any], held_out: Callable[..., A
   flops = budget.training_flops(policy.base_specs(c), c.model.heads * c.model.head_dim, c.model.layers,
                                 c.data.length + c.rollout.new_tokens)
   forward, learnt = c.passes
-  times = forward / 3 + learnt * c.rollout.epochs * c.kept / c.rows  # a forward pass is a third of a training step
+  times, update = learnt * c.rollout.epochs * c.kept / c.rows, peft.step_flops(c.peft, flops, c.model.layers)
   if isinstance(c, policy.PPO) and c.text.corpus:
     times += c.updates * c.text.batch * c.text.length / (c.rows * (c.data.length + c.rollout.new_tokens))
-  flops = dataclasses.replace(flops, matmul=flops.matmul * times, attention=flops.attention * times)
-  critic = functools.partial(policy.critic, c) if getattr(c, 'critic_from', '') else None
+  total = lambda name: getattr(flops, name) * forward / 3 + getattr(update, name) * times  # forward: a third of a step
+  flops = budget.Flops(total('matmul'), total('attention'))
+  critic = functools.partial(policy.critic, c) if _critic_from(c) else None
   base = run.Base(policy.base_specs(c), policy.freeze(c), policy.graft, critic, policy.policy)
   around = run.Around(
       program=_around(c, experience.learn(c, attend), experience.judge(c, attend), reward, held_out), updates=c.updates,
@@ -83,6 +84,10 @@ def task(c: policy.Config, reward: Callable[..., Any], held_out: Callable[..., A
       carry={'kl_coef': c.loss.kl.coef} if isinstance(c, policy.PPO) else None)
   return run.Task(tree, experience.loss(c, tree, attend), None, c.model.vocab, flops, source=prompts, base=base,
                   around=around)
+
+
+def _critic_from(c):
+  return getattr(c, 'critic_from', '')
 
 
 def check_judge(c: policy.Config) -> None:
@@ -106,6 +111,7 @@ def _around(c, learn, judge, reward, held_out):
               ) -> Iterator[loop.Program]:
     for function in (reward, held_out):
       getattr(function, 'load', lambda: None)()  # before anything is drawn
+    _same_ids(c, data.tokenizer)
     draw = _draw(c, parts.mesh, data)
     with contextlib.ExitStack() as stack:
       texts = _texts(c, parts, data.tokenizer, workdir, stack)
@@ -115,6 +121,14 @@ def _around(c, learn, judge, reward, held_out):
       watch = _watch(c, workdir, book, shown)
       yield dataclasses.replace(program, step=step, evaluate=evaluate, watch=watch)
   return wrapped
+
+
+def _same_ids(c, tokenizer):
+  """ConfigError unless the critic read the same ids as the policy does."""
+  folder = os.path.join(_critic_from(c), 'tokenizer')
+  if _critic_from(c) and vocabulary.pieces(tokenizers.load(folder)) != vocabulary.pieces(tokenizer):
+    raise ConfigError(f'critic_from={c.critic_from}: its tokenizer gives other ids than data.tokenizer='
+                      f'{c.data.tokenizer}; expected the same; train the reward model with that one')
 
 
 def _draw(c, mesh, data):

@@ -140,9 +140,8 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
   base, whole = _specs(c)
   one = budget.training_flops(_family(c).specs(c.model), c.model.heads * c.model.head_dim, c.model.layers,
                               c.data.length + 1, predicted=0.0)
-  source = types.SimpleNamespace(
-      prepare=functools.partial(preferences.prepare, encoder=isinstance(c, Encoder)), check=preferences.check,
-      train_batches=preferences.train_batches, eval_batches=preferences.eval_batches)
+  source = types.SimpleNamespace(prepare=functools.partial(_prepare, c), check=preferences.check,
+                                 train_batches=preferences.train_batches, eval_batches=preferences.eval_batches)
   trained, evaluated = (functools.partial(_loss, c, _scorer(c, model, attend)) for model in (c.model, _quiet(c)))
   one = peft_lib.step_flops(c.peft, one, c.model.layers)
   flops = budget.Flops(*(c.data.answers * x for x in dataclasses.astuple(one)))
@@ -167,16 +166,15 @@ def finish(c: Config, workdir: str | os.PathLike) -> dict[str, Any]:
   found = RewardModel(_alone(c), weights.restore(workdir, whole, step, base), tokenizers.load(workdir / 'tokenizer'),
                       losses.Affine())
   score, place = jax.jit(found.score), sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
-  data = preferences.prepare(c.data, workdir, c.seed, encoder=isinstance(c, Encoder))
+  data = _prepare(c, c.data, workdir, c.seed)
   scored = [(score(found.params, _flat(batch.answers)).reshape(batch.exists_NK.shape), batch.grades_NK, batch.exists_NK)
             for batch in preferences.eval_batches(data, 'validation', c.eval_batch, place)]
   scores_NK, grades_NK, exists_NK = (np.concatenate(jax.device_get(x)) for x in zip(*scored, strict=True))
   metrics = losses.loss(scores_NK, -grades_NK, exists_NK, c=losses.Config())[1]
   table = losses.reliability(scores_NK, -grades_NK, exists_NK)
   scores = scores_NK[exists_NK]
-  if c.reference:
-    talks, _ = examples.read(c.reference, 'chat', c.data.on_error, unanswered='cut')
-    scores = found.scores((talk.messages[:-1], talk.messages[-1].content) for talk in talks)
+  if talks := _reference(c):
+    scores = found.scores(talks)
   affine = losses.Affine() if c.normalise == 'none' else losses.normalise(
       scores, 1.0 if c.normalise == 'mean_std' else None)
   kept = {'step': step, 'scale': affine.scale, 'shift': affine.shift, 'scores': len(scores)}
@@ -230,6 +228,18 @@ def reward(workdir: str | os.PathLike, field: str) -> Callable[[Sequence[Any], S
   return scores
 
 
+def _prepare(c, *args, **kwargs):
+  """The data; what `finish` will read of `c.reference` is refused before training."""
+  _reference(c)
+  return preferences.prepare(*args, encoder=isinstance(c, Encoder), **kwargs)
+
+
+def _reference(c):
+  """(prompt, answer) of each conversation in `c.reference`."""
+  talks = examples.read(c.reference, 'chat', c.data.on_error, unanswered='cut')[0] if c.reference else ()
+  return [(talk.messages[:-1], talk.messages[-1].content) for talk in talks]
+
+
 def _family(c):
   return decoder if isinstance(c.model, decoder.Config) else encoder
 
@@ -260,7 +270,7 @@ def _scorer(c, model, attend=attention.attend):
 
   def score(p, rows, key):
     p = peft_lib.materialise(p)
-    rows = _prompted(rows, model.vocab, c.peft.length, first) if c.peft.method == 'prompt' else rows
+    rows = peft_lib.prompted(rows, model.vocab, c.peft.length, first) if c.peft.method == 'prompt' else rows
     x_RTD = family.apply(p, model, rows.ids_BT, positions_BT=rows.positions_BT, segments_BT=rows.segments_BT,
                          key=nn.fold(key, 0), attend=attend, stack=stack)
     return classification.head(p, x_RTD, rows.segments_BT, nn.fold(key, 1), model=model, pooling=c.pooling,
@@ -285,16 +295,3 @@ def _loss(c, score, p, batch, key):
 def _flat(answers):
   """[B, K, T] -> [B K, T]."""
   return jax.tree.map(lambda x: x.reshape(-1, x.shape[-1]), answers)
-
-
-def _prompted(rows, vocab, length, first):
-  """The ids of a learned prompt before each row, or behind its [CLS]."""
-  R = rows.ids_BT.shape[0]
-
-  def put(x_RT, new_P):
-    new_RP = jnp.broadcast_to(jnp.asarray(new_P, x_RT.dtype), (R, length))
-    return jnp.concatenate([x_RT[:, :first], new_RP, x_RT[:, first:]], axis=1)
-  at_P = jnp.arange(length)
-  moved_RT = rows.positions_BT.at[:, first:].add(length)
-  return packing.Batch(put(rows.ids_BT, vocab + at_P), put(rows.segments_BT, 1), put(moved_RT, first + at_P),
-                       put(rows.mask_BT, False))

@@ -64,10 +64,7 @@ class Config:
   published: float | None = None
 
   def __post_init__(self):
-    rows = self.optim.microbatches * self.mesh.rows
-    if self.data.batch % rows:
-      raise ConfigError(f'data.batch={self.data.batch} is not divisible by optim.microbatches x mesh.data x mesh.fsdp '
-                        f'x mesh.pipe = {rows}; choose data.batch as a multiple of {rows}')
+    self.check_batch()
     if self.loop.eval_batch % self.mesh.rows:
       raise ConfigError(f'loop.eval_batch={self.loop.eval_batch} is not divisible by mesh.data x mesh.fsdp x mesh.pipe '
                         f'= {self.mesh.rows}; choose a multiple')
@@ -77,6 +74,12 @@ class Config:
     if any(step < 0 or n < 1 for step, n in skips) or len(dict(skips)) < len(skips):
       raise ConfigError(f'skip_batches={skips}; expected (step, batches) pairs of different steps from 0 on, each with '
                         'at least 1 batch')
+
+  def check_batch(self) -> None:
+    rows = self.optim.microbatches * self.mesh.rows
+    if self.data.batch % rows:
+      raise ConfigError(f'data.batch={self.data.batch} is not divisible by optim.microbatches x mesh.data x mesh.fsdp '
+                        f'x mesh.pipe = {rows}; choose data.batch as a multiple of {rows}')
 
   @property
   def eval_batch(self) -> int:  # rows of an evaluation's batch

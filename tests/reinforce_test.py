@@ -37,6 +37,7 @@ from lm.errors import ConfigError, DataError, Preempted
 from lm.kernels import attention
 from lm.losses import ar, grpo, ppo
 from lm.models import decoder, hf
+from lm.text import tokenizer
 
 MODEL = decoder.Config(vocab=258, length=40, layers=2, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=32)
 KINDS = {policy.PPO: ppo.Config(kl=ppo.KL(coef=0.02, target=1.0, horizon=50)), policy.GRPO: grpo.Config(beta=0.02),
@@ -199,6 +200,11 @@ def test_a_critic_starts_as_the_reward_model_scores(method, root, tmp_path):
   last_B = (rows.segments_BT > 0).sum(1) - 1
   np.testing.assert_allclose(values_BT[np.arange(2), last_B], found.score(found.params, rows), atol=1e-5)
   run.run(config.replace(c, optim__steps=2), reinforce.task(config.replace(c, optim__steps=2), low), tmp_path / 'run')
+  (tmp_path / 'reward' / 'tokenizer' / 'byte.json').unlink()
+  other = tokenizer.char('abc')
+  other.save(tmp_path / 'reward' / 'tokenizer')
+  with pytest.raises(ConfigError, match='critic_from=.*its tokenizer gives other ids'):
+    run.run(c, reinforce.task(c, low), tmp_path / 'other')
   with pytest.raises(ConfigError, match='critic_from=.*of another shape'):
     policy.critic(config.replace(c, model__mlp=24))
   with pytest.raises(ConfigError, match="critic_from=.*value='shared'"):
@@ -245,6 +251,20 @@ def test_flops_are_those_of_every_pass(kind, changes, steps, root):
   c = make(root, kind, **changes)
   plain = budget.training_flops(decoder.specs(MODEL), 16, 2, 20)
   assert reinforce.task(c, low).flops.total == pytest.approx(steps * plain.total)
+
+
+def test_flops_leave_out_gradients_of_frozen_weights(root):
+  flops = reinforce.task(make(root, peft=peft.Config('lora', train='')), low).flops
+  plain = budget.training_flops(decoder.specs(MODEL), 16, 2, 20)
+  assert flops.matmul == pytest.approx((1 + 2 * 2 / 3) * plain.matmul)  # three forward passes, two epochs of updates
+  assert flops.attention == pytest.approx(3 * plain.attention)
+
+
+def test_microbatches_are_of_responses_not_of_prompts(root):
+  assert make(root, policy.GRPO, optim__microbatches=16).kept == 32
+  for changes in ({'optim__microbatches': 64}, {'mesh': sharding.Config(data=16)}):
+    with pytest.raises(ConfigError, match='data.batch=8: 32 rows .* are not divisible by .*, or the prompts'):
+      make(root, policy.GRPO, **changes)
 
 
 def test_updates_see_every_row_once_a_pass(root, tmp_path, monkeypatch):

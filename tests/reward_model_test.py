@@ -12,7 +12,7 @@ import pytest
 from experiments import cli, reward as experiment
 from lm import checkpoint, config, look, loop, nn, optim, params, peft, reward_model, run, sharding, start, train
 from lm.data import packing, preferences, prompts
-from lm.errors import CheckpointError, ConfigError
+from lm.errors import CheckpointError, ConfigError, DataError
 from lm.losses import reward
 from lm.models import decoder, encoder
 from lm.text import chat, training
@@ -251,6 +251,16 @@ def test_scores_are_brought_to_the_mean_of_given_answers(trained, tmp_path):
   assert (found['scale'], found['scores']) == (1.0, 17)
   said = model.rows(([chat.Message('user', f'say {i}')], 'good 好电影') for i in range(17))
   np.testing.assert_allclose(np.asarray(model.score(model.params, said)).mean(), 0, atol=1e-5)
+
+
+def test_a_reference_that_cannot_be_read_is_refused_before_training(trained, tmp_path):
+  c = trained[0]
+  (tmp_path / 'empty.jsonl').touch()
+  for name, part in (('none.jsonl', 'none.jsonl'), ('empty.jsonl', 'empty.jsonl: no records')):
+    other = config.replace(c, reference=str(tmp_path / name))
+    with pytest.raises(DataError, match=part):
+      run.run(other, reward_model.task(other), tmp_path / name.removesuffix('.jsonl'))
+    assert not checkpoint.steps(tmp_path / name.removesuffix('.jsonl') / 'checkpoints')
 
 
 @pytest.mark.slow
