@@ -50,8 +50,8 @@ class Sampling:
   def __post_init__(self):
     if self.max_new < 1:
       raise ConfigError(f'max_new={self.max_new}; expected at least 1')
-    if not 0 <= self.temperature < math.inf:
-      raise ConfigError(f'temperature={self.temperature}; expected a finite number, at least 0 (0: most likely token)')
+    if self.temperature and not 1e-6 <= self.temperature < math.inf:  # less, and logits overflow
+      raise ConfigError(f'temperature={self.temperature}; expected 0 (the most likely token), or 1e-6 and more')
     if self.top_k < 0:
       raise ConfigError(f'top_k={self.top_k}; expected at least 0 (0: all tokens)')
     if not 0 < self.top_p <= 1:

@@ -25,5 +25,6 @@ def expected(error: BaseException) -> Error | None:
   if isinstance(error, OSError) and error.filename:
     return DataError(f'{error.filename}: {error.strerror}; expected to read or write it; see its owner and mode')
   if isinstance(error, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in text:
-    return ConfigError(f'device memory: {text}; lower data.batch, raise optim.microbatches, or set model.remat=full')
+    return ConfigError(f'device memory: {text}; lower data.batch or --max_new, raise optim.microbatches, or set '
+                       'model.remat=full')
   return None

@@ -14,7 +14,7 @@ import tokenizers as hf
 
 from lm.errors import ConfigError, DataError
 from lm.models import gguf
-from lm.text import chat, tokenizer as tokenizers
+from lm.text import chat, tokenizer as tokenizers, training
 from tests.golden.chat import make
 
 M = chat.Message
@@ -71,7 +71,7 @@ def kinds(tmp_path_factory):
   for name, model in models.items():
     (root / name).mkdir()
     model.save(str(root / name / 'tokenizer.json'))
-  train = functools.partial(tokenizers.train_sentencepiece, texts)
+  train = functools.partial(training.train_sentencepiece, texts)
   return {'frozen': tokenizers.load(make.HERE), 'byte': tokenizers.byte(),
           'unigram': train(root / 'u.model', 360, control_symbols=['<|im_start|>', '<|im_end|>']),
           'bpe': train(root / 'b.model', 410, 'bpe'), **{name: tokenizers.load(root / name) for name in models}}

@@ -113,7 +113,7 @@ def test_stopped_by_a_signal(corpus, tmp_path, capsys, monkeypatch, number, code
     (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT), '/x/shard'), 4, f'disk: [Errno {errno.EDQUOT}] '),
     (OSError(errno.EFBIG, os.strerror(errno.EFBIG), '/x/shard'), 4, f'disk: [Errno {errno.EFBIG}] '),
     (jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes'), 2,
-     'device memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes; lower data.batch'),
+     'device memory: RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes; lower data.batch or --max_new'),
 ])
 def test_an_expected_failure_is_one_line(monkeypatch, capsys, error, code, line):
   def fail(*unused, **more):

@@ -248,7 +248,8 @@ def test_temperature_zero_takes_the_first_of_the_largest():
 
 
 @pytest.mark.parametrize('bad, part', [
-    ({'max_new': 0}, 'max_new=0'), ({'temperature': -0.1}, 'temperature=-0.1'), ({'temperature': float('nan')}, 'nan'),
+    ({'max_new': 0}, 'max_new=0'), ({'temperature': -0.1}, 'temperature=-0.1'), ({'temperature': 1e-40}, '1e-40'),
+    ({'temperature': float('nan')}, 'nan'),
     ({'temperature': float('inf')}, 'inf'), ({'top_k': -1}, 'top_k=-1'), ({'top_p': 0.0}, 'top_p=0.0'),
     ({'top_p': 1.1}, 'top_p=1.1'), ({'stop': (-1,)}, 'stop')])
 def test_sampling_checks_its_ranges(bad, part):

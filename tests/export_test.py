@@ -8,7 +8,6 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2
 import tokenizers as hf
 
-from lm.errors import ConfigError
 from lm.text import export, tokenizer as tokenizers, training
 
 TEXTS = ['The quick brown fox jumps over the lazy dog.\nIt had 1,234 reasons.\n\n\tIndented, and  twice spaced. \n',
@@ -82,8 +81,7 @@ def test_texts_stand_as_in_training(kinds, tmp_path):
   assert roles[0]['bos_token'] == '<s>' and roles[0]['eos_token'] == '</s>' and 'mask_token' not in roles[0]
   assert (roles[1]['cls_token'], roles[1]['sep_token'], roles[1]['mask_token']) == ('[CLS]', '[SEP]', '[MASK]')
   assert written(tmp_path / 'c', tokenizers.byte()).encode('x').ids == [120]  # its bos ends documents, too
-  with pytest.raises(ConfigError, match='without a mask token'):
-    export.files(tokenizers.byte(), encoder=True)
+  assert written(tmp_path / 'd', tokenizers.byte(), encoder=True).encode('x').ids == [120]
 
 
 @pytest.mark.parametrize('change', [

@@ -12,6 +12,7 @@ from sentencepiece import sentencepiece_model_pb2
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
+from lm.errors import ConfigError
 from lm.text import vocabulary
 from lm.text.tokenizer import bpe_model, HF_CONFIG, MADE_FROM, Tokenizer
 
@@ -26,10 +27,8 @@ def files(tokenizer: Tokenizer, encoder: bool = False) -> dict[str, bytes]:
   Without a tokenizer.json where that cannot say the same as a SentencePiece model.
 
   Args:
-    encoder: texts stand between [CLS] and [SEP]; else behind what begins a document.
-
-  Raises:
-    ConfigError: an encoder's tokenizer lacks one of its special tokens.
+    encoder: texts stand between [CLS] and [SEP], where it has all of BERT's special tokens; else behind what begins a
+      document.
   """
   if tokenizer.kind in ('hf', 'wordpiece'):  # as AutoTokenizer knows them, a vocab.txt beside an encoder
     return dict(tokenizer.files)
@@ -40,8 +39,8 @@ def files(tokenizer: Tokenizer, encoder: bool = False) -> dict[str, bytes]:
   model.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in tokenizer.control])
   name = {i: name for name, i in tokenizer.control.items()}
   roles = {role: getattr(tokenizer, f'{role}_id') for role in ('bos', 'eos', 'pad')}
-  if encoder:
-    roles = dataclasses.asdict(vocabulary.special_ids(tokenizer))
+  if encoder and (special := _special(tokenizer)):
+    roles = special
     model.post_processor = processors.BertProcessing(*((name[roles[role]], roles[role]) for role in ('sep', 'cls')))
   elif tokenizer.begin:
     begin = name[tokenizer.bos_id]
@@ -52,6 +51,13 @@ def files(tokenizer: Tokenizer, encoder: bool = False) -> dict[str, bytes]:
   config |= {f'{role}_token': name[i] for role, i in roles.items() if i is not None}
   return {**tokenizer.files, 'tokenizer.json': (model.to_str() + '\n').encode(),
           HF_CONFIG: (json.dumps(config, indent=2) + '\n').encode()}
+
+
+def _special(tokenizer: Tokenizer) -> dict[str, int]:
+  try:
+    return dataclasses.asdict(vocabulary.special_ids(tokenizer))
+  except ConfigError:
+    return {}
 
 
 def _sentencepiece(tokenizer: Tokenizer) -> tokenizers.Tokenizer | None:
