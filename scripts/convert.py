@@ -9,7 +9,8 @@ r"""Converts a model: from a workdir, a Hugging Face folder or a GGUF file, to a
 GPT2LMHeadModel and LlamaForCausalLM are what can be written and read; weights are f32, whatever they were. Of a run of
 an encoder, BERT's, RoBERTa's, ELECTRA's (the discriminator) or DeBERTa's class is written. Every tensor is accounted
 for, and an option that the model here lacks (rope scaling, sliding windows, ...) is refused by name. The tokenizer goes
-along, with a tokenizer.json of the same ids for AutoTokenizer. Training (init_from) and sampling read all three kinds as they are: no need to convert first.
+along, with a tokenizer.json of the same ids for AutoTokenizer. Training (init_from) and sampling read all three kinds
+as they are: no need to convert first.
 
 LoRA of a run is merged into its weights, unless --to=peft asks for adapter_config.json and adapter_model.safetensors
 alone. These hold LoRA (a classifier's without its head), or the prefix or prompt of a run on conversations or
