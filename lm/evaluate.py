@@ -55,5 +55,8 @@ def _means(sums, data):
   """Sums over the validation split -> 'val_<metric>' means (NaN of nothing); a decoder's bits per byte."""
   values = {f'val_{k}': float(t.total) / float(t.weight) if t.weight else math.nan for k, t in sums.items()}
   if 'loss' in sums and data.utf8_bytes('validation') and not getattr(data.config, 'encoder', False):
-    values['val_bits_per_byte'] = float(sums['loss'].total) / math.log(2) / data.utf8_bytes('validation')
+    nats, targets, said = float(sums['loss'].total), float(sums['loss'].weight), data.said('validation')
+    if said - targets > 1 and targets:  # first tokens of isolated documents without bos: as the mean of the others
+      nats *= said / targets
+    values['val_bits_per_byte'] = nats / math.log(2) / data.utf8_bytes('validation')
   return values

@@ -19,7 +19,6 @@ from lm.text import tokenizer as tokenizers
 
 _MIXERS = ((2654435761, 2246822519), (3266489917, 668265263))  # odd, without a pattern in their bits
 _HEADS = ('mlm', 'nsp', 'pooler', 'rtd')
-_TOKENIZERS = ('*.model', 'tokenizer.json', 'vocab.*', 'encoder.json', 'char.json', 'byte.json')
 
 
 class Model(NamedTuple):
@@ -204,4 +203,4 @@ def _intact(folder, abstract, first, pattern=''):
 
 def _tokenizer(path):
   """The tokenizer in the folder, None where it holds none of its files."""
-  return tokenizers.load(path) if any(any(path.glob(name)) for name in _TOKENIZERS) else None
+  return tokenizers.load(path) if tokenizers.files_in(path) else None

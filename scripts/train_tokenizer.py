@@ -59,6 +59,9 @@ def main(_: list[str]) -> None:
     if _CONTROL.value or _MAX_LINES.value:
       raise ConfigError('--control_symbols, --max_lines: not for --kind=char, which has all characters and no other; '
                         'drop them, or choose another kind')
+    if others := set(tokenizers.files_in(_OUT.value)) - {'char.json'}:
+      raise ConfigError(f'--out={_OUT.value}: holds {min(others)}, of another tokenizer; expected a folder of its own; '
+                        'choose another')
     tokenizer = tokenizers.char(texts)
     tokenizer.save(_OUT.value)
   else:
@@ -94,7 +97,7 @@ def trained(documents: Iterable[corpora.Document], held_out: float) -> Iterator[
   """Their texts, without the share that is held out."""
   if not held_out:
     return (d.text for d in documents)
-  return (text for split, text in records.assign(documents, records.Split('hash', held_out)) if split == 'train')
+  return (d.text for split, d in records.assign(documents, records.Split('hash', held_out)) if split == 'train')
 
 
 if __name__ == '__main__':

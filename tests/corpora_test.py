@@ -1,6 +1,7 @@
 """Text files, strictly read."""
 
 import json
+import os
 
 import pytest
 
@@ -43,6 +44,32 @@ def test_directories_and_globs_are_sorted_and_read_again(tmp_path):
   assert [d.text for d in read(tmp_path / '*.txt')] == ['b.txt']
   assert [d.text for d in read(tmp_path / 'deep [1]')] == ['deep [1]/a.txt']
   assert files.source()[0]['name'] == 'b.txt' and len(files.source()[0]['sha256']) == 64
+
+
+def test_a_manifest_of_others_hides_no_text(tmp_path):
+  (tmp_path / 'sub').mkdir()
+  for name in ('a.txt', 'sub/b.txt'):
+    (tmp_path / name).write_text('x')
+  (tmp_path / 'sub' / 'manifest.json').write_text('{"files": []}')
+  assert [os.path.basename(p) for p in corpora.find(str(tmp_path)).paths] == ['a.txt', 'b.txt']
+  assert not corpora.is_prepared(tmp_path / 'sub')
+
+
+def test_a_folder_of_many_files_is_listed_once(tmp_path, monkeypatch):
+  for i in range(50):
+    (tmp_path / f'{i}.txt').write_text('x')
+  listed, real = [], os.listdir
+  monkeypatch.setattr(os, 'listdir', lambda path: listed.append(path) or real(path))
+  assert len(corpora.find(str(tmp_path)).paths) == 50 and len(listed) <= 2
+
+
+def test_file_names_that_are_not_utf8_can_be_written_down(tmp_path):
+  path = os.path.join(os.fsencode(tmp_path), b'\xd6\xd0.txt')
+  with open(path, 'wb') as f:
+    f.write('中'.encode())
+  files = corpora.find(str(tmp_path))
+  assert [d.text for d in files] == ['中']
+  assert json.loads(json.dumps(files.source()).encode())[0]['name'] == '\\xd6\\xd0.txt'
 
 
 @pytest.mark.parametrize('name', ['', 'nothing.txt', '*.txt', 'sub'])

@@ -103,6 +103,8 @@ def test_fit_keeps_documents_whole_and_every_target_once(lengths, T, shuffle):
   assert whole == {d: 1 for d, n in enumerate(lengths) if n <= T + 1}
   counts = collections.Counter(t for r in rows for t in targets(r, isolate=True))
   assert counts == {(d, p): 1 for d, n in enumerate(lengths) for p in range(1, n)}
+  seen = collections.Counter(t for r in rows for t in targets(r, isolate=False))
+  assert max(seen.values(), default=1) == 1 and counts.keys() <= seen.keys()
   assert {t for r in rows for t in expand(r)} == {(d, p) for d, n in enumerate(lengths) for p in range(n)}
 
 

@@ -85,6 +85,27 @@ def test_a_document_that_names_its_split_keeps_it(tmp_path):
     assert data.utf8_bytes('validation') == 4 and data.utf8_bytes('train') == 5
 
 
+def test_a_folder_holds_one_tokenizer_and_the_shards_of_one_run(tmp_path):
+  """Of another, which was interrupted there, nothing is left."""
+  def broken():
+    yield Document('a', 'ab' * 40)
+    raise KeyboardInterrupt
+  with pytest.raises(KeyboardInterrupt):
+    records.write(broken(), tokenizers.char('ab'), tmp_path / 'd', shard_tokens=8)
+  assert list((tmp_path / 'd').glob('*.array_record*'))
+  data = records.write([Document('a', 'ab' * 4)], tokenizers.byte(), tmp_path / 'd')
+  assert data.tokenizer().kind == 'byte' and len(list((tmp_path / 'd').glob('*.array_record*'))) == 1
+
+
+def test_a_text_that_the_tokenizer_refuses_is_named_by_its_file(tmp_path):
+  for name, text in (('a.txt', 'abc'), ('b.txt', '好')):
+    (tmp_path / name).write_text(text)
+  for kind in ('hash', 'tail'):
+    with pytest.raises(DataError, match='b.txt: character 0: U[+]597D'):
+      records.write(corpora.find(str(tmp_path)), tokenizers.char('abc'), tmp_path / kind,
+                    split=records.Split(kind, 0.3))
+
+
 @pytest.mark.parametrize('cuts', [[], [3], [250, 251, 900], [899, 900]])
 def test_tail_split_cuts_at_the_character_that_nanogpt_cuts_at(tmp_path, cuts):
   text = ''.join(chr(0x4E00 + i % 50) if i % 3 else 'a' for i in range(1001))

@@ -415,7 +415,7 @@ def test_the_data_of_a_saved_run_may_not_change(finished, tmp_path, monkeypatch)
     saved['config']['data']['corpus'] = str(other)
     (workdir / name).write_text(json.dumps(saved))
   tiny.stop_before_the_step(monkeypatch)
-  with pytest.raises(ConfigError, match='data differs from the saved run.*datasets'):
+  with pytest.raises(DataError, match='data differs from the saved run.*datasets'):
     run.run(config.replace(c, data__corpus=str(other)), TASK, workdir)
 
 
@@ -592,3 +592,17 @@ def test_describe_allocates_nothing(corpus):
   assert f'{12 * 8 * 16:,}' in text
   assert len(jax.live_arrays()) == before
   assert params.count(TASK.specs) == 4128
+
+
+def test_bits_per_byte_of_isolated_documents_count_their_first_tokens(tmp_path):
+  """No target says them, so each counts as the mean of the others: runs with and without isolation compare."""
+  with open(tmp_path / 'a.jsonl', 'w', encoding='utf-8') as f:
+    f.writelines(json.dumps({'text': f'poem {i}'}) + '\n' for i in range(200))
+  for isolate in (False, True):
+    c = tiny.make_config(tmp_path / 'a.jsonl', data__split='hash', data__validation_fraction=0.4, optim__steps=2,
+                         data__isolate=isolate)
+    summary = run.run(c, TASK, tmp_path / str(isolate))
+    data = loader.prepare(c.data, tmp_path / str(isolate) / 'data')
+    tokens = data.tokens('validation') - (not isolate)  # of one stream, all but the first
+    assert summary['val_bits_per_byte'] == pytest.approx(
+        summary['val_loss'] / math.log(2) * tokens / data.utf8_bytes(), rel=1e-6)

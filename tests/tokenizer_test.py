@@ -99,6 +99,31 @@ def test_saved_tokenizer_is_the_same(kinds, kind, tmp_path):
   assert again.encode(TEXTS[0]).tolist() == kinds[kind].encode(TEXTS[0]).tolist()
 
 
+def test_saving_replaces_another_tokenizer(kinds, tmp_path):
+  for kind in (*KINDS, *reversed(KINDS)):
+    kinds[kind].save(tmp_path)
+    assert tokenizers.load(tmp_path).sha256 == kinds[kind].sha256
+
+
+def test_files_of_tokenizers_in_a_folder(kinds, tmp_path):
+  assert tokenizers.files_in(tmp_path / 'none') == []
+  for name in ('en.model', 'tokenizer_config.json', 'merges.txt', 'notes.txt', 'config.json', 'encoder.json'):
+    (tmp_path / name).touch()
+  assert tokenizers.files_in(tmp_path) == ['en.model', 'encoder.json', 'merges.txt']
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_long_texts_are_encoded_in_parts_of_the_same_ids(kinds, kind, monkeypatch):
+  rng = np.random.default_rng(0)
+  pieces = [*TEXTS[:3], 'a\n', 'the fox\n', '\n\n  x', ' \n', '你好。\n', '\n']
+  for _ in range(50):
+    text = ''.join(rng.choice(pieces, 40))
+    monkeypatch.setattr(tokenizers, 'PART', 10**6)
+    want = kinds[kind].encode(text)
+    monkeypatch.setattr(tokenizers, 'PART', 16)
+    np.testing.assert_array_equal(kinds[kind].encode(text), want)
+
+
 def test_sha256_tells_tokenizers_apart(kinds):
   assert len({t.sha256 for t in kinds.values()}) == len(kinds)
 
@@ -268,8 +293,8 @@ def test_sentence_ends(kinds, kind):
   ends, closers = vocabulary.sentence_ends(kinds[kind])
   assert ends.dtype == closers.dtype == bool and not (ends & closers).any()
   for i, piece in enumerate(pieces):
-    assert ends[i] == (piece.rstrip(' )]}"\'”’」』）》】〉')[-1:] in tuple('.!?。！？；…｡\n')), piece
-    assert not closers[i] or piece.strip(' ')[0] in ')]}"\'”’」』）》】〉'
+    assert ends[i] == (piece.rstrip(' )]}"\'”’」』）》】〉\r')[-1:] in tuple('.!?。！？；…｡\n')), piece
+    assert not closers[i] or piece.strip(' ')[0] in ')]}"\'”’」』）》】〉\r'
   if kind in ('unigram', 'hf', 'char'):
     assert {'.', '\n'} <= {p.strip(' ') or p for i, p in enumerate(pieces) if ends[i]}
 

@@ -35,7 +35,7 @@ def test_held_out_documents_have_no_part_in_it(fraction, vocab, corpus, tmp_path
              f'--validation_fraction={fraction}')
   assert done.returncode == 0, done.stderr
   tokenizer = tokenizers.load(out)
-  held_out = {text[5] for part, text in records.assign(corpora.find(str(corpus)), records.Split('hash', fraction))
+  held_out = {d.text[5] for part, d in records.assign(corpora.find(str(corpus)), records.Split('hash', fraction))
               if part == 'validation'}
   assert bool(held_out) == (fraction > 0)
   for character in map(chr, range(FIRST, FIRST + 60)):
@@ -48,6 +48,8 @@ def test_held_out_documents_have_no_part_in_it(fraction, vocab, corpus, tmp_path
     slow([], '--text: not given'), slow(['--text=nowhere.txt', '--out=a.model'], 'nowhere.txt'),
     slow(['--text=TEXT', '--out=a'], '--out=a: expected a name ending in .model; e.g. --out=a.model'),
     (['--text=TEXT', '--out=OUT.model', '--validation_fraction=1'], 'validation_fraction=1.0'),
+    (['--text=TEXT', '--out=OUT.model', '--control_symbols=a,a'], "control_symbols: 'a' is there already"),
+    (['--text=TEXT', '--out=OUT.model', '--control_symbols=<0x0A>'], "control_symbols: '<0x0A>' is there already"),
     (['--text=TEXT', '--kind=char', '--out=OUT', '--validation_fraction=0.1'],
      '--validation_fraction=0.1 with --kind=char'),
     slow(['--text=TEXT', '--kind=char', '--out=OUT', '--control_symbols=[CLS]'], 'not for --kind=char'),

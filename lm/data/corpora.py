@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 import dataclasses
+import functools
 import glob
 import hashlib
 import json
@@ -17,12 +18,16 @@ _KINDS = ('.txt', '.jsonl')
 
 @dataclasses.dataclass(frozen=True)
 class Document:
-  """One text; `split` is 'train', 'validation' or None (the split rule decides), `label` its class if it has one."""
+  """One text; `split` is 'train', 'validation' or None (the split rule decides), `label` its class if it has one.
+
+  `where`: file, or file:line, for errors.
+  """
 
   id: str
   text: str
   split: str | None = None
   label: str | None = None
+  where: str | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +46,8 @@ class Files:
 
   def source(self) -> list[dict[str, str]]:
     """Name and sha256 of each file: provenance for a manifest."""
-    return [{'name': os.path.basename(path), 'sha256': sha256_file(path)} for path in self.paths]
+    printable = lambda name: os.fsencode(name).decode(errors='backslashreplace')
+    return [{'name': printable(os.path.basename(path)), 'sha256': sha256_file(path)} for path in self.paths]
 
 
 def sha256_file(path: str | os.PathLike) -> str:
@@ -63,8 +69,9 @@ def find(path: str) -> Files:
                       'names, or a prepared dataset; convert it, or rename it if it is one of them')
     return Files((path,))
   pattern = os.path.join(glob.escape(path), '**', '*') if os.path.isdir(path) else path
+  prepared = functools.cache(is_prepared)
   found = sorted(p for p in glob.glob(pattern, recursive=True) if p.endswith(_KINDS) and os.path.isfile(p)
-                 and not is_prepared(os.path.dirname(p)))
+                 and not prepared(os.path.dirname(p)))
   if not found:
     raise DataError(f'{path}: no text; expected a .txt or .jsonl file, a directory or glob of them, or a prepared '
                     'dataset; check the path')
@@ -73,7 +80,9 @@ def find(path: str) -> Files:
 
 def is_prepared(path: str | os.PathLike) -> bool:
   """Is it the folder of a prepared dataset, or of one that was being written?"""
-  return os.path.isdir(path) and any(n == 'manifest.json' or '.array_record' in n for n in os.listdir(path))
+  names = set(os.listdir(path)) if os.path.isdir(path) else set()
+  ours = 'manifest.json' in names and not names.isdisjoint(('train.npy', 'validation.txt'))
+  return ours or any('.array_record' in n for n in names)
 
 
 def write_jsonl(path: str | os.PathLike, documents: Iterable[Document]) -> int:
@@ -81,7 +90,8 @@ def write_jsonl(path: str | os.PathLike, documents: Iterable[Document]) -> int:
   count = 0
   with disk.replacing(path) as f:
     for d in documents:
-      f.write(json.dumps({k: v for k, v in dataclasses.asdict(d).items() if v is not None}, ensure_ascii=False) + '\n')
+      row = {k: v for k, v in vars(d).items() if v is not None and k != 'where'}
+      f.write(json.dumps(row, ensure_ascii=False) + '\n')
       count += 1
   return count
 
@@ -114,7 +124,7 @@ def strict_json(data: bytes, where: str) -> Any:
 def _txt(path: str) -> Iterator[Document]:
   data = pathlib.Path(path).read_bytes()
   try:
-    yield Document(os.path.basename(path), data.decode())
+    yield Document(os.path.basename(path), data.decode(), where=path)
   except UnicodeDecodeError as error:
     line = data.count(b'\n', 0, error.start) + 1
     raise DataError(f'{path}:{line}: byte {error.start} of the file is not UTF-8 ({error.reason}); expected UTF-8; '
@@ -139,4 +149,4 @@ def _jsonl(path: str) -> Iterator[Document]:
       except UnicodeEncodeError as error:
         raise DataError(f'{where}: character {error.start} of the text is a lone surrogate; expected Unicode text; '
                         'repair or remove the line') from error
-      yield Document(str(number) if name is None else str(name), text, split, label)
+      yield Document(str(number) if name is None else str(name), text, split, label, where)

@@ -95,8 +95,13 @@ class Data:
     return sum(d.tokens(split) for d in self.datasets)
 
   def utf8_bytes(self, split: str = 'validation') -> int:
-    """Bytes of the text: bits per byte = nats per token * tokens / bytes / ln 2."""
+    """Bytes of the text: bits per byte = nats per token * `said` tokens / bytes / ln 2."""
     return sum(d.utf8_bytes(split) for d in self.datasets)
+
+  def said(self, split: str = 'validation') -> int:
+    """Tokens that spell the text and end it: all but what begins documents."""
+    documents = sum(len(d.lengths[split]) for d in self.datasets)
+    return self.tokens(split) - documents * len(self.tokenizer.begin)
 
   @property
   def rows_per_epoch(self) -> int:
@@ -163,7 +168,11 @@ def _tokenizer(c, sources):
     return memory.read_tokenizer(c.tokenizer)
   for s in sources:
     if isinstance(s, records.Dataset):
-      return s.tokenizer()
+      found = s.tokenizer()
+      if c.tokenizer and found.kind != c.tokenizer:
+        raise ConfigError(f"data.tokenizer='char': {s.path} was prepared with another kind, {found.kind}; expected its "
+                          "own; set data.tokenizer=''")
+      return found
   if not c.tokenizer:
     raise ConfigError("data.tokenizer is empty; raw text needs one; set data.tokenizer to a path, 'byte' or 'char'")
   return tokenizers.char(d.text for s in sources for d in s)
@@ -194,11 +203,17 @@ def check(data: Data, vocab: int) -> None:
   for d, plan in zip(data.datasets, data.plans, strict=True):
     if not plan.rows:
       raise DataError(f'{d.path}: {d.tokens("train")} training tokens in {len(d.lengths["train"])} documents; expected '
-                      f'at least data.length={c.length}; shorten data.length, give more text, or (few documents) set '
-                      "data.split='tail'")
+                      f'at least data.length={c.length}; shorten data.length, give more text{_tail(d)}')
   if data.rows_per_epoch < c.batch:
     raise DataError(f'corpus: {data.rows_per_epoch} rows of {c.length} tokens, less than one batch of '
                     f'data.batch={c.batch}; lower data.batch or data.length, or give more text')
+
+
+def _tail(d):
+  """What helps where few documents were split by hash."""
+  if d.manifest['split']['kind'] == 'tail':
+    return ''
+  return ", or (few documents) set data.split='tail'; a prepared dataset: prepare it again with --split=tail"
 
 
 def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
@@ -207,11 +222,12 @@ def differences(saved: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[A
 
 
 def check_fingerprint(saved: dict[str, Any], now: dict[str, Any]) -> None:
-  """Raises ConfigError that lists the fields in which the data of a saved run differs from this run's."""
+  """Raises a DataError, or where settings alone differ a ConfigError, that lists how a saved run's data differ."""
   if found := differences(saved, now):
     differing = '; '.join(f'{k}: {a!r} -> {b!r}' for k, (a, b) in found.items())
-    raise ConfigError(f'data differs from the saved run ({differing}); expected the same; restore the settings or '
-                      'choose another --workdir')
+    kind = DataError if found.keys() & {'datasets', 'tokenizer', 'rows'} else ConfigError
+    raise kind(f'data differs from the saved run ({differing}); expected the same; restore the settings or data, or '
+               'choose another --workdir')
 
 
 def host_batch(data: Data, step: int) -> Arrays:
@@ -239,10 +255,9 @@ def eval_batches(data: Data, split: str, batch: int, sharding: jax.sharding.Shar
   plans = data.evaluation(split)
   ends = np.cumsum([p.rows for p in plans])
   if not ends[-1]:
-    hashed = any(d.manifest['split']['kind'] == 'hash' for d in data.datasets)
+    hint = max((_tail(d) for d in data.datasets), key=len)
     raise DataError(f'{", ".join(str(d.path) for d in data.datasets)}: nothing to evaluate in {split!r}; expected at '
-                    "least 2 tokens; " + "(few documents) set data.split='tail', or " * hashed
-                    + 'raise data.validation_fraction')
+                    f'least 2 tokens; raise data.validation_fraction{hint}')
   nothing = (inputs.Row if data.config.encoder else np.asarray)(np.zeros((0, 3), np.int64))
 
   def arrays(rows, step):

@@ -46,8 +46,11 @@ def layout(rows: Sequence[np.ndarray], width: int, isolate: bool) -> tuple[np.nd
   tokens_B = np.bincount(np.repeat(np.arange(len(rows)), pieces_B), count, len(rows))
   used_BT = np.arange(width)[None] < tokens_B[:, None]
   if not isolate:
-    segments_BT = used_BT.astype(np.int32)
-    return segments_BT, np.arange(width, dtype=np.int32)[None] * segments_BT, used_BT & (np.arange(width)[None] > 0)
+    segments_BT, mask_BT, new = used_BT.astype(np.int32), used_BT.copy(), np.ones(count.sum(), bool)
+    new[(np.cumsum(count) - count)[spans[:, 1] > 0]] = False  # of a window: the last target of the one before it
+    mask_BT[used_BT] = new
+    mask_BT[:, 0] = False
+    return segments_BT, np.arange(width, dtype=np.int32)[None] * segments_BT, mask_BT
   number = np.arange(1, len(spans) + 1) - np.repeat(np.cumsum(pieces_B) - pieces_B, pieces_B)
   segments_BT, positions_BT = np.zeros((2, len(rows), width), np.int32)
   segments_BT[used_BT] = np.repeat(number, count)

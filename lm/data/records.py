@@ -8,6 +8,7 @@ DIR/tokenizer/                     the tokenizer's files
 DIR/manifest.json                  sizes, sha256, counts, provenance; a directory without it was never finished
 """
 
+import array
 from collections.abc import Iterable, Iterator
 import contextlib
 import dataclasses
@@ -38,8 +39,9 @@ class Split:
   """Which text is held out.
 
   Attributes:
-    kind: 'hash': documents whose text hashes below `fraction` (equal texts never straddle), and a document that names
-      its own split keeps it; 'tail': the last `fraction` of the characters of all documents, one after another.
+    kind: 'hash': documents whose text hashes below `fraction`, so that equal texts never straddle, but for those that
+      name their own split, which they keep; 'tail': the last `fraction` of the characters of all documents, one after
+      another.
     fraction: in [0, 1).
   """
 
@@ -53,8 +55,8 @@ class Split:
       raise ConfigError(f'validation_fraction={self.fraction}; expected 0 <= fraction < 1')
 
 
-def assign(documents: Iterable[corpora.Document], split: Split) -> Iterator[tuple[str | None, str]]:
-  """(split, text) of every document in order, (None, text) where it is blank.
+def assign(documents: Iterable[corpora.Document], split: Split) -> Iterator[tuple[str | None, corpora.Document]]:
+  """(split, document) of every document in order, (None, document) where it is blank.
 
   'tail' may cut one document in two, and reads `documents` twice.
   """
@@ -64,14 +66,14 @@ def assign(documents: Iterable[corpora.Document], split: Split) -> Iterator[tupl
   left = int(total * (1 - split.fraction))
   for d in documents:
     if not d.text.strip():
-      yield None, d.text
+      yield None, d
     elif split.kind == 'hash':
       bucket = int.from_bytes(hashlib.sha256(d.text.encode(errors='surrogatepass')).digest()[:8]) / 2**64
-      yield d.split or SPLITS[bucket < split.fraction], d.text
+      yield d.split or SPLITS[bucket < split.fraction], d
     else:
       parts = d.text[:left], d.text[left:]
       left = max(left - len(d.text), 0)
-      yield from ((name, part) for name, part in zip(SPLITS, parts, strict=True) if part)
+      yield from ((name, dataclasses.replace(d, text=part)) for name, part in zip(SPLITS, parts, strict=True) if part)
 
 
 def provenance(tokenizer: tokenizers.Tokenizer, split: Split, source: Any) -> dict[str, Any]:
@@ -108,30 +110,29 @@ def write(documents: Iterable[corpora.Document], tokenizer: tokenizers.Tokenizer
         raise DataError(f'{out}: holds another dataset ({", ".join(differing)} differ); expected an empty directory; '
                         'remove it or choose another')
       return Dataset(out)
-    for stale in out.glob('*.tmp*'):
-      stale.unlink()
+    for stale in (*out.glob('*.tmp*'), *out.glob('*.array_record')):  # of a run that was killed
+      stale.unlink(missing_ok=True)
     tokenizer.save(out / 'tokenizer')
     dtype = np.dtype('<u2' if tokenizer.vocab_size <= 2**16 else '<u4')
     writers = {name: _Writer(out, name, dtype, shard_tokens) for name in SPLITS}
     empty = 0
     with open(out / 'validation.txt.tmp', 'wb') as text_file:
-      for number, (name, text) in enumerate(assign(documents, split)):
+      for number, (name, document) in enumerate(assign(documents, split)):
         try:
-          ids = tokenizer.document(text) if name else ()
+          ids = tokenizer.document(document.text) if name else ()
         except DataError as error:
-          raise DataError(f'document {number + 1}: {error}') from error
+          raise DataError(f'{document.where or f"document {number + 1}"}: {error}') from error
         if not len(ids):
           empty += 1
           continue
-        content = text.encode()
+        content = document.text.encode()
         if name == 'validation':
           text_file.write(b'\n' * (writers[name].documents > 0) + content)
         writers[name].add(ids, len(content))
     os.replace(text_file.name, out / 'validation.txt')
     done = {name: writer.close() for name, writer in writers.items()}
     if not sum(d['documents'] for d in done.values()):
-      raise DataError(f'{out}: no text in {source or "the documents"} ({empty} empty documents); '
-                      'expected at least one document with text; check the corpus')
+      raise DataError(f'{out}: no text in its {empty} documents; expected at least one with text; check the corpus')
     manifest = head | {'dtype': dtype.str, 'skipped': {'empty': empty}, 'splits': done}
     disk.write(out / 'manifest.json', (json.dumps(manifest, indent=1) + '\n').encode())
   return Dataset(out)
@@ -150,7 +151,7 @@ class _Writer:
   def __init__(self, out, name, dtype, shard_tokens):
     self.out, self.name, self.dtype, self.shard_tokens = out, name, dtype, shard_tokens
     self.documents = self.utf8_bytes = 0
-    self.index, self.shards, self.file = [], [], None
+    self.index, self.shards, self.file = array.array('q'), [], None
 
   def add(self, ids, utf8_bytes):
     for start in range(0, len(ids), PIECE):
@@ -159,7 +160,7 @@ class _Writer:
         self.shard = {'name': f'{self.name}-{len(self.shards):05}.array_record', 'records': 0, 'tokens': 0}
         self.file = array_record_module.ArrayRecordWriter(str(self.out / self.shard['name']) + '.tmp', 'group_size:1')
       self.file.write(piece.astype(self.dtype).tobytes())
-      self.index.append((len(piece), self.documents))
+      self.index.extend((len(piece), self.documents))
       self.shard['records'] += 1
       self.shard['tokens'] += len(piece)
       if self.shard['tokens'] >= self.shard_tokens:
@@ -201,7 +202,7 @@ def _manifest(path: pathlib.Path) -> dict[str, Any]:
 
 
 class Dataset:
-  """A finished dataset, verified on opening: every file's size and (unless told otherwise) sha256.
+  """A finished dataset, verified on opening: size and (unless told otherwise) sha256 of its shards and indices.
 
   Attributes:
     path: its directory.

@@ -70,8 +70,10 @@ def find(dataset: records.Dataset, split: str, tokenizer: Tokenizer, longest: in
 
 def _cut(ends, closers, documents, count, lead, longest):
   """(document, start, stop) of the sentences of some documents of `count` tokens each, laid end to end."""
-  ends = ends | closers & np.concatenate([[False], ends[:-1]])
   last = np.cumsum(count)
+  before = np.concatenate([[False], ends[:-1]])
+  before[last[:-1]] = False  # of another document
+  ends = ends | closers & before
   cut = ends & ~np.append(ends[1:], False)  # of '?!' or '.\n' the last
   cut[last - 1] = True
   stop = np.flatnonzero(cut) + 1

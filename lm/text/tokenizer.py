@@ -6,10 +6,11 @@ Kinds, by the files they come from: `tokenizer.model` (SentencePiece), `tokenize
 Control ids (begin, end, padding, roles) come from code only: `encode` never returns one, whatever the text says.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -26,6 +27,10 @@ from lm.errors import DataError
 _BPE = {'vocab.bpe': ('encoder.json', 'vocab.bpe'), 'encoder.json': ('encoder.json', 'vocab.bpe'),
         'merges.txt': ('vocab.json', 'merges.txt'), 'vocab.json': ('vocab.json', 'merges.txt')}
 HF_CONFIG, _HF_SPECIAL = 'tokenizer_config.json', 'special_tokens_map.json'  # which token plays which role
+_NAMES = ('tokenizer.model', 'tokenizer.json', HF_CONFIG, _HF_SPECIAL, 'vocab.json', 'merges.txt', 'vocab.txt',
+          'char.json', 'byte.json')
+_LINE = re.compile(r'(?<=\S)\n(?=\S)')
+PART = 1 << 18  # characters that are encoded at once
 MADE_FROM = 'made_from'  # field of HF_CONFIG: the file that tokenizer.json repeats for transformers
 _BOS = ('<|begin_of_text|>', '<s>', '[CLS]', '<|endoftext|>')
 _EOS = ('<|end_of_text|>', '</s>', '[SEP]', '<|endoftext|>')
@@ -74,7 +79,12 @@ class Tokenizer:
     except UnicodeEncodeError as error:
       raise DataError(f'character {error.start}: lone surrogate U+{ord(text[error.start]):04X}; expected Unicode text; '
                       'remove it from the text') from None
-    return np.asarray(self.to_ids(text), np.int32)
+    parts = [text] if self.kind in ('byte', 'char') else list(_parts(text))
+    begin = self.to_ids('\n') if len(parts) > 1 else ()  # behind it a part does not begin anew, by a space
+    found = [np.asarray(self.to_ids(parts[0]), np.int32)]
+    for part in parts[1:]:
+      found.append(np.asarray(self.to_ids('\n' + part), np.int32)[len(begin):])
+    return np.concatenate(found)
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of the ids; control ids and ids beyond the vocabulary (a padded model head has them) stand for nothing."""
@@ -94,10 +104,21 @@ class Tokenizer:
     return np.concatenate([np.array(self.begin, np.int32), self.encode(text), np.array(eos, np.int32)])
 
   def save(self, folder: str | os.PathLike) -> None:
-    """Writes the files under their canonical names, so that `load(folder)` gives this tokenizer."""
+    """Writes the files under their canonical names in place of another tokenizer's: `load(folder)` gives this one."""
     os.makedirs(folder, exist_ok=True)
+    for name in set(_NAMES) - self.files.keys():
+      pathlib.Path(folder, name).unlink(missing_ok=True)
     for name, content in self.files.items():
       disk.write(os.path.join(folder, name), content)
+
+
+def _parts(text: str) -> Iterator[str]:
+  """A long text cut behind line breaks between words, which no usual tokenizer joins: memory grows with its part."""
+  start = 0
+  while len(text) - start > PART and (cut := _LINE.search(text, start + PART)):
+    yield text[start:cut.end()]
+    start = cut.end()
+  yield text[start:]
 
 
 def byte() -> Tokenizer:
@@ -107,7 +128,7 @@ def byte() -> Tokenizer:
 
 def char(text: str | Iterable[str]) -> Tokenizer:
   """One id per distinct character of the text(s), in code point order; no control ids."""
-  chars = sorted(set(text) if isinstance(text, str) else set().union(*map(set, text)))
+  chars = sorted(set(itertools.chain.from_iterable(text)))
   if not chars:
     raise DataError('char tokenizer: the text is empty; expected at least one character; give it the training text')
   return _char({'char.json': (json.dumps({'kind': 'char', 'chars': ''.join(chars)}) + '\n').encode()})
@@ -129,6 +150,12 @@ def load(path: str | os.PathLike) -> Tokenizer:
   except Exception as error:  # the libraries raise bare Exception, RuntimeError, KeyError and more
     raise DataError(f'{path}: {type(error).__name__}: {str(error)[:200]!r}; expected a {build.__name__[1:]} '
                     'tokenizer; copy or train it again') from error
+
+
+def files_in(folder: str | os.PathLike) -> list[str]:
+  """Names of the files there that `load` would read."""
+  ours = lambda name: name.endswith('.model') or name in {*_NAMES, *_BPE} - {HF_CONFIG, _HF_SPECIAL}
+  return sorted(filter(ours, os.listdir(folder))) if os.path.isdir(folder) else []
 
 
 def _collect(path: pathlib.Path) -> dict[str, bytes]:
@@ -233,8 +260,15 @@ def bpe_model(files: Mapping[str, bytes]) -> tokenizers.Tokenizer:
   return model
 
 
+def wordpieces(files: Mapping[str, bytes]) -> list[str]:
+  """The lines of a vocab.txt."""
+  return files['vocab.txt'].decode().replace('\r\n', '\n').rstrip('\n').split('\n')
+
+
 def _wordpiece(files):
-  words = files['vocab.txt'].decode().rstrip('\n').split('\n')
+  words = wordpieces(files)
+  if '[UNK]' not in words:
+    raise ValueError('no line [UNK], for words that it lacks')
   special = [w for w in words if re.fullmatch(r'\[[A-Z]+\]', w)]
   guess = not any(w != w.lower() for w in words if w not in special and w not in ('<S>', '<T>'))  # Chinese BERT's
   lowercase = json.loads(files.get(HF_CONFIG, b'{}')).get('do_lower_case', guess)

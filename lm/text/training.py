@@ -8,7 +8,7 @@ import re
 import sentencepiece
 
 from lm import disk
-from lm.errors import ConfigError
+from lm.errors import ConfigError, DataError
 from lm.text.tokenizer import load, Tokenizer
 
 _UNTRAINABLE = re.compile('[\n\u2585]')  # SentencePiece's trainer drops a line with U+2585, its mark for unknown,
@@ -33,12 +33,17 @@ def train_sentencepiece(texts: Iterable[str], out_path: str | os.PathLike, vocab
     max_lines: train on a random sample of this many lines (0 = all); unigram needs about 20 bytes of memory per byte.
 
   Raises:
-    ConfigError: a vocabulary that the text cannot fill, or an unknown model type.
+    ConfigError: a vocabulary that the text cannot fill, an unknown model type, or control symbols that exist.
+    DataError: no text.
   """
   if model_type not in ('unigram', 'bpe'):
     raise ConfigError(f"model_type={model_type!r}; expected 'unigram' or 'bpe'")
   if 0 < max_lines <= 100:
     raise ConfigError(f'max_lines={max_lines}; expected 0 (all) or more than 100')
+  for i, name in enumerate(control_symbols):
+    if name in ('<unk>', '<s>', '</s>', '<pad>', '\n') or re.fullmatch('<0x[0-9A-F]{2}>', name) or (
+        name in control_symbols[:i]):
+      raise ConfigError(f'control_symbols: {name!r} is there already; expected others, each once; take it out')
   model = io.BytesIO()
   try:
     sentencepiece.SentencePieceTrainer.train(
@@ -49,6 +54,9 @@ def train_sentencepiece(texts: Iterable[str], out_path: str | os.PathLike, vocab
         max_sentence_length=_LINE_BYTES, input_sentence_size=max_lines, shuffle_input_sentence=max_lines > 0,
         minloglevel=2)
   except (RuntimeError, OSError) as error:
+    if 'sentences_.empty()' in str(error):
+      raise DataError('no text to train on; expected some documents; see what --validation_fraction holds out'
+                      ) from error
     reason = str(error).rpartition('] ')[-1].strip() or str(error)
     raise ConfigError(f'vocab={vocab}: {reason}; change the vocabulary size or give more text') from error
   os.makedirs(os.path.dirname(os.path.abspath(out_path)), exist_ok=True)

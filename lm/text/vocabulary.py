@@ -14,12 +14,12 @@ import sentencepiece
 import tokenizers
 
 from lm.errors import ConfigError
-from lm.text.tokenizer import Tokenizer
+from lm.text.tokenizer import Tokenizer, wordpieces
 
 # BERT's Chinese characters, and kana: scripts without spaces, in which each character is a word of its own.
 _CJK = ((0x3040, 0x30FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xF900, 0xFAFF), (0x20000, 0x2FA1F))
 _ENDS = tuple('.!?。！？；…｡\n')
-_CLOSERS, _QUOTES = ')]}”’」』）》】〉', '"\''  # the latter close only where no space stands before them
+_CLOSERS, _QUOTES = ')]}”’」』）》】〉\r', '"\''  # the latter close only where no space stands before them
 _NAMES = {'cls': ('[CLS]', '<s>'), 'sep': ('[SEP]', '</s>'), 'mask': ('[MASK]', '<mask>'),
           'pad': ('[PAD]', '<pad>', '<|pad|>')}
 
@@ -63,8 +63,7 @@ def pieces(tokenizer: Tokenizer) -> list[bytes]:
   elif tokenizer.kind == 'bpe':
     found = _byte_level(json.loads(files['vocab.json']))
   elif tokenizer.kind == 'wordpiece':
-    words = files['vocab.txt'].decode().rstrip('\n').split('\n')
-    found = _continued({word: i for i, word in enumerate(words)}, '##')
+    found = _continued({word: i for i, word in enumerate(wordpieces(files))}, '##')
   else:
     found = _hf(files['tokenizer.json'].decode())
   control = set(tokenizer.control.values())
@@ -94,7 +93,7 @@ def sentence_ends(tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
   """(ends_V, closers_V), bool[V]: a sentence may end with this id; a quote or bracket that still belongs to it."""
   texts = [piece.decode(errors='replace') for piece in pieces(tokenizer)]
   ends = [text.rstrip(' ').rstrip(_CLOSERS + _QUOTES).endswith(_ENDS) for text in texts]
-  closers = [text.strip() and not text.lstrip(' ').strip(_CLOSERS if text[0] == ' ' else _CLOSERS + _QUOTES)
+  closers = [text.strip(' ') and not text.lstrip(' ').strip(_CLOSERS if text[0] == ' ' else _CLOSERS + _QUOTES)
              for text in texts]
   return np.array(ends, bool), np.array(closers, bool)
 
