@@ -118,11 +118,15 @@ def _run(argv, values, program, doc, more_help) -> int:
       absl_logging.set_verbosity(absl_logging.WARNING)
     if values.help:
       texts = doc, values.main_module_help(), values.module_help(__name__), more_help()
-      print('\n\n'.join(text.strip() for text in texts if text))
+      print('\n\n'.join(text.strip() for text in texts if text), flush=True)
       return 0
     if rest[1:]:
       raise ConfigError(f'{rest[1]!r}: unexpected argument; flags start with --; see --help')
     program(rest)
+    sys.stdout.flush()
+    return 0
+  except BrokenPipeError:  # whoever read it, such as `head`, has enough
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
   except (Error, flags.Error, KeyboardInterrupt, OSError, RuntimeError) as error:
     failure = ConfigError(f'{error}; see --help') if isinstance(error, flags.Error) else faults.expected(error)

@@ -1,6 +1,7 @@
 """A config is a tree of frozen dataclasses; `override`, `to_json` and `from_json` are pure functions on it."""
 
 import ast
+import contextlib
 import dataclasses
 import difflib
 import types
@@ -77,12 +78,20 @@ def diff(old: Any, new: Any) -> dict[str, tuple[Any, Any]]:
 
 
 def to_json(config: Any) -> dict[str, Any]:
-  """Nested dicts and lists that `json.dumps` takes; `from_json` is its inverse."""
+  """Nested dicts and lists that `json.dumps` takes, of equal configs the same (an int in a field of floats is a float);
+  `from_json` is its inverse.
+  """
   def plain(value):
     if dataclasses.is_dataclass(value):
       return to_json(value)
     return [plain(v) for v in value] if isinstance(value, tuple) else value
-  return {f.name: plain(getattr(config, f.name)) for f in dataclasses.fields(config)}
+  hints, out = typing.get_type_hints(type(config)), {}
+  for name in (f.name for f in dataclasses.fields(config)):
+    value = getattr(config, name)
+    with contextlib.suppress(ConfigError):  # `check` is for those
+      value = _check(value, hints[name], name)
+    out[name] = plain(value)
+  return out
 
 
 def from_json(cls: type, data: dict[str, Any]) -> Any:
@@ -143,6 +152,10 @@ def _parse(text, hint, where):
     value = text
   if str in _kinds(hint) and type(value) not in _kinds(hint):
     value = text
+  if bool in _kinds(hint) and text in ('true', 'false'):
+    value = text == 'true'
+  if int in _kinds(hint) and float not in _kinds(hint) and isinstance(value, float) and value.is_integer():
+    value = int(value)  # 1e4
   return _check(value, hint, where)
 
 

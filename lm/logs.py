@@ -23,7 +23,7 @@ from lm import disk, events, seal
 from lm.errors import CheckpointError
 
 # What of a row a person is shown.
-TOLD = ('loss', 'val_loss', 'val_bits_per_byte', 'score', 'kl', 'val_score', 'val_kl', 'tokens_per_s')
+TOLD = ('loss', 'val_loss', 'val_accuracy', 'val_bits_per_byte', 'score', 'kl', 'val_score', 'val_kl', 'tokens_per_s')
 _FLUSH_S = 10.0  # TensorBoard's files may lag by this
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy', 'sentencepiece')
 
@@ -81,8 +81,8 @@ class Logs:
     if self._bar is not None:
       self._bar.set_postfix(shown, refresh=False)
       self._bar.update(step - self._bar.n)
-    else:
-      print(f'step {step}: ' + ', '.join(f'{k} {v}' for k, v in shown.items()), flush=True)
+    if self._bar is None or any(k.startswith('val_') for k in shown):  # the next rows would overwrite it in the bar
+      self.say(f'step {step}: ' + ', '.join(f'{k} {v}' for k, v in shown.items()))
 
   def say(self, text: str) -> None:
     """A line for the person, which does not tear the progress bar."""
@@ -122,7 +122,10 @@ def _rewritten(workdir, rows):
 def say(text: str) -> None:
   """A line on stdout, from process 0 alone."""
   if jax.process_index() == 0:
-    print(text, flush=True)
+    try:
+      print(text, flush=True)
+    except BrokenPipeError:  # whoever read it is gone; the run goes on
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
@@ -152,8 +155,8 @@ def check_config(workdir: str | os.PathLike, config: dict[str, Any], complete: C
     return {}, None
   try:
     old = json.loads(path.read_bytes())
-    differing = _differences(complete(old['config']), config)
-    packages = _differences(old.get('packages', {}), _packages())
+    differing = differences(complete(old['config']), config)
+    packages = differences(old.get('packages', {}), _packages())
   except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
     raise CheckpointError(f'{path}: {error!r}; expected what a run wrote; move the file away, or choose another '
                           '--workdir') from error
@@ -211,12 +214,12 @@ def curves(workdir: str | os.PathLike) -> pathlib.Path:
   return path
 
 
-def _differences(old, new, prefix=''):
+def differences(old, new, prefix=''):
   found = {}
   for key in sorted(old.keys() | new.keys()):
     a, b = old.get(key), new.get(key)
     if isinstance(a, dict) and isinstance(b, dict):
-      found |= _differences(a, b, f'{prefix}{key}.')
+      found |= differences(a, b, f'{prefix}{key}.')
     elif json.dumps(a) != json.dumps(b):
       found[prefix + key] = a, b
   return found

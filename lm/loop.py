@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from lm import host, hosts, logs as logs_lib, train
+from lm import host, hosts, logs as logs_lib, seal, train
 from lm.errors import ConfigError, Error, Interrupted, Preempted
 from lm.report import Report
 
@@ -35,7 +35,7 @@ class Config:
     patience: evaluations without improvement before stopping early; 0 = never.
     min_delta: an improvement betters the best value so far by more than this.
     max_skipped: consecutive steps that change nothing, as they are not finite or spikes, or that had no targets, before
-      giving up; looked at whenever a row is written.
+      giving up; looked at whenever a row is written, also if better steps came since: `log_every` changes nothing.
   """
 
   log_every: int = 10
@@ -51,6 +51,9 @@ class Config:
                         ('max_skipped', 1)):
       if not least <= getattr(self, name) < math.inf:
         raise ConfigError(f'loop.{name}={getattr(self, name)}; expected a finite number, at least {least}')
+    if self.patience and not self.eval_every:
+      raise ConfigError(f'loop.patience={self.patience} with loop.eval_every=0: one evaluation, at the end, stops '
+                        'nothing; set loop.eval_every')
 
 
 def stale(values: list[float], min_delta: float, mode: str) -> int:
@@ -146,6 +149,7 @@ class Program:
     key: base key; the step folds its number in.
     learning_rate: updates made before -> float; a step's own metric of this name goes before it.
     elapsed: seconds that the run has taken so far, over all its restarts.
+    tokens: step -> those that the run has computed on up to it.
     tokens_per_step, flops_per_step, peak_flops: for tokens/s and MFU (peak over all devices; 0 = unknown).
     save_every: steps between saves. The end, and an evaluation better than all before, are saved too.
     metric, mode: what early stopping watches, 'min' or 'max'.
@@ -161,6 +165,7 @@ class Program:
   key: jax.Array
   learning_rate: Callable[[int], float]
   elapsed: Callable[[], float]
+  tokens: Callable[[int], int]
   tokens_per_step: int
   flops_per_step: float
   peak_flops: float
@@ -244,4 +249,5 @@ def _follow(program, c, evaluations, state, logs):
   worn_out = bool(c.patience and n) and stale(watched, c.min_delta, program.mode) >= c.patience
   if worn_out and n != program.steps:
     logs.say(f'stopped early at step {n}: no better {program.metric} in {c.patience} evaluations')
-  return stale(watched, 0.0, program.mode) == 0, n == program.steps or worn_out
+  kept = {step: value for (step, _), value in zip(evaluations, watched, strict=True) if step}
+  return seal.ranked(kept, program.mode)[:1] == [n], n == program.steps or worn_out

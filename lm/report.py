@@ -23,12 +23,16 @@ class Report:
     self._waiting = []
     self._start = self._reported = start
     self._skipped, self._in_a_row = skipped, 0
-    self._since = 0.0
+    self._since, self._ended = 0.0, None
 
   def add(self, n: int, metrics: dict[str, jax.Array]) -> None:
-    """After step `n` was dispatched."""
+    """After step `n` was dispatched, or on a device that does not go on by itself, such as a CPU, done."""
+    now, done = time.perf_counter(), all(
+        x.is_ready() for x in metrics.values() if hasattr(x, 'is_ready'))
+    self._ended = now if done else None
     if n == self._start + 1:
-      self._since = time.perf_counter()  # the first call of the step, just over, compiled it
+      self._since = now  # the first call of the step, just over, compiled it
+      self._reported += done
     self._waiting.append((n, metrics))
 
   @contextlib.contextmanager
@@ -68,13 +72,17 @@ class Report:
     if not targets:
       return DataError(f'step {n}: a batch without targets, or skipped, {often}; {see}: prompts are no targets, and '
                        'may fill whole rows; choose a larger data.length or other data')
+    left_out = f'skip_batches=(({n - self._c.max_skipped},{self._c.max_skipped}),)'
     return Diverged(f'step {n}: loss or gradient was not finite (or a spike, by optim.spike_sigma) {often}; nothing '
-                    f'of it reached the parameters; {see}, lower optim.lr or leave it out (skip_batches), then start '
-                    'again')
+                    f'of it reached the parameters; {see}, lower optim.lr or leave it out (--set {left_out}), then '
+                    'start again with --resume_with_changes')
 
   def _rates(self, n):
-    p, now = self._program, time.perf_counter()
+    p, now = self._program, self._ended or time.perf_counter()
     seconds, steps = max(now - self._since, 1e-9), n - self._reported
     self._since, self._reported = now, n
-    rates = {'tokens': n * p.tokens_per_step, 'tokens_per_s': steps * p.tokens_per_step / seconds}
-    return rates | ({'mfu': steps * p.flops_per_step / seconds / p.peak_flops} if p.peak_flops else {})
+    rates = {'tokens': p.tokens(n)}
+    if steps:
+      rates['tokens_per_s'] = steps * p.tokens_per_step / seconds
+      rates |= {'mfu': steps * p.flops_per_step / seconds / p.peak_flops} if p.peak_flops else {}
+    return rates

@@ -34,7 +34,6 @@ from lm import (
   start,
   summary,
   train,
-  weights,
 )
 from lm.data import loader
 from lm.errors import ConfigError, Diverged
@@ -202,7 +201,7 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
   steps = c.optim.steps // task.around.updates
   checkpoint_lib.preflight(workdir / 'checkpoints', nbytes, c.checkpoint, steps)
   with checkpoint_lib.lock(workdir), loop_lib.Signals() as signals, sharding.use(parts.mesh, c.mesh.sequence):
-    changes = _refuse(c, workdir, resume_with_changes, resume, restore_step)
+    changes = start.refuse(c, workdir, resume_with_changes, resume, restore_step)
     data = task.source.prepare(c.data, workdir / 'data', seed=c.seed)
     task.source.check(data, task.vocab)
     if task.bind:
@@ -211,7 +210,8 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
     evaluate.check(c, task, parts, abstract, data)
     at, state, meta = start.resume(c, task, parts, abstract, data, workdir, resume_with_changes, restore_step)
     owed = at == steps and (not meta['evaluations'] or meta['evaluations'][-1][0] != at)  # its evaluation: `loop.fit`
-    if (at >= steps and not owed) or (meta['finished'] and not resume_with_changes):
+    finished = meta['finished'] and start.completed(type(c), meta['config']) == config.to_json(c)
+    if (at >= steps and not owed) or finished:
       logs.say(f'already complete: step {at} of {steps} in {workdir}; nothing was trained')
       return summary.write(c, task, workdir, at, meta)
     if at:
@@ -229,41 +229,14 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
       batches = stack.enter_context(contextlib.closing(
           start.batches(c, task, data, sharding.batch_sharding(parts.mesh), at)))
       wall = lambda: meta['wall_s'] + time.perf_counter() - began
-      program = _program(c, task, parts, fingerprint, saver, evaluation, wall, meta['base'])
+      tokens = summary.tokens(c, task, meta['tokens'], at)
+      program = _program(c, task, parts, fingerprint, saver, evaluation, wall, tokens, meta['base'])
       if task.around.program:
         program = stack.enter_context(task.around.program(program, parts, data, workdir, at))
       _, evaluations = loop_lib.fit(program, c.loop, state, batches, at, meta['evaluations'], log, signals)
-    done = {'evaluations': evaluations, 'wall_s': wall(), 'peak_bytes': summary.peak_bytes()}
-    return summary.write(c, task, workdir, evaluations[-1][0], done)
-
-
-def _refuse(c, workdir, resume_with_changes, resume, restore_step):
-  """What can be told before any text is read: another config than the one trained here, nothing to start from.
-
-  Returns {field: (trained with, now)} where it may differ.
-  """
-  sealed = checkpoint_lib.steps(workdir / 'checkpoints')
-  trained = bool(sealed or logs.read(workdir))
-  start.require(workdir, trained, resume, restore_step)
-  differing, note = logs.check_config(workdir, config.to_json(c), functools.partial(_completed, type(c)))
-  if differing and trained and not resume_with_changes:
-    raise ConfigError(f'--workdir: {workdir} was trained with another config: {logs.beside(differing)}; choose another '
-                      '--workdir, or pass --resume_with_changes')
-  if note and trained:
-    logs.say(note)
-  if c.init_from and not sealed:
-    try:
-      weights.kind_of(c.init_from)
-    except ConfigError as error:
-      raise ConfigError(f'init_from={error}') from error
-  return differing if trained else {}
-
-
-def _completed(kind, saved):
-  try:
-    return config.to_json(config.from_json(kind, saved))
-  except ConfigError:  # it has what is no more
-    return saved
+    end = evaluations[-1][0]
+    done = {'evaluations': evaluations, 'wall_s': wall(), 'peak_bytes': summary.peak_bytes(), 'tokens': tokens(end)}
+    return summary.write(c, task, workdir, end, done)
 
 
 def _record(c, data, workdir, at, changes):
@@ -276,17 +249,17 @@ def _record(c, data, workdir, at, changes):
     (workdir / 'summary.json').unlink(missing_ok=True)
 
 
-def _program(c, task, parts, fingerprint, saver, evaluation, wall, base):
+def _program(c, task, parts, fingerprint, saver, evaluation, wall, tokens, base):
   # All of it now, on the host: asking the device for a rate would wait for the step that it is busy with.
   rates = np.asarray(jax.jit(optim_lib.schedule(c.optim))(jnp.arange(c.optim.steps)))
-  tokens = summary.tokens_per_step(c, task)
+  per_step = summary.tokens_per_step(c, task)
   finite = jax.jit(lambda s: jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(s.params)]).all())
 
   def save(step, state, evaluations, finished):
     if not finite(state):
       raise Diverged(f'step {step}: a parameter is not finite; the checkpoints before it are intact; lower optim.lr')
     meta = {'evaluations': evaluations, 'data': fingerprint, 'config': config.to_json(c), 'wall_s': wall(),
-            'peak_bytes': summary.peak_bytes(), 'finished': finished, 'base': base}
+            'peak_bytes': summary.peak_bytes(), 'finished': finished, 'tokens': tokens(step), 'base': base}
     metrics = evaluations[-1][1] if evaluations and evaluations[-1][0] == step else {}
     saver.save(step, state.replace(frozen=None), meta, metrics)
 
@@ -294,6 +267,6 @@ def _program(c, task, parts, fingerprint, saver, evaluation, wall, base):
       step=parts.step, evaluate=evaluation, save=save, poll=saver.poll, wait=saver.wait,
       steps=c.optim.steps // task.around.updates,
       key=jax.random.fold_in(jax.random.key(c.seed), 1), learning_rate=lambda n: float(rates[n]), elapsed=wall,
-      tokens_per_step=tokens, flops_per_step=task.flops.total * tokens,
+      tokens=tokens, tokens_per_step=per_step, flops_per_step=task.flops.total * per_step,
       peak_flops=budget.peak_flops(jax.local_devices()[0]) * parts.mesh.size, save_every=c.checkpoint.every,
       metric=c.checkpoint.metric, mode=c.checkpoint.mode)

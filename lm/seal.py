@@ -171,9 +171,9 @@ def metrics(directory: pathlib.Path, metric: str) -> dict[int, float | None]:
 
 
 def ranked(values: dict[int, float | None], mode: str) -> list[int]:
-  """Steps with a finite value, best first by `mode` ('min' or 'max'); ties go to the newer step."""
+  """Steps with a finite value, best first by `mode` ('min' or 'max'); ties go to the older step."""
   sign = 1 if mode == 'min' else -1
-  return [-s for _, s in sorted((sign * v, -s) for s, v in values.items() if v is not None and math.isfinite(v))]
+  return [s for _, s in sorted((sign * v, s) for s, v in values.items() if v is not None and math.isfinite(v))]
 
 
 def prune(directory: pathlib.Path, values: dict[int, float | None], keep: int, keep_best: int, mode: str,

@@ -6,13 +6,14 @@ c, task, parts: a `run.Config`, `run.Task` and `run.Parts`.
 from collections.abc import Iterator
 import contextlib
 import dataclasses
+import functools
 import itertools
 import pathlib
 from typing import Any
 
 import jax
 
-from lm import checkpoint, optim, params, train, weights
+from lm import checkpoint, config, logs, optim, params, summary, train, weights
 from lm.data import loader
 from lm.errors import CheckpointError, ConfigError
 
@@ -28,6 +29,42 @@ def abstract(task: Any, parts: Any) -> train.State:
   first = lambda: train.init(task.specs, parts.tx, parts.trainable, jax.random.key(0), task.around.carry)
   shapes = jax.eval_shape(first)
   return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, parts.state)
+
+
+def refuse(c: Any, workdir: pathlib.Path, resume_with_changes: bool, resume: str, restore_step: int | None
+           ) -> dict[str, tuple[Any, Any]]:
+  """{field: (trained with, now)} where it may differ. Refuses what can be told before any text is read.
+
+  Raises:
+    ConfigError: another config than the one trained here, no model at `c.init_from`; what `require` raises.
+  """
+  sealed = checkpoint.steps(workdir / 'checkpoints')
+  trained = bool(sealed or logs.read(workdir))
+  require(workdir, trained, resume, restore_step)
+  complete = functools.partial(completed, type(c))
+  differing, note = logs.check_config(workdir, config.to_json(c), complete)
+  if sealed and not (workdir / 'config.json').exists():
+    saved = checkpoint.read_meta(workdir / 'checkpoints', sealed[-1])['config']
+    differing = logs.differences(complete(saved), config.to_json(c))
+  if differing and trained and not resume_with_changes:
+    raise ConfigError(f'--workdir: {workdir} was trained with another config: {logs.beside(differing)}; choose another '
+                      '--workdir, or pass --resume_with_changes')
+  if note and trained:
+    logs.say(note)
+  if c.init_from and not sealed:
+    try:
+      weights.kind_of(c.init_from)
+    except ConfigError as error:
+      raise ConfigError(f'init_from={error}') from error
+  return differing if trained else {}
+
+
+def completed(kind: type, saved: Any) -> Any:
+  """A saved config with the fields that it was too old to have; as it is where it has what is no more."""
+  try:
+    return config.to_json(config.from_json(kind, saved))
+  except ConfigError:
+    return saved
 
 
 def require(workdir: pathlib.Path, trained: bool, resume: str, restore_step: int | None) -> None:
@@ -62,9 +99,14 @@ def resume(c: Any, task: Any, parts: Any, abstract: train.State, data: Any, work
   frozen = bool(jax.tree.leaves(abstract.frozen))
   if restored is None:
     state = first(c, task, parts)
-    meta = {'evaluations': [], 'wall_s': 0.0, 'finished': False}
+    meta = {'evaluations': [], 'wall_s': 0.0, 'finished': False, 'tokens': 0}
     return 0, state, meta | {'base': _fingerprint(task, state) if frozen else ''}
   step, state, meta = restored
+  meta.setdefault('tokens', step * summary.tokens_per_step(c, task))  # of a checkpoint from before it was counted
+  if early := set(c.skip_batches) - {tuple(pair) for pair in meta['config'].get('skip_batches', ())}:
+    if (first_step := min(early)[0]) < step:
+      raise ConfigError(f'skip_batches: {min(early)} lies before step {step}, where this run resumes; expected pairs '
+                        f'from there on; pass --restore_step=N of a sealed step up to {first_step}')
   if not resume_with_changes:
     loader.check_fingerprint(meta['data'], data.fingerprint)
   if frozen:

@@ -1,5 +1,6 @@
 """What a run leaves to be read by people and by other programs: summary.json."""
 
+from collections.abc import Callable
 import math
 import pathlib
 import resource
@@ -8,7 +9,7 @@ from typing import Any
 
 import jax
 
-from lm import checkpoint, logs, params
+from lm import checkpoint, logs, params, seal
 
 
 def write(c: Any, task: Any, workdir: pathlib.Path, step: int, meta: dict[str, Any]) -> dict[str, Any]:
@@ -18,7 +19,7 @@ def write(c: Any, task: Any, workdir: pathlib.Path, step: int, meta: dict[str, A
   middle = lambda name: statistics.median([r[name] for r in rows if name in r] or [math.nan])
   per_step, planned = tokens_per_step(c, task), c.optim.steps // task.around.updates
   summary = values | {
-      'steps': step, 'tokens': step * per_step, 'flops': step * per_step * task.flops.total, 'wall_s': meta['wall_s'],
+      'steps': step, 'tokens': meta['tokens'], 'flops': meta['tokens'] * task.flops.total, 'wall_s': meta['wall_s'],
       'tokens_per_s': middle('tokens_per_s'), 'mfu': middle('mfu'), 'peak_bytes': meta['peak_bytes'],
       'parameters': params.count(task.specs), 'best': best(meta['evaluations'], c.checkpoint),
       'planned': {'steps': planned, 'tokens': planned * per_step, 'flops': planned * per_step * task.flops.total},
@@ -33,13 +34,16 @@ def tokens_per_step(c: Any, task: Any) -> int:
   return task.around.tokens or c.data.batch * c.data.length
 
 
+def tokens(c: Any, task: Any, before: int, start: int) -> Callable[[int], int]:
+  """step -> tokens that the run has computed on; `before` up to step `start`, when data.batch may have been another."""
+  return lambda step: before + (step - start) * tokens_per_step(c, task)
+
+
 def best(evaluations: list, c: checkpoint.Config) -> dict[str, float] | None:
-  """The evaluation whose checkpoint is kept as the best (of equal ones the last, as in `seal.ranked`); that of
+  """The evaluation whose checkpoint is kept as the best (of equal ones the first, as in `seal.ranked`); that of
   step 0 has none."""
-  sign = 1 if c.mode == 'min' else -1
-  scores = [(sign * v[c.metric], -step) for step, v in evaluations
-            if step and math.isfinite(v.get(c.metric, math.nan))]
-  return {'step': -min(scores)[1], c.metric: sign * min(scores)[0]} if scores else None
+  values = {step: v.get(c.metric) for step, v in evaluations if step}
+  return next(({'step': step, c.metric: values[step]} for step in seal.ranked(values, c.mode) if c.keep_best), None)
 
 
 def peak_bytes() -> int:

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from lm import loop, report
+from lm import checkpoint, loop, report, summary
 from lm.errors import CheckpointError, ConfigError, Diverged, Interrupted, Preempted
 
 DEVICE_GET = jax.device_get
@@ -46,20 +46,32 @@ class Clock:
     return self.now
 
 
+class Number(np.float32):
+  """A metric on a device."""
+
+  ready = True
+
+  def is_ready(self):
+    return self.ready
+
+
 class World:
   """A program whose state counts its steps; loss of step n is 1 / n, `bad` steps are skipped.
 
   A call of the step returns at once (the first compiles for 50 s); the device then takes 2 s for each step, an
-  evaluation 1,000 s, a save 300 s.
+  evaluation 1,000 s, a save 300 s. `waits_for_steps`: of a device that takes those 2 s before the call returns.
   """
 
-  def __init__(self, steps=20, losses=(), mode='min', save_every=1000, bad=(), skipped=0, at=None, done=()):
+  def __init__(self, steps=20, losses=(), mode='min', save_every=1000, bad=(), skipped=0, at=None, done=(),
+               waits_for_steps=False):
+    self.waits_for_steps = waits_for_steps
     self.losses, self.bad, self.at, self.clock, self.fetched = list(losses), set(bad), at or {}, Clock(), []
     self.saves, self.waits, self.polls, self.evaluated, self.dispatched, self.done = [], 0, 0, [], 0, dict(done)
     self.logs, self.signals, self.skipped = Rows(), loop.Signals(), skipped
     self.program = loop.Program(
         step=self.step, evaluate=self.evaluate, save=self.save, poll=self.poll, wait=self.wait, steps=steps, key=None,
-        learning_rate=lambda updates: 1000.0 + updates, elapsed=lambda: self.clock.now, tokens_per_step=100,
+        learning_rate=lambda updates: 1000.0 + updates, elapsed=lambda: self.clock.now,
+        tokens=lambda n: 100 * n, tokens_per_step=100,
         flops_per_step=10.0, peak_flops=20.0, save_every=save_every, metric='val_loss', mode=mode)
 
   def step(self, state, batch, key):
@@ -68,9 +80,12 @@ class World:
     self.done[n] = max(self.clock.now, self.done.get(n - 1, 0.0)) + 2.0
     self.dispatched = n
     self.at.get(n, lambda: None)()
-    skipped = state.skipped + (n in self.bad)
+    skipped, loss = state.skipped + (n in self.bad), Number(1 / n)
+    if self.waits_for_steps:
+      self.wait_for(n)
+    loss.ready = self.waits_for_steps
     return (types.SimpleNamespace(n=n, skipped=skipped),
-            {'loss': np.float32(1 / n), 'skipped': np.float32(skipped), 'n': n})
+            {'loss': loss, 'skipped': np.float32(skipped), 'n': n})
 
   def wait_for(self, n):
     self.clock.now = max(self.clock.now, self.done[n])
@@ -210,6 +225,21 @@ def test_saves_on_schedule_and_when_better(monkeypatch):
   assert [s[0] for s in w.saves] == [3, 5, 6, 10, 12]
 
 
+@pytest.mark.parametrize('losses, mode, saved', [
+    ([3.0, 2.0, 2.5, 2.4], 'min', [3, 6, 12]), ([2.0, 2.0, 3.0, 3.0], 'min', [3, 12]),
+    ([0.5, 0.5, 0.4, 0.6], 'max', [3, 12]), ([0.5, 0.4, 0.6, 0.6], 'max', [3, 9, 12])])
+def test_the_best_is_the_step_that_the_summary_names(losses, mode, saved, monkeypatch):
+  """Of equal ones the first; that of step 0, better than all, is in no checkpoint."""
+  w = world(monkeypatch, steps=12, losses=losses, mode=mode)
+  w.done[0] = 0.0
+  w.losses.insert(0, 0.0 if mode == 'min' else 1.0)
+  _, evaluations = w.fit(eval_every=3, eval_first=True)
+  assert [s[0] for s in w.saves] == saved
+  c = checkpoint.Config(metric='val_loss', mode=mode)
+  assert summary.best(evaluations, c)['step'] in saved
+  assert summary.best(evaluations, dataclasses.replace(c, keep_best=0)) is None
+
+
 def test_one_row_a_step_and_one_every_log_every(monkeypatch):
   w = world(monkeypatch, steps=25)
   w.fit()
@@ -238,6 +268,18 @@ def test_rates_leave_out_compiling_evaluating_and_saving(monkeypatch):
   assert {r['tokens_per_s'] for r in w.logs.rows} == {50.0}
   assert {r['mfu'] for r in w.logs.rows} == {10 / 2 / 20}
   assert w.logs.rows[-1]['elapsed_s'] == 100 + 50 + 80 + 6 * 1000 + 9 * 300  # the last row is before the last two
+
+
+@pytest.mark.parametrize('start', [0, 5, 7])
+def test_rates_of_a_device_that_each_call_waits_for(start, monkeypatch):
+  """As a CPU is: a step is over before the rows of those before it are written. The first, compiled in it, is left out."""
+  for log_every in (1, 3, 50):
+    w = world(monkeypatch, steps=20, save_every=8, waits_for_steps=True)
+    w.fit(start, [[start, {'val_loss': 1.0}]] if start else [], eval_every=6, log_every=log_every)
+    rows = w.logs.rows
+    assert {r['tokens_per_s'] for r in rows if r['step'] > start + 1} == {50.0}
+    assert {r['mfu'] for r in rows if r['step'] > start + 1} == {10 / 2 / 20}
+    assert not any('tokens_per_s' in r for r in rows if r['step'] == start + 1)
 
 
 def test_the_loop_never_waits_for_a_step_it_just_started(monkeypatch):

@@ -263,7 +263,7 @@ def test_flops_leave_out_gradients_of_frozen_weights(root):
 def test_microbatches_are_of_responses_not_of_prompts(root):
   assert make(root, policy.GRPO, optim__microbatches=16).kept == 32
   for changes in ({'optim__microbatches': 64}, {'mesh': sharding.Config(data=16)}):
-    with pytest.raises(ConfigError, match='data.batch=8: 32 rows .* are not divisible by .*, or the prompts'):
+    with pytest.raises(ConfigError, match='data.batch=8: 32 rows .* are not divisible by .*, or prompts'):
       make(root, policy.GRPO, **changes)
 
 

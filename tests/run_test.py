@@ -274,6 +274,55 @@ def test_resume_with_changes(finished, monkeypatch, capsys):
   assert (workdir / 'changes.jsonl').read_text().count('\n') == 1  # nothing was trained with other values
 
 
+def test_a_longer_run_that_dies_before_its_first_save_resumes(finished, monkeypatch, capsys):
+  """The newest checkpoint is the finished one of the shorter run; its end is not that of the longer one."""
+  c, workdir = finished
+  more = config.replace(c, optim__steps=16)
+  with monkeypatch.context() as m:
+    tiny.stop_before_the_step(m)
+    with pytest.raises(tiny.Reached):
+      run.run(more, TASK, workdir, resume_with_changes=True)
+  assert run.run(more, TASK, workdir)['steps'] == 16
+  assert 'already complete' not in capsys.readouterr().out
+
+
+def test_a_run_that_stopped_early_stays_so_whatever_flags_are_repeated(corpus, tmp_path, monkeypatch):
+  c = tiny.make_config(corpus, loop__patience=1, loop__min_delta=10.0, optim__steps=40)
+  assert run.run(c, TASK, tmp_path)['steps'] == 8
+  with monkeypatch.context() as m:
+    tiny.stop_before_the_step(m)
+    assert run.run(c, TASK, tmp_path, resume_with_changes=True)['steps'] == 8
+  assert run.run(config.replace(c, loop__patience=2), TASK, tmp_path, resume_with_changes=True)['steps'] == 12
+
+
+def test_tokens_are_those_of_the_batches_that_were(finished):
+  c, workdir = finished
+  wide = config.replace(c, data__batch=16, optim__steps=16)
+  assert run.run(config.replace(c, data__batch=16), TASK, workdir, resume_with_changes=True)['tokens'] == 12 * 8 * 16
+  assert run.run(wide, TASK, workdir, resume_with_changes=True)['tokens'] == 12 * 8 * 16 + 4 * 16 * 16
+  assert [r['tokens'] for r in logs.read(workdir)][-5:] == [1536 + n * 256 for n in range(5)]
+  assert run.run(wide, TASK, workdir)['tokens'] == 12 * 8 * 16 + 4 * 16 * 16  # from the checkpoint
+
+
+def test_batches_are_left_out_where_a_run_resumes_or_after(finished):
+  c, workdir = finished
+  changed = config.replace(c, skip_batches=((3, 5),), optim__steps=16)
+  with pytest.raises(ConfigError, match=r'skip_batches: \(3, 5\) lies before step 12, .*--restore_step=N .* up to 3'):
+    run.run(changed, TASK, workdir, resume_with_changes=True)
+  assert run.run(config.replace(changed, skip_batches=((12, 5),)), TASK, workdir, resume_with_changes=True)['steps'] == 16
+  again = config.replace(changed, skip_batches=((12, 5), (16, 1)), optim__steps=17)
+  assert run.run(again, TASK, workdir, resume_with_changes=True)['steps'] == 17  # the first was so before
+
+
+def test_without_config_json_the_checkpoint_says_what_was_trained(finished, monkeypatch):
+  c, workdir = finished
+  (workdir / 'config.json').unlink()
+  tiny.stop_before_the_step(monkeypatch)
+  with pytest.raises(ConfigError, match='optim.lr: 0.1 there, 9.0 now'):
+    run.run(config.replace(c, optim__lr=9), TASK, workdir, restore_step=10)
+  assert run.run(c, TASK, workdir)['steps'] == 12
+
+
 def test_other_data_is_said_and_kept(finished, tmp_path, monkeypatch, capsys):
   """The text behind a path, and batches that are counted by steps."""
   c, workdir = finished

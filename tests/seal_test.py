@@ -132,13 +132,13 @@ def test_prune_keeps_newest_and_best(tmp_path, mode, keep, keep_best, left):
   assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == [str(s) for s in left]
 
 
-def test_ties_go_to_the_newer_step_and_a_damaged_seal_has_no_metric(tmp_path):
+def test_ties_go_to_the_older_step_and_a_damaged_seal_has_no_metric(tmp_path):
   for step in (1, 2, 3):
     make(tmp_path, step, {'val_loss': 1.0})
   seal.path_of(tmp_path, 3).write_text('{}')
   values = seal.metrics(tmp_path, 'val_loss')
   assert values == {1: 1.0, 2: 1.0, 3: None}
-  assert seal.ranked(values, 'min') == seal.ranked(values, 'max') == [2, 1]
+  assert seal.ranked(values, 'min') == seal.ranked(values, 'max') == [1, 2]
   nan, inf = float('nan'), float('inf')
   for mode, best in (('min', [3, 2]), ('max', [2, 3])):
     assert seal.ranked({1: nan, 2: 2.0, 3: 1.0, 4: inf, 5: -inf, 6: nan}, mode) == best

@@ -132,7 +132,10 @@ def write(documents: Iterable[corpora.Document], tokenizer: tokenizers.Tokenizer
     os.replace(text_file.name, out / 'validation.txt')
     done = {name: writer.close() for name, writer in writers.items()}
     if not sum(d['documents'] for d in done.values()):
-      raise DataError(f'{out}: no text in its {empty} documents; expected at least one with text; check the corpus')
+      names = [s['name'] for s in source] if isinstance(source, list) else [source or 'the documents']
+      more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+      raise DataError(f'{out}: no text in {", ".join(map(str, names[:3]))}{more} ({empty} empty documents); expected '
+                      'at least one document with text; check the corpus')
     manifest = head | {'dtype': dtype.str, 'skipped': {'empty': empty}, 'splits': done}
     disk.write(out / 'manifest.json', (json.dumps(manifest, indent=1) + '\n').encode())
   return Dataset(out)
