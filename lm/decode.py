@@ -5,7 +5,7 @@ gives depends neither on the padding nor on the other rows. Shapes: B rows, T pr
 S cache slots, V vocabulary.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import dataclasses
 import functools
 import math
@@ -20,12 +20,13 @@ import numpy as np
 
 from lm import nn, params
 from lm.errors import ConfigError
-from lm.kernels import quantised
+from lm.kernels import attention, quantised
 
 # How many of a kernel's dimensions a dot contracts, by the last part of its path; they come first.
 _KERNELS = {'q': 1, 'k': 1, 'v': 1, 'o': 2, 'up': 1, 'gate': 1, 'down': 1, 'relative': 1}
 _CHUNK = 256  # of the vocabulary
-_BUCKET = 16  # shortest padded prompt; longer ones go to the next power of two, so few programs are compiled
+_BUCKET, _STEP = 16, 1024  # shortest padded prompt; longer ones: the next power of two, or multiple of _STEP, if less
+_LONG = 512  # longer prompts attend by blocks: the whole [B, N, T, S] of scores would be much
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,8 @@ class Model:
   """What decoding needs of a model. Make one and keep it: programs are compiled once for each.
 
   Attributes:
-    apply: (params, ids_BT, *, segments_BT, cache) -> (x_BTD, cache), positions counting a row's own tokens.
+    apply: (params, ids_BT, *, segments_BT, cache) -> (x_BTD, cache), positions counting a row's own tokens; `attend`
+      may be given as well.
     logits: (params, x_BTD) -> [B, T, V].
     init_cache: (B, S) -> cache of S slots.
     length: most positions that exist; None where any number does.
@@ -177,7 +179,7 @@ def run(model: Model, s: Sampling, p: params.Tree, ids_BT: jax.Array, segments_B
 def pad(prompts: Sequence[Sequence[int]], width: int = 0) -> tuple[np.ndarray, np.ndarray]:
   """(ids_BT, segments_BT), padded on the left (segment 0) to `width` or a bucket; ConfigError: a prompt is longer."""
   longest = max(map(len, prompts))
-  T = width or max(_BUCKET, 1 << (longest - 1).bit_length())
+  T = width or max(_BUCKET, min(1 << (longest - 1).bit_length(), -(-longest // _STEP) * _STEP))
   if longest > T:
     raise ConfigError(f'width={T}: a prompt has {longest} tokens; expected at most {T}; cut it or raise width')
   ids_BT, segments_BT = np.zeros((2, len(prompts), T), np.int32)
@@ -185,20 +187,6 @@ def pad(prompts: Sequence[Sequence[int]], width: int = 0) -> tuple[np.ndarray, n
     ids_BT[row, T - len(prompt):] = prompt
     segments_BT[row, T - len(prompt):] = 1
   return ids_BT, segments_BT
-
-
-def pieces(to_text: Callable[[list[int]], str], ids: Iterable[int], before: Sequence[int] = ()) -> Iterator[str]:
-  """The text of the ids as it stands behind `before`, piece by piece; an unfinished last character is left out.
-
-  Each piece is what its ids add to those of the piece before: a tokenizer may treat the first id of a text specially.
-  """
-  before, now = list(before), []
-  for i in ids:
-    now.append(i)
-    old, text = to_text(before), to_text(before + now)
-    if len(text) > len(old) and not text.endswith('\ufffd'):
-      yield text[len(old):]
-      before, now = now, []
 
 
 def sample_token(logits_BV: jax.Array, keys_B: jax.Array | None, s: Sampling) -> jax.Array:
@@ -256,7 +244,10 @@ def _categorical(key, logits_C):
 def _first(model, s, p, ids_BT, segments_BT, key):
   """Prefill and the first token."""
   B, T = ids_BT.shape
-  x_BTD, cache = model.apply(p, ids_BT, segments_BT=segments_BT, cache=model.init_cache(B, T + s.max_new))
+  cache, options = model.init_cache(B, T + s.max_new), {}
+  if T > _LONG:
+    cache, options = cache.replace(length=0), {'attend': attention.attend}  # its blocks must be known when it compiles
+  x_BTD, cache = model.apply(p, ids_BT, segments_BT=segments_BT, cache=cache, **options)
   return _choose(model, s, p, x_BTD[:, -1:], key, 0, jnp.zeros(B, bool), cache)
 
 

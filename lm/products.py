@@ -120,6 +120,8 @@ def _divided(equations, x, ws, gs):
   # The first dimension that a weight adds (heads, mlp) is what devices divide; a single key head is on all of them.
   first = x.ndim - 1
   divided = [i for i, g in enumerate(gs) if g.shape[first] > 1]
+  if not divided:
+    return _apart(equations, x, ws, gs)
   heads = min(gs[i].shape[first] for i in divided)
   g = jnp.concatenate([gs[i].reshape(*x.shape[:-1], heads, -1) for i in divided], axis=-1)
   w = jnp.concatenate([ws[i].reshape(x.shape[-1], heads, -1).astype(x.dtype) for i in divided], axis=-1)

@@ -15,7 +15,7 @@ from lm import checkpoint, config, params, peft, seal
 from lm.data import inputs
 from lm.errors import CheckpointError, ConfigError
 from lm.models import decoder, gguf, hf, pretrained
-from lm.text import tokenizer as tokenizers
+from lm.text import tokenizer as tokenizers, tokenizer_files
 
 _MIXERS = ((2654435761, 2246822519), (3266489917, 668265263))  # odd, without a pattern in their bits
 _HEADS = ('mlm', 'nsp', 'pooler', 'rtd')
@@ -46,7 +46,8 @@ def load(path: str | os.PathLike, best: bool = True) -> Model:
   if kind == 'workdir':
     return _workdir(path, best)
   if kind == 'gguf':
-    return Model(*gguf.load(path))
+    c, p, own, ends = gguf.load(path)
+    return Model(c, p, own or _tokenizer(path.parent), ends)
   c, p = hf.load(path)
   if not isinstance(c, decoder.Config):
     raise ConfigError(f'{path}: the config is of an encoder; expected a decoder, which generates text; name another '
@@ -141,14 +142,15 @@ def kind_of(path: str | os.PathLike) -> str:
 
 def _workdir(path, best):
   try:
-    saved = json.loads((path / 'config.json').read_bytes())['config']
+    whole = json.loads((path / 'config.json').read_bytes())
+    saved, ends = whole['config'], tuple(whole.get('ends', ()))
     c, kept = config.from_json(decoder.Config, saved['model']), saved['checkpoint']
     ranked = checkpoint.best(path / 'checkpoints', kept['metric'], kept['mode']) if best else None
   except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
     raise CheckpointError(f'{path / "config.json"}: {type(error).__name__}: {error}; expected the config of a decoder '
                           'run; name another model') from error
   p = peft.plain(restore(path, decoder.specs(c), ranked))
-  return Model(c, p, _tokenizer(path / 'tokenizer'))
+  return Model(c, p, _tokenizer(path / 'tokenizer'), ends)
 
 
 def restore(workdir: str | os.PathLike, specs: params.Tree, first: int | None = None,
@@ -203,4 +205,4 @@ def _intact(folder, abstract, first, pattern=''):
 
 def _tokenizer(path):
   """The tokenizer in the folder, None where it holds none of its files."""
-  return tokenizers.load(path) if tokenizers.files_in(path) else None
+  return tokenizers.load(path) if tokenizer_files.names_in(path) else None

@@ -176,7 +176,8 @@ def _workdir(out: pathlib.Path, model: weights.Model) -> None:
   with checkpoint.Saver(out / 'checkpoints', c.checkpoint, start=None) as saver:
     saver.save(0, {'params': model.params}, meta={}, metrics={})
   model.tokenizer.save(out / 'tokenizer')
-  disk.write(out / 'config.json', json.dumps({'config': config.to_json(c)}, indent=1).encode())
+  disk.write(out / 'config.json', json.dumps({'config': config.to_json(c)} | (
+      {'ends': model.ends} if model.ends else {}), indent=1).encode())
 
 
 if __name__ == '__main__':

@@ -25,7 +25,7 @@ from lm import decode, host, peft, weights
 from lm.data import conversations
 from lm.errors import ConfigError, DataError
 from lm.models import blocks, decoder
-from lm.text import chat
+from lm.text import chat, streaming
 
 _MODEL = flags.DEFINE_string('model', '', 'A workdir, a Hugging Face folder, or a .gguf file.')
 _PROMPT = flags.DEFINE_multi_string('prompt', [], 'What to continue; may be repeated.')
@@ -63,19 +63,20 @@ def main(_: list[str]) -> None:
   s = decode.Sampling(_room(model, prompts), _TEMPERATURE.value, _TOP_K.value, _TOP_P.value,
                       tuple(sorted({i for i in stop if i is not None})))
   p, key = decode.prepare(found.params, _DTYPE.value), jax.random.key(_SEED.value)
+  del found  # its weights are in p, too
   # A continuation is printed behind its prompt; an answer is a text of its own.
   shown = [('', ()) for _ in texts] if _CHAT.value else list(zip(texts, prompts, strict=True))
   if len(prompts) == 1:
     (text, before), = shown
     print(text, end='', flush=True)
     drawn = (int(ids_B[0]) for ids_B in decode.stream(model, p, prompts, s, key))
-    for piece in decode.pieces(tokenizer.decode, drawn, before):
+    for piece in streaming.pieces(tokenizer.decode, drawn, before):
       print(piece, end='', flush=True)
     print()
     return
   sample = decode.generate(model, p, prompts, s, key)
   for (text, before), ids, n in zip(shown, np.asarray(sample.tokens_BT), np.asarray(sample.lengths_B), strict=True):
-    print(text + ''.join(decode.pieces(tokenizer.decode, ids[:n].tolist(), before)), end='\n\n')
+    print(text + ''.join(streaming.pieces(tokenizer.decode, ids[:n].tolist(), before)), end='\n\n')
 
 
 def _read() -> str:

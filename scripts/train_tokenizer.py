@@ -25,7 +25,7 @@ import tqdm
 from experiments import cli
 from lm.data import corpora, records
 from lm.errors import ConfigError, Error
-from lm.text import tokenizer as tokenizers, training
+from lm.text import tokenizer as tokenizers, tokenizer_files, training
 
 _TEXT = flags.DEFINE_list('text', [], '.txt and .jsonl files, directories or globs, comma-separated.')
 _KIND = flags.DEFINE_enum('kind', 'unigram', ['unigram', 'bpe', 'char'], 'What to train.')
@@ -59,7 +59,7 @@ def main(_: list[str]) -> None:
     if _CONTROL.value or _MAX_LINES.value:
       raise ConfigError('--control_symbols, --max_lines: not for --kind=char, which has all characters and no other; '
                         'drop them, or choose another kind')
-    if others := set(tokenizers.files_in(_OUT.value)) - {'char.json'}:
+    if others := set(tokenizer_files.names_in(_OUT.value)) - {'char.json'}:
       raise ConfigError(f'--out={_OUT.value}: holds {min(others)}, of another tokenizer; expected a folder of its own; '
                         'choose another')
     tokenizer = tokenizers.char(texts)

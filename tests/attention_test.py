@@ -39,6 +39,14 @@ def test_equals_reference(T, kind):
       np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.parametrize('window', [None, 37])
+def test_a_prefix_is_seen_from_everywhere(window):
+  """Also by blocks whose window begins behind it."""
+  (q, _, _), (_, k, v), mask = inputs(300), inputs(316), nn.Mask(window=window, prefix=16, start=16)
+  got, want = (jax.jit(lambda q, k, v, f=f: f(q, k, v, mask))(q, k, v) for f in (attention.attend, nn.attend))
+  np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_padding_rows_do_not_leak_gradients():
   """Queries of segment 0 mean nothing; with their output unused, both agree to the last gradient."""
   T = 200

@@ -42,6 +42,17 @@ def test_to_a_workdir_and_back(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.slow
+def test_what_ends_texts_goes_along(tmp_path):
+  c = decoder.Config(vocab=258, length=16, layers=1, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=32)
+  hf.save(tmp_path / 'a', c, jax.device_get(params.init(decoder.specs(c), jax.random.key(0))), tokenizer.byte())
+  (tmp_path / 'a' / 'generation_config.json').write_text('{"eos_token_id": [256, 5]}')
+  for source, kind, out in (('a', 'workdir', 'b'), ('b', 'hf', 'c')):
+    done = _convert(f'--from={tmp_path / source}', f'--to={kind}', f'--out={tmp_path / out}')
+    assert done.returncode == 0, done.stderr
+    assert weights.load(tmp_path / out).ends == (256, 5)
+
+
 def test_a_run_of_an_encoder_becomes_a_folder_that_loads_to_the_same_values(tmp_path):
   for name, kind in (('bert_cpu', bert), ('electra_cpu', electra), ('deberta_v3_cpu', deberta)):
     c = getattr(kind, name)()

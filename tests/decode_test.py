@@ -16,7 +16,7 @@ from lm import decode, nn, params, sharding
 from lm.decode import Sampling
 from lm.errors import ConfigError
 from lm.models import decoder
-from lm.text import tokenizer, training
+from lm.text import streaming, tokenizer, training
 
 GPT2 = decoder.Config(vocab=96, length=64, layers=2, embed=32, heads=4, kv_heads=4, head_dim=8, mlp=64)
 LLAMA = dataclasses.replace(GPT2, kv_heads=2, positions='rotary', norm='rms', norm_bias=False, bias=False,
@@ -301,27 +301,27 @@ def test_rotary_positions_have_no_end():
 
 def test_pieces_are_whole_characters():
   t, text = tokenizer.byte(), 'Größe 你好，世界 🎉!\n'
-  out = list(decode.pieces(t.decode, t.encode(text).tolist()))
+  out = list(streaming.pieces(t.decode, t.encode(text).tolist()))
   assert ''.join(out) == text and out == list(text)
 
 
 def test_an_unfinished_character_is_left_out_and_a_wrong_byte_is_not():
   t = tokenizer.byte()
-  assert ''.join(decode.pieces(t.decode, t.encode('ab你').tolist()[:-1])) == 'ab'
-  assert ''.join(decode.pieces(t.decode, [0x61, 0xff, 0x62])) == 'a\ufffdb'
+  assert ''.join(streaming.pieces(t.decode, t.encode('ab你').tolist()[:-1])) == 'ab'
+  assert ''.join(streaming.pieces(t.decode, [0x61, 0xff, 0x62])) == 'a\ufffdb'
 
 
 def test_control_ids_show_as_nothing():
   t = tokenizer.byte()
-  assert list(decode.pieces(t.decode, [0x61, t.eos_id, 0x62])) == ['a', 'b']
+  assert list(streaming.pieces(t.decode, [0x61, t.eos_id, 0x62])) == ['a', 'b']
 
 
 def test_pieces_keep_the_space_that_sentencepiece_drops_at_the_start_of_a_text(tmp_path):
   """And byte-fallback pieces: 你 is not in the training text."""
   t = training.train_sentencepiece(['the cat sat on the mat. a cat and a dog.'] * 50, tmp_path / 't.model', vocab=276)
   ids = t.encode('the cat 你 sat').tolist()
-  assert len(list(decode.pieces(t.decode, ids))) < len(ids)
-  assert ''.join(decode.pieces(t.decode, ids)) == t.decode(ids) == 'the cat 你 sat'
+  assert len(list(streaming.pieces(t.decode, ids))) < len(ids)
+  assert ''.join(streaming.pieces(t.decode, ids)) == t.decode(ids) == 'the cat 你 sat'
 
 
 def test_pieces_behind_a_prompt_keep_their_first_space(tmp_path):
@@ -335,5 +335,25 @@ def test_pieces_behind_a_prompt_keep_their_first_space(tmp_path):
     ids = t.encode(prompt + more).tolist()
     n = len(t.encode(prompt))
     assert t.encode(prompt).tolist() == ids[:n]
-    assert ''.join(decode.pieces(t.decode, ids[n:], ids[:n])) == more
-  assert ''.join(decode.pieces(sp.decode, sp.encode(' sat').tolist(), [sp.bos_id])) == ' sat'  # begins a text
+    assert ''.join(streaming.pieces(t.decode, ids[n:], ids[:n])) == more
+  assert ''.join(streaming.pieces(sp.decode, sp.encode(' sat').tolist(), [sp.bos_id])) == ' sat'  # begins a text
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_a_long_prompt_attends_by_blocks(name, monkeypatch):
+  """The tokens of the reference, without holding all scores; and no more padding than to the next 1,024."""
+  c, B, T = dataclasses.replace(CONFIGS[name], length=1100), 2, 1024
+  p, rng = params.init(decoder.specs(c), jax.random.key(1)), np.random.default_rng(0)
+  prompts = [rng.integers(0, 96, n) for n in (T, 300)]
+  found = {}
+  for long in (decode._LONG, T):
+    monkeypatch.setattr(decode, '_LONG', long)
+    run = jax.jit(lambda p, *rows: decode.run(decode.of(decoder, c), GREEDY, p, *rows, None))
+    compiled = run.lower(p, *decode.pad(prompts)).compile()
+    found[long] = compiled(p, *decode.pad(prompts)), compiled.memory_analysis().temp_size_in_bytes
+  (few_, least), (all_, most) = found.values()
+  np.testing.assert_array_equal(few_.tokens_BT, all_.tokens_BT)
+  np.testing.assert_allclose(few_.logprobs_BT, all_.logprobs_BT, atol=1e-4)
+  scores = 4 * B * c.heads * T * (T + GREEDY.max_new)
+  assert most > scores and (name == 'odd' or least < most - scores / 2)  # relative positions are a bias, held whole
+  assert [decode.pad([[1] * n])[0].shape[1] for n in (3, 600, 1025, 2048, 4097)] == [16, 1024, 2048, 2048, 5120]

@@ -18,6 +18,7 @@ from lm import nn, params, sharding
 from lm.errors import CheckpointError, ConfigError
 from lm.kernels import attention
 from lm.models import blocks, encoder, heads, hf, hf_encoder
+from lm.text import training
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden'
 NAMES = ('bert', 'roberta', 'electra', 'electra-generator')
@@ -406,6 +407,19 @@ def test_every_parameter_has_a_row():
     placed = [path for row in family.rows for path in row.paths]
     assert set(params.flatten(tree_of(c, *names))) <= set(placed)
     assert len(placed) == len(set(placed))
+
+
+def test_a_roberta_whose_padding_id_stands_in_texts_has_no_export(tmp_path):
+  """transformers would give that id no position: here '</s>' is 1 and separates, where [SEP] does not."""
+  for symbols in (['<mask>'], ['[CLS]', '[SEP]', '[MASK]']):
+    text = training.train_sentencepiece(['a b c d e f'] * 20, tmp_path / 'x.model', 272, 'bpe', control_symbols=symbols)
+    c = dataclasses.replace(KINDS['roberta'], vocab=272)
+    p = _random(c, ('mlm',))
+    if len(symbols) > 1:
+      hf.save(tmp_path / 'out', c, p, text)
+    else:
+      with pytest.raises(ConfigError, match='id 1 of the tokenizer stands in texts'):
+        hf.save(tmp_path / 'out', c, p, text)
 
 
 def test_every_field_of_the_config_is_written_or_refused():

@@ -8,6 +8,7 @@ import pytest
 from sentencepiece import sentencepiece_model_pb2
 import tokenizers as hf
 
+from lm.errors import DataError
 from lm.text import export, tokenizer as tokenizers, training
 
 TEXTS = ['The quick brown fox jumps over the lazy dog.\nIt had 1,234 reasons.\n\n\tIndented, and  twice spaced. \n',
@@ -98,8 +99,12 @@ def test_what_tokenizer_json_cannot_say_is_left_to_sentencepiece(kinds, tmp_path
   assert export.files(changed) == changed.files
 
 
-def test_damage_beside_does_not_hide_a_tokenizer(kinds, tmp_path):
+def test_a_config_that_says_nonsense_is_named_and_leads_nowhere(kinds, tmp_path):
   kinds['unigram'].save(tmp_path)
-  for junk in ('{', '[]', '{"made_from": ["x"]}', '{"made_from": "../x.model"}'):
+  for junk in ('{"made_from": ["x"]}', '{"made_from": "../x.model"}'):
     (tmp_path / 'tokenizer_config.json').write_text(junk)
     assert tokenizers.load(tmp_path).sha256 == kinds['unigram'].sha256
+  for junk in ('{', '[]'):
+    (tmp_path / 'tokenizer_config.json').write_text(junk)
+    with pytest.raises(DataError, match='expected a sentencepiece tokenizer; copy'):
+      tokenizers.load(tmp_path)

@@ -95,11 +95,20 @@ def small(tmp_path_factory):
   return _write(tmp_path_factory.mktemp('gguf') / 'small.gguf', CONFIG, _params(CONFIG))
 
 
+def test_ends_of_turns_and_what_begins_a_document(tmp_path):
+  def chat(w):
+    w.add_eot_token_id(2)
+    w.add_add_bos_token(True)
+  for edit, begin, ends in ((lambda w: None, [], ()), (chat, [0], (2,))):
+    _, _, tok, found = gguf.load(_write(tmp_path / 'x.gguf', CONFIG, _params(CONFIG), edit=edit))
+    assert (tok.begin, found) == (begin, ends)
+
+
 @pytest.mark.parametrize(('tied', 'bias'), [(False, False), (True, False), (False, True)])
 def test_f32_file_comes_back_bitwise(tmp_path, tied, bias):
   c = dataclasses.replace(CONFIG, tied=tied, bias=bias)
   p = _params(c)
-  got, q, _ = gguf.load(_write(tmp_path / 'x.gguf', c, p))
+  got, q, *_ = gguf.load(_write(tmp_path / 'x.gguf', c, p))
   assert got == c
   assert jax.tree.structure(p) == jax.tree.structure(q)
   jax.tree.map(np.testing.assert_array_equal, p, q)
@@ -109,7 +118,7 @@ def test_quantised_file_is_what_the_package_dequantises(tmp_path):
   p = _params(CONFIG)
   kind = package.GGMLQuantizationType.Q8_0
   path = _write(tmp_path / 'x.gguf', CONFIG, p, kind)
-  _, q, _ = gguf.load(path)
+  _, q, *_ = gguf.load(path)
   stored = {t.name: package.quants.dequantize(t.data, t.tensor_type) for t in package.GGUFReader(path).tensors}
   np.testing.assert_array_equal(q['embed']['tokens'], stored['token_embd.weight'])
   np.testing.assert_array_equal(q['blocks']['mlp']['down'][1].T, stored['blk.1.ffn_down.weight'])
@@ -127,7 +136,7 @@ def test_header_reads_as_the_package_reads_it(small):
 
 
 def test_tokenizer_inside(small, tmp_path):
-  _, _, tok = gguf.load(small)
+  _, _, tok, _ = gguf.load(small)
   tok.save(tmp_path)
   assert tokenizer.load(tmp_path).sha256 == tok.sha256
   assert (tok.bos_id, tok.eos_id, tok.control) == (0, 1, {'<|endoftext|>': 0, '<|im_end|>': 1})
@@ -277,7 +286,7 @@ def smollm2():
 
 @pytest.mark.parametrize('cached', [False, slow(True)])
 def test_smollm2_answers(smollm2, cached):
-  c, p, tok = smollm2
+  c, p, tok, _ = smollm2
   assert params.count(p) == params.count(decoder.specs(c)) == 134_515_008
   assert tok.decode(tok.encode('Hello world 12345 naïve')) == 'Hello world 12345 naïve'
   ids_BT = _chatml(tok, [('system', 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'),

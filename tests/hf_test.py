@@ -122,6 +122,18 @@ def test_tokenizer_goes_beside(tmp_path):
   assert hf.load(tmp_path / 'out3')[0].vocab == 320
 
 
+def test_fields_that_are_off_or_of_generation_change_nothing(tmp_path):
+  shutil.copytree(GOLDEN / 'llama', tmp_path / 'x')
+  fields = json.loads((tmp_path / 'x' / 'config.json').read_text())
+  more = {'is_encoder_decoder': False, 'pruned_heads': {}, 'cross_attention_hidden_size': None, 'temperature': 0.7,
+          'top_p': 0.9, 'unsloth_version': '1', 'something_new': False}
+  (tmp_path / 'x' / 'config.json').write_text(json.dumps(fields | more))
+  assert hf.load(tmp_path / 'x')[0] == hf.load(GOLDEN / 'llama')[0]
+  (tmp_path / 'x' / 'config.json').write_text(json.dumps(fields | {'something_new': 0}))
+  with pytest.raises(ConfigError, match='something_new=0; .* take it out if it changes nothing'):
+    hf.load(tmp_path / 'x')
+
+
 @pytest.mark.parametrize('files, want', [
     ({}, ()), ({'config.json': None}, ()), ({'config.json': 3}, (3,)), ({'config.json': [3, 5]}, (3, 5)),
     ({'config.json': 3, 'generation_config.json': [4, 3]}, (4, 3)),

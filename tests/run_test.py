@@ -309,7 +309,8 @@ def test_batches_are_left_out_where_a_run_resumes_or_after(finished):
   changed = config.replace(c, skip_batches=((3, 5),), optim__steps=16)
   with pytest.raises(ConfigError, match=r'skip_batches: \(3, 5\) lies before step 12, .*--restore_step=N .* up to 3'):
     run.run(changed, TASK, workdir, resume_with_changes=True)
-  assert run.run(config.replace(changed, skip_batches=((12, 5),)), TASK, workdir, resume_with_changes=True)['steps'] == 16
+  here = config.replace(changed, skip_batches=((12, 5),))
+  assert run.run(here, TASK, workdir, resume_with_changes=True)['steps'] == 16
   again = config.replace(changed, skip_batches=((12, 5), (16, 1)), optim__steps=17)
   assert run.run(again, TASK, workdir, resume_with_changes=True)['steps'] == 17  # the first was so before
 

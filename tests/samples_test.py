@@ -20,7 +20,7 @@ from lm.data import conversations
 from lm.data.packing import Batch
 from lm.errors import ConfigError, Preempted
 from lm.models import decoder, hf
-from lm.text import chat, tokenizer as tokenizers
+from lm.text import chat, streaming, tokenizer as tokenizers
 
 MODEL = decoder.Config(vocab=258, length=64, layers=2, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=32)
 ROOT = pathlib.Path(__file__).parent.parent
@@ -103,7 +103,7 @@ def test_replies_are_those_of_the_weights_that_were_evaluated(method, root, tmp_
     done = subprocess.run([sys.executable, '-m', 'scripts.sample', f'--model={tmp_path}', '--chat=plain',
                            '--temperature=0', '--max_new=6', f'--prompt={rows[-1]["prompt"].strip()}'], cwd=ROOT,
                           capture_output=True, timeout=300, check=True)
-    assert done.stdout.decode().rstrip('\n') == ''.join(decode.pieces(found.tokenizer.decode, want)).rstrip('\n')
+    assert done.stdout.decode().rstrip('\n') == ''.join(streaming.pieces(found.tokenizer.decode, want)).rstrip('\n')
 
 
 @pytest.mark.slow

@@ -5,9 +5,10 @@ import json
 
 import numpy as np
 import pytest
+import tokenizers as hf
 
 from lm.errors import ConfigError, DataError
-from lm.text import tokenizer as tokenizers, training, vocabulary
+from lm.text import export, tokenizer as tokenizers, tokenizer_files, training, vocabulary
 
 TEXTS = ['The quick brown fox jumps over the lazy dog.\nIt had 1,234 reasons.\n\n\tIndented, and  twice spaced. \n',
          '天地玄黄，宇宙洪荒。\n日月盈昃，辰宿列张。寒来暑往，秋收冬藏。\n',
@@ -19,7 +20,6 @@ NASTY = ['', ' ', '\n', '\n\n\n', '\t', ' lead', 'trail ', '\r\n', 'a\0b', '😀
 
 def small_hf(folder):
   """A byte-level BPE tokenizer.json with special tokens, and a word-level one whose words are special tokens."""
-  import tokenizers as hf
   bpe = hf.Tokenizer(hf.models.BPE())
   bpe.pre_tokenizer, bpe.decoder = hf.pre_tokenizers.ByteLevel(add_prefix_space=False), hf.decoders.ByteLevel()
   trainer = hf.trainers.BpeTrainer(vocab_size=400, special_tokens=['<|endoftext|>', '<|user|>'], show_progress=False,
@@ -82,7 +82,6 @@ def test_text_never_makes_a_control_id(kinds, kind):
 
 
 def test_control_words_in_a_whitespace_vocabulary_are_still_text(tmp_path):
-  import tokenizers as hf
   model = hf.Tokenizer(hf.models.WordLevel({'[UNK]': 0, '[CLS]': 1, 'a': 2}, unk_token='[UNK]'))
   model.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
   model.add_special_tokens(['[UNK]', '[CLS]'])
@@ -106,10 +105,10 @@ def test_saving_replaces_another_tokenizer(kinds, tmp_path):
 
 
 def test_files_of_tokenizers_in_a_folder(kinds, tmp_path):
-  assert tokenizers.files_in(tmp_path / 'none') == []
+  assert tokenizer_files.names_in(tmp_path / 'none') == []
   for name in ('en.model', 'tokenizer_config.json', 'merges.txt', 'notes.txt', 'config.json', 'encoder.json'):
     (tmp_path / name).touch()
-  assert tokenizers.files_in(tmp_path) == ['en.model', 'encoder.json', 'merges.txt']
+  assert tokenizer_files.names_in(tmp_path) == ['en.model', 'encoder.json', 'merges.txt']
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -183,7 +182,6 @@ def test_lone_surrogate_is_a_data_error(kinds):
 
 
 def test_text_that_spells_a_special_token_is_tokenised_like_any_text(kinds):
-  import tokenizers as hf
   plain = json.loads(kinds['hf'].files['tokenizer.json'])
   plain['added_tokens'] = []
   plain = hf.Tokenizer.from_str(json.dumps(plain))
@@ -220,15 +218,38 @@ def test_roles_come_from_the_file_beside_tokenizer_json(tmp_path):
   assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0)
 
 
+def test_a_sentencepiece_model_has_what_the_files_beside_it_add(kinds, tmp_path):
+  """As chat models of the Llama-2 kind are laid out: ids beyond the model, another end, no bos."""
+  kinds['bpe'].save(tmp_path)
+  (tmp_path / 'added_tokens.json').write_text('{"<|im_end|>": 400, "<|im_start|>": 401}')
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps(
+      {'add_bos_token': False, 'eos_token': '<|im_end|>', 'bos_token': {'content': '<s>'}, 'added_tokens_decoder': {
+          '2': {'content': '<s>', 'special': True}, '401': {'content': '<|im_start|>', 'special': True}}}))
+  found = tokenizers.load(tmp_path)
+  assert (found.vocab_size, found.bos_id, found.eos_id, found.pad_id, found.begin) == (402, 2, 400, 0, [])
+  assert found.control == kinds['bpe'].control | {'<|im_end|>': 400, '<|im_start|>': 401}
+  assert found.encode('the <|im_end|>').tolist() == kinds['bpe'].encode('the <|im_end|>').tolist()
+  assert found.decode([401, *found.encode('fox'), 400]) == 'fox'
+  found.save(tmp_path / 'again')
+  assert tokenizers.load(tmp_path / 'again').sha256 == found.sha256 != kinds['bpe'].sha256
+  exported = export.files(found)
+  assert hf.Tokenizer.from_str(exported['tokenizer.json'].decode()).token_to_id('<|im_start|>') == 401
+
+
 def test_what_begins_a_document_is_said_by_the_files(tmp_path):
   """bos, unless they say that none is added, or it begins the turns of a chat."""
   small_hf(tmp_path / 'hf')
   config = tmp_path / 'hf' / 'tokenizer_config.json'
-  for said, begin in (({}, [1]), ({'add_bos_token': True}, [1]), ({'add_bos_token': False}, [])):
-    config.write_text(json.dumps({'bos_token': '<|user|>', 'eos_token': '<|endoftext|>'} | said))
-    tokenizer = tokenizers.load(tmp_path / 'hf')
-    assert tokenizer.begin == begin and tokenizer.bos_id == 1
-    assert tokenizer.document('x').tolist() == [*begin, *tokenizer.encode('x'), 0]
+  plain = hf.Tokenizer.from_file(str(tmp_path / 'hf' / 'tokenizer.json'))
+  for adds in (False, True):
+    if adds:  # as transformers 5 saves it, which writes no add_bos_token
+      plain.post_processor = hf.processors.TemplateProcessing('<|user|> $A', special_tokens=[('<|user|>', 1)])
+      plain.save(str(tmp_path / 'hf' / 'tokenizer.json'))
+    for said, begin in (({}, [1] * adds), ({'add_bos_token': True}, [1]), ({'add_bos_token': False}, [])):
+      config.write_text(json.dumps({'bos_token': '<|user|>', 'eos_token': '<|endoftext|>'} | said))
+      tokenizer = tokenizers.load(tmp_path / 'hf')
+      assert tokenizer.begin == begin and tokenizer.bos_id == 1
+      assert tokenizer.document('x').tolist() == [*begin, *tokenizer.encode('x'), 0]
   turns = dataclasses.replace(tokenizers.byte(), control={'<|im_start|>': 5}, bos_id=5)
   assert turns.begin == [] and dataclasses.replace(turns, control={}).begin == [5]
 
@@ -306,7 +327,6 @@ def test_special_ids(kinds, tmp_path):
                                            control_symbols=['[CLS]', '[SEP]', '[MASK]'])
   assert vocabulary.special_ids(trained) == vocabulary.Special(4, 5, 6, 0)
   assert not np.isin(trained.encode('[CLS] 天地[MASK]<pad>[SEP]'), [0, 4, 5, 6]).any()
-  import tokenizers as hf
   names = ['<s>', '<pad>', '</s>', '<unk>', '<mask>']
   model = hf.Tokenizer(hf.models.BPE({n: i for i, n in enumerate([*names, 'a', 'Ġ'])}, []))
   model.pre_tokenizer = hf.pre_tokenizers.ByteLevel(add_prefix_space=False)

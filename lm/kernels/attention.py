@@ -53,7 +53,7 @@ def _blocks(mask: nn.Mask, T: int, S: int) -> list[tuple[slice, slice]]:
   blocks = []
   for first in range(0, T, size):
     rows = slice(first, min(first + size, T))
-    start = 0 if mask.window is None else max(0, mask.start + first - mask.window + 1) // size * size
+    start = 0 if mask.window is None or mask.prefix else max(0, mask.start + first - mask.window + 1) // size * size
     blocks.append((rows, slice(start, min(mask.start + rows.stop, S) if mask.causal else S)))
   return blocks
 

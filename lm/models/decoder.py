@@ -186,7 +186,7 @@ def apply(
                           positions_BT=positions_BT, mask=mask)
     keys.append(k)
     values.append(v)
-  cache = Cache(tuple(keys), tuple(values), seen_BS, cache.length + T)
+  cache = Cache(tuple(keys), tuple(values), seen_BS, jnp.int32(cache.length + T))
   return _norm(x_BTD, p['final_norm'], c), cache
 
 

@@ -42,8 +42,8 @@ _ROWS = (
 )
 
 
-def load(path: str | os.PathLike) -> tuple[decoder.Config, params.Tree, tokenizer.Tokenizer | None]:
-  """(config, f32 NumPy parameters, tokenizer) of a GGUF file.
+def load(path: str | os.PathLike) -> tuple[decoder.Config, params.Tree, tokenizer.Tokenizer | None, tuple[int, ...]]:
+  """(config, f32 NumPy parameters, tokenizer, ids that end a text besides the tokenizer's end) of a GGUF file.
 
   The tokenizer is None where the file holds another kind than GPT-2's or SmolLM's byte-level BPE. What it saves is
   tokenizer.json and tokenizer_config.json, which transformers reads too.
@@ -62,7 +62,8 @@ def load(path: str | os.PathLike) -> tuple[decoder.Config, params.Tree, tokenize
   if len(tokens) > c.vocab:
     raise CheckpointError(f'{path}: {len(tokens)} tokens; expected at most {c.vocab}, the rows of token_embd.weight; '
                           'copy the file again')
-  return c, p, _tokenizer(path, meta, tokens)
+  ends = {meta.get(f'tokenizer.ggml.{name}_token_id') for name in ('eot', 'eom')} - {None}
+  return c, p, _tokenizer(path, meta, tokens), tuple(sorted(ends))
 
 
 def read_tokenizer(path: str | os.PathLike) -> tokenizer.Tokenizer | None:
@@ -122,6 +123,8 @@ def _tokenizer(path, meta: dict[str, Any], tokens: list[str]) -> tokenizer.Token
     raise CheckpointError(f'{path}: tokenizer: {type(error).__name__}: {str(error)[:200]!r}; expected byte-level BPE; '
                           'copy the file again') from error
   info = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False, **roles}
+  if get('add_bos_token', False):
+    info['add_bos_token'] = True
   if 'tokenizer.chat_template' in meta:
     info['chat_template'] = meta['tokenizer.chat_template']  # carried for other programs; nothing here runs it
   with tempfile.TemporaryDirectory() as folder:

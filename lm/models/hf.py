@@ -24,7 +24,7 @@ from safetensors import numpy as st
 from lm import params
 from lm.errors import CheckpointError, ConfigError
 from lm.models import decoder, encoder, hf_deberta, hf_decoder, hf_encoder, tables
-from lm.text import export, tokenizer
+from lm.text import export, tokenizer, vocabulary
 
 FAMILIES = hf_decoder.FAMILIES | hf_encoder.FAMILIES | hf_deberta.FAMILIES
 
@@ -34,7 +34,8 @@ _PICKLES = ('.bin', '.pt', '.pth', '.ckpt')
 _NEUTRAL = (  # fields of every config that change nothing in the forward pass of these models
     '_name_or_path|transformers_version|(torch_)?dtype|use_cache|_?attn_implementation.*|(bos|eos|pad|sep)_token_id|'
     'decoder_start_token_id|tokenizer_class|prefix|task_specific_params|problem_type|finetuning_task|id2label|label2id|'
-    'num_labels|return_dict|output_(attentions|hidden_states|past)|torchscript|use_bfloat16|do_sample|(max|min)_length')
+    'num_labels|return_dict|output_(attentions|hidden_states|past)|torchscript|use_bfloat16|do_sample|(max|min)_length|temperature|top_[kp]|'
+    'repetition_penalty|num_beams|unsloth_.*|chunk_size_feed_forward|generator_size')
 
 
 def load(folder: str | os.PathLike) -> tuple[Any, params.Tree]:
@@ -121,6 +122,9 @@ def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Toke
   if text is not None and text.vocab_size > c.vocab:
     raise ConfigError(f'{folder}: the tokenizer has {text.vocab_size} ids; expected at most model.vocab={c.vocab}; '
                       'give the tokenizer that the model was trained with')
+  if kind == 'roberta' and text is not None and c.offset - 1 in _in_rows(text):
+    raise ConfigError(f'{folder}: id {c.offset - 1} of the tokenizer stands in texts, and transformers\' RoBERTa gives '
+                      'it no position; train a tokenizer with the control symbols [CLS], [SEP] and [MASK]')
   architecture = next(name for name, needed in family.architectures.items() if set(needed) <= set(heads))
   fields = {'architectures': [architecture], 'model_type': kind, 'dtype': 'float32', 'vocab_size': c.vocab}
   fields |= {f'{role}_token_id': getattr(text, f'{role}_id', None) for role in ('bos', 'eos', 'pad')}
@@ -132,6 +136,12 @@ def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Toke
       (tmp / name).write_bytes(content)
     flat = {path: np.asarray(x) for path, x in params.flatten(p).items()}
     _write_tensors(tmp, list(tables.instances(family.rows, specs)), flat, shard_bytes)
+
+
+def _in_rows(text: tokenizer.Tokenizer) -> set[int]:
+  """Ids of an encoder's rows: words, [CLS], [SEP] and [MASK]."""
+  special = vocabulary.special_ids(text)
+  return set(range(text.vocab_size)) - set(text.control.values()) | {special.cls, special.sep, special.mask}
 
 
 def family_of(c: Any, p: params.Tree) -> tuple[str, tables.Family]:

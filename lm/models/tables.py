@@ -99,11 +99,12 @@ class Fields:
 
   def done(self) -> None:
     for name, value in self._left.items():
-      raise self.error(name, value, 'a field that is known here')
+      if not (value is None or value is False or value in ({}, [])):  # what is off changes nothing
+        raise self.error(name, value, 'a field that is known here')
 
   def error(self, name: str, value: Any, expected: str) -> ConfigError:
     return ConfigError(f'{self._where}: {name}={repr(value)[:80]}; expected {expected}; correct the field if it '
-                       'is wrong, else convert another model')
+                       'is wrong, take it out if it changes nothing, else convert another model')
 
 
 class Family(NamedTuple):

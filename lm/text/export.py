@@ -14,7 +14,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from lm.errors import ConfigError
 from lm.text import vocabulary
-from lm.text.tokenizer import bpe_model, HF_CONFIG, MADE_FROM, Tokenizer
+from lm.text.tokenizer import bpe_model, Tokenizer
+from lm.text.tokenizer_files import HF_CONFIG, MADE_FROM
 
 _NEVER = -1e6  # log-probability of a piece that no text may choose
 _TYPES = sentencepiece_model_pb2.ModelProto.SentencePiece
@@ -36,7 +37,8 @@ def files(tokenizer: Tokenizer, encoder: bool = False) -> dict[str, bytes]:
            'bpe': lambda t: bpe_model(t.files)}[tokenizer.kind](tokenizer)
   if model is None:
     return dict(tokenizer.files)
-  model.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in tokenizer.control])
+  model.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in
+                            sorted(tokenizer.control, key=tokenizer.control.get)])
   name = {i: name for name, i in tokenizer.control.items()}
   roles = {role: getattr(tokenizer, f'{role}_id') for role in ('bos', 'eos', 'pad')}
   if encoder and (special := _special(tokenizer)):

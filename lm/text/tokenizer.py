@@ -23,15 +23,10 @@ import tokenizers
 
 from lm import disk
 from lm.errors import DataError
+from lm.text import tokenizer_files
 
-_BPE = {'vocab.bpe': ('encoder.json', 'vocab.bpe'), 'encoder.json': ('encoder.json', 'vocab.bpe'),
-        'merges.txt': ('vocab.json', 'merges.txt'), 'vocab.json': ('vocab.json', 'merges.txt')}
-HF_CONFIG, _HF_SPECIAL = 'tokenizer_config.json', 'special_tokens_map.json'  # which token plays which role
-_NAMES = ('tokenizer.model', 'tokenizer.json', HF_CONFIG, _HF_SPECIAL, 'vocab.json', 'merges.txt', 'vocab.txt',
-          'char.json', 'byte.json')
 _LINE = re.compile(r'(?<=\S)\n(?=\S)')
 PART = 1 << 18  # characters that are encoded at once
-MADE_FROM = 'made_from'  # field of HF_CONFIG: the file that tokenizer.json repeats for transformers
 _BOS = ('<|begin_of_text|>', '<s>', '[CLS]', '<|endoftext|>')
 _EOS = ('<|end_of_text|>', '</s>', '[SEP]', '<|endoftext|>')
 _PAD = ('<pad>', '[PAD]', '<|pad|>')
@@ -106,7 +101,7 @@ class Tokenizer:
   def save(self, folder: str | os.PathLike) -> None:
     """Writes the files under their canonical names in place of another tokenizer's: `load(folder)` gives this one."""
     os.makedirs(folder, exist_ok=True)
-    for name in set(_NAMES) - self.files.keys():
+    for name in set(tokenizer_files.NAMES) - self.files.keys():
       pathlib.Path(folder, name).unlink(missing_ok=True)
     for name, content in self.files.items():
       disk.write(os.path.join(folder, name), content)
@@ -142,7 +137,7 @@ def load(path: str | os.PathLike) -> Tokenizer:
   """
   if str(path) == 'byte':
     return byte()
-  files = _collect(pathlib.Path(path))
+  files = tokenizer_files.collect(pathlib.Path(path))
   build = {'tokenizer.model': _sentencepiece, 'tokenizer.json': _hf, 'vocab.json': _bpe, 'vocab.txt': _wordpiece,
            'char.json': _char, 'byte.json': _byte}[next(iter(files))]
   try:
@@ -150,53 +145,6 @@ def load(path: str | os.PathLike) -> Tokenizer:
   except Exception as error:  # the libraries raise bare Exception, RuntimeError, KeyError and more
     raise DataError(f'{path}: {type(error).__name__}: {str(error)[:200]!r}; expected a {build.__name__[1:]} '
                     'tokenizer; copy or train it again') from error
-
-
-def files_in(folder: str | os.PathLike) -> list[str]:
-  """Names of the files there that `load` would read."""
-  ours = lambda name: name.endswith('.model') or name in {*_NAMES, *_BPE} - {HF_CONFIG, _HF_SPECIAL}
-  return sorted(filter(ours, os.listdir(folder))) if os.path.isdir(folder) else []
-
-
-def _collect(path: pathlib.Path) -> dict[str, bytes]:
-  """{canonical name: content}, the file that decides the kind first."""
-  if path.is_dir():
-    models = sorted(path.glob('*.model'))
-    names = ('tokenizer.json', models[0].name if len(models) == 1 else 'tokenizer.model', 'char.json', 'byte.json',
-             'vocab.json', 'encoder.json', 'vocab.txt')
-    found = [path / name for name in sorted(names, key=lambda n: n != _made_from(path)) if (path / name).is_file()]
-    if not found:
-      raise DataError(f'{path}: no tokenizer inside; expected one of {", ".join(names)}')
-    path = found[0]
-  if not path.is_file():
-    raise DataError(f"{path}: no such file; expected a tokenizer file, a directory holding one, 'byte' or 'char'")
-  if path.name in _BPE:
-    vocab, merges = (path.with_name(name) for name in _BPE[path.name])
-    for file in (vocab, merges):
-      if not file.is_file():
-        raise DataError(f'{file}: no such file; byte-level BPE needs {vocab.name} beside {merges.name}')
-    return {'vocab.json': vocab.read_bytes(), 'merges.txt': merges.read_bytes()}
-  if path.suffix == '.model':
-    return {'tokenizer.model': path.read_bytes()}
-  if path.suffix == '.txt':
-    config = path.with_name(HF_CONFIG)  # says whether case counts
-    return {'vocab.txt': path.read_bytes()} | ({config.name: config.read_bytes()} if config.is_file() else {})
-  if path.name in ('char.json', 'byte.json'):
-    return {path.name: path.read_bytes()}
-  if path.suffix != '.json':
-    raise DataError(f'{path}: unknown kind of tokenizer; expected .model, tokenizer.json, vocab.json, vocab.bpe, '
-                    'vocab.txt, char.json or byte.json')
-  beside = {name: path.with_name(name).read_bytes() for name in (HF_CONFIG, _HF_SPECIAL)
-            if path.with_name(name).is_file()}
-  return {'tokenizer.json': path.read_bytes()} | beside
-
-
-def _made_from(folder: pathlib.Path) -> str | None:
-  """The file that the folder's tokenizer.json only repeats for transformers."""
-  try:
-    return json.loads((folder / HF_CONFIG).read_bytes()).get(MADE_FROM)
-  except (OSError, ValueError, AttributeError):
-    return None
 
 
 def _byte(files):
@@ -226,22 +174,26 @@ def _char(files):
 def _sentencepiece(files):
   model = sentencepiece.SentencePieceProcessor(model_proto=files['tokenizer.model'])
   control = {model.id_to_piece(i): i for i in range(model.vocab_size()) if model.is_control(i)}
-  bos, eos, pad = (None if i < 0 else i for i in (model.bos_id(), model.eos_id(), model.pad_id()))
-  return Tokenizer('sentencepiece', model.vocab_size(), control, bos, eos, pad, files,
-                   lambda text: model.encode(text, return_type='numpy'), model.decode)
+  control |= {name: i for name, i in tokenizer_files.added(files).items() if i >= model.vocab_size()}
+  roles = tokenizer_files.roles(files)
+  ids = (control.get(roles.get(f'{role}_token'), None if i < 0 else i) for role, i in (
+      ('bos', model.bos_id()), ('eos', model.eos_id()), ('pad', model.pad_id())))
+  return Tokenizer('sentencepiece', max([model.vocab_size(), *(i + 1 for i in control.values())]), control, *ids, files,
+                   lambda text: model.encode(text, return_type='numpy'), model.decode,
+                   tokenizer_files.settings(files).get('add_bos_token') is not False)
 
 
 def _hf(files):
   model = tokenizers.Tokenizer.from_str(files['tokenizer.json'].decode())
   model.no_padding()
   model.no_truncation()
-  config, roles = json.loads(files.get(HF_CONFIG, b'{}')), {}
-  for fields in (json.loads(files.get(_HF_SPECIAL, b'{}')), config):
-    roles |= {k: v['content'] if isinstance(v, dict) else v for k, v in fields.items()
-              if k.endswith('_token') and isinstance(v, str | dict)}
+  roles, settings = tokenizer_files.roles(files), tokenizer_files.settings(files)
   found = _from_hf('hf', model, files, *([roles[k] for k in keys if k in roles] for keys in (
       ('bos_token', 'cls_token'), ('eos_token', 'sep_token'), ('pad_token',))))
-  return dataclasses.replace(found, adds_bos=config.get('add_bos_token') is not False)
+  adds_bos = settings.get('add_bos_token')
+  if adds_bos is None:  # then what tokenizer.json does itself
+    adds_bos = found.bos_id in model.encode('a').ids[:1]
+  return dataclasses.replace(found, adds_bos=adds_bos)
 
 
 def _bpe(files):
@@ -271,7 +223,7 @@ def _wordpiece(files):
     raise ValueError('no line [UNK], for words that it lacks')
   special = [w for w in words if re.fullmatch(r'\[[A-Z]+\]', w)]
   guess = not any(w != w.lower() for w in words if w not in special and w not in ('<S>', '<T>'))  # Chinese BERT's
-  lowercase = json.loads(files.get(HF_CONFIG, b'{}')).get('do_lower_case', guess)
+  lowercase = tokenizer_files.settings(files).get('do_lower_case', guess)
   model = tokenizers.Tokenizer(tokenizers.models.WordPiece({w: i for i, w in enumerate(words)}, unk_token='[UNK]'))
   model.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=lowercase)
   model.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
