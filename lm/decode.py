@@ -273,14 +273,19 @@ def _write(sample, t, step, ended_B):
                 put(sample.logprobs_BT, step.logprobs_B))
 
 
-def _inputs(model, prompts, s, key):
-  """The padded arrays of `run`, once everything is in order."""
+def check(model: Model, prompts: Sequence[Sequence[int]], s: Sampling) -> None:
+  """Raises ConfigError for an empty prompt, or more tokens than the model has positions."""
   if not prompts or not all(map(len, prompts)):
     raise ConfigError('prompts: an empty one; expected at least one token in each; begin it with the bos token')
   longest = max(map(len, prompts))
   if model.length is not None and longest + s.max_new > model.length:
     raise ConfigError(f'max_new={s.max_new} after a prompt of {longest} tokens; expected at most {model.length} in '
                       'all, the positions that the model has; shorten the prompt or lower max_new')
+
+
+def _inputs(model, prompts, s, key):
+  """The padded arrays of `run`, once everything is in order."""
+  check(model, prompts, s)
   if key is None and s.temperature > 0:
     raise ConfigError('key: none; expected one at temperature > 0; pass jax.random.key(seed)')
   return *pad(prompts), key

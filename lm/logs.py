@@ -140,6 +140,23 @@ def read(workdir: str | os.PathLike) -> list[dict[str, Any]]:
   return rows
 
 
+def read_config(workdir: str | os.PathLike) -> dict[str, Any]:
+  """What a run's config.json holds, of which 'config' is the config as JSON.
+
+  Raises:
+    CheckpointError: there is none, or it is damaged.
+  """
+  path = pathlib.Path(workdir) / 'config.json'
+  try:
+    found = json.loads(path.read_bytes())
+    if not isinstance(found['config'], dict):
+      raise TypeError('config is no object')
+    return found
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise CheckpointError(f"{path}: {type(error).__name__}: {error}; expected a run's config; copy it again, or name "
+                          'another workdir') from error
+
+
 def check_config(workdir: str | os.PathLike, config: dict[str, Any], complete: Callable[[Any], Any] = lambda old: old
                  ) -> tuple[dict[str, tuple[Any, Any]], str | None]:
   """Compares with the config.json that is there, if any: ({field: (there, now)} of what differs, a note of packages).

@@ -297,4 +297,4 @@ def _library(name):
   try:
     return importlib.import_module(name)
   except ImportError as error:
-    raise ConfigError(f"metrics: {error}; run pip install 'lm[finetune]'") from error
+    raise ConfigError(f"metrics: {error}; run pip install -e '.[finetune]'") from error

@@ -7,7 +7,6 @@ number is left out.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import io
-import json
 import math
 import os
 import pathlib
@@ -154,7 +153,7 @@ def report(workdir: str | os.PathLike) -> dict[str, Any]:
   The KL's target is that of config.json, if it has one (loss.kl.target).
   """
   workdir = pathlib.Path(workdir)
-  target = _target(json.loads((workdir / 'config.json').read_bytes())['config'])
+  target = _target(logs.read_config(workdir)['config'])
   rows = logs.read(workdir)
   plot(rows, workdir / 'rl.png', target)
   evaluations = [(row['step'], row) for row in rows if any(name.startswith('val_') for name in row)]

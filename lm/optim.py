@@ -80,7 +80,7 @@ class Config:
       _check(name, getattr(self, name), 0 <= getattr(self, name) < math.inf, 'a finite number, at least 0')
     for name in ('b1', 'b2', 'ema'):
       _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, '0 <= value < 1')
-    _check('steps', self.steps, self.steps >= 1, 'at least 1')
+    _check('steps', self.steps, 1 <= self.steps < 2**31, 'at least 1, less than 2**31')
     _check('microbatches', self.microbatches, self.microbatches >= 1, 'at least 1')
     _check('spike_window', self.spike_window, self.spike_window >= 4, 'at least 4')
     _check('warmup', self.warmup, 0 <= self.warmup <= self.steps, f'0 to optim.steps={self.steps}')

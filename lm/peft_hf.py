@@ -17,7 +17,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from lm import params, peft
+from lm import disk, params, peft
 from lm.errors import CheckpointError, ConfigError
 from lm.models import hf
 from lm.peft_nodes import Lora, Prompted
@@ -46,10 +46,9 @@ def save(folder: str | os.PathLike, c: Any, p: params.Tree, few: peft.Config, ba
     raise ConfigError(f"peft.method={few.method!r}; expected lora, prefix or prompt, all that PEFT's layout has")
   folder = pathlib.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
-  safetensors.numpy.save_file(tensors, folder / f'{_TENSORS}.tmp')
-  os.replace(folder / f'{_TENSORS}.tmp', folder / _TENSORS)
+  disk.write(folder / _TENSORS, safetensors.numpy.save(tensors))
   fields |= {'base_model_name_or_path': base, 'task_type': task, 'inference_mode': True}
-  (folder / _CONFIG).write_text(json.dumps(fields, indent=2) + '\n')
+  disk.write(folder / _CONFIG, (json.dumps(fields, indent=2) + '\n').encode())
 
 
 def load(folder: str | os.PathLike, c: Any, p: params.Tree) -> tuple[peft.Config, params.Tree]:

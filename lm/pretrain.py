@@ -43,8 +43,11 @@ def check_mesh(c: run.Config, model: Any, where: str = 'model') -> None:
     raise ConfigError(f'mesh.tensor={mesh.tensor} does not divide data.length={c.data.length}, as mesh.sequence=True '
                       'asks; choose a divisor')
   if mesh.pipe > 1:
-    rows = c.data.batch // c.optim.microbatches // (mesh.data * mesh.fsdp)
-    pipeline.check(model.layers, mesh.pipe, mesh.stage_microbatches, mesh.rounds, rows)
+    for name, batch in (('', c.data.batch // c.optim.microbatches), ('loop.eval_batch: ', c.eval_batch)):
+      try:
+        pipeline.check(model.layers, mesh.pipe, mesh.stage_microbatches, mesh.rounds, batch // (mesh.data * mesh.fsdp))
+      except ConfigError as error:
+        raise ConfigError(f'{name}{error}') from error
 
 
 def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.Task:

@@ -24,6 +24,7 @@ from lm import (
   checkpoint as checkpoint_lib,
   classification,
   config,
+  disk,
   instruct,
   logs,
   mixout,
@@ -178,7 +179,7 @@ def finish(c: Config, workdir: str | os.PathLike) -> dict[str, Any]:
   affine = losses.Affine() if c.normalise == 'none' else losses.normalise(
       scores, 1.0 if c.normalise == 'mean_std' else None)
   kept = {'step': step, 'scale': affine.scale, 'shift': affine.shift, 'scores': len(scores)}
-  (workdir / NORMALISER).write_text(json.dumps(kept, indent=1) + '\n', encoding='utf-8')
+  disk.write(workdir / NORMALISER, (json.dumps(kept, indent=1) + '\n').encode())
   accuracy = metrics['accuracy']
   return {'reward': {
       'accuracy': float(accuracy.total / accuracy.weight), 'pairs': int(accuracy.weight),

@@ -49,7 +49,7 @@ def _vader() -> Callable[[str], float]:
   try:
     from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
   except ImportError as error:
-    raise ConfigError(f"reward sentiment: no vaderSentiment ({error}); run pip install 'lm[rl]'") from error
+    raise ConfigError(f"reward sentiment: no vaderSentiment ({error}); run pip install -e '.[rl]'") from error
   analyzer = SentimentIntensityAnalyzer()
   return lambda text: analyzer.polarity_scores(text)['compound']
 

@@ -2,16 +2,16 @@
 
 import functools
 import hashlib
-import json
 import os
 import pathlib
+import re
 import sys
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lm import checkpoint, config, params, peft, seal
+from lm import checkpoint, config, logs, params, peft, seal
 from lm.data import inputs
 from lm.errors import CheckpointError, ConfigError
 from lm.models import decoder, gguf, hf, pretrained
@@ -63,11 +63,11 @@ def load_encoder(workdir: str | os.PathLike, best: bool = True) -> Model:
     CheckpointError: no config of an encoder's run, or no intact checkpoint.
   """
   workdir = pathlib.Path(workdir)
+  saved = logs.read_config(workdir)['config']
   try:
-    saved = json.loads((workdir / 'config.json').read_bytes())['config']
     (c, specs), kept = pretrained.from_json(saved), saved['checkpoint']
     ranked = checkpoint.best(workdir / 'checkpoints', kept['metric'], kept['mode']) if best else None
-  except (OSError, ValueError, KeyError, TypeError, ConfigError) as error:
+  except (KeyError, TypeError, ConfigError) as error:
     raise CheckpointError(f'{workdir / "config.json"}: {type(error).__name__}: {error}; expected the config of an '
                           "encoder's run; name another model") from error
   return Model(*pretrained.network(c, restore(workdir, specs, ranked)), tokenizers.load(workdir / 'tokenizer'))
@@ -76,9 +76,8 @@ def load_encoder(workdir: str | os.PathLike, best: bool = True) -> Model:
 def of_encoder(workdir: str | os.PathLike) -> bool:
   """Is it the workdir of an encoder's pretraining?"""
   try:
-    saved = json.loads((pathlib.Path(workdir) / 'config.json').read_bytes())
-    return saved['config']['data']['packing'] in inputs.PACKINGS
-  except (OSError, ValueError, KeyError, TypeError):
+    return logs.read_config(workdir)['config']['data']['packing'] in inputs.PACKINGS
+  except (CheckpointError, KeyError, TypeError):
     return False
 
 
@@ -136,21 +135,25 @@ def kind_of(path: str | os.PathLike) -> str:
     return 'hf'
   if path.is_file() and path.suffix == '.gguf':
     return 'gguf'
+  hub = '; nothing is downloaded' * bool(re.fullmatch(r'[\w.-]+(/[\w.-]+)?', str(path)))
   raise ConfigError(f'{path}: {"no such path" if not path.exists() else "not a model"}; expected a workdir '
-                    '(config.json and checkpoints/), an HF folder (config.json and *.safetensors) or a .gguf file')
+                    f'(config.json and checkpoints/), an HF folder (config.json and *.safetensors) or .gguf file{hub}')
 
 
 def _workdir(path, best):
+  whole = logs.read_config(path)
+  saved = whole['config']
+  if 'pooling' in saved:
+    raise ConfigError(f'{path}: a classifier or reward model, which writes no text and has no export; expected a run '
+                      'of a language model; see lm.classification.predictions and lm.reward_model.load')
   try:
-    whole = json.loads((path / 'config.json').read_bytes())
-    saved, ends = whole['config'], tuple(whole.get('ends', ()))
     c, kept = config.from_json(decoder.Config, saved['model']), saved['checkpoint']
     ranked = checkpoint.best(path / 'checkpoints', kept['metric'], kept['mode']) if best else None
-  except (OSError, ValueError, KeyError, TypeError, AttributeError, ConfigError) as error:
+  except (KeyError, TypeError, AttributeError, ConfigError) as error:
     raise CheckpointError(f'{path / "config.json"}: {type(error).__name__}: {error}; expected the config of a decoder '
                           'run; name another model') from error
   p = peft.plain(restore(path, decoder.specs(c), ranked))
-  return Model(c, p, _tokenizer(path / 'tokenizer'), ends)
+  return Model(c, p, _tokenizer(path / 'tokenizer'), tuple(whole.get('ends', ())))
 
 
 def restore(workdir: str | os.PathLike, specs: params.Tree, first: int | None = None,
@@ -161,7 +164,7 @@ def restore(workdir: str | os.PathLike, specs: params.Tree, first: int | None = 
   `base`: the part of `specs` that its `init_from` has, where that is not all.
   """
   workdir = pathlib.Path(workdir)
-  saved = json.loads((workdir / 'config.json').read_bytes())['config']
+  saved = logs.read_config(workdir)['config']
   few = config.from_json(peft.Config, saved['peft']) if 'peft' in saved else peft.Config()
   whole = peft.specs(few, specs)
   layers = jax.tree.leaves(specs['blocks'])[0].shape[0] if 'blocks' in specs else 0

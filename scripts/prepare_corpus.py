@@ -69,7 +69,8 @@ def main(_: list[str]) -> None:
     if empty := [name for name in records.SPLITS if not data.tokens(name)]:
       print(f'{folder}: nothing for {" and ".join(empty)}; remove it and prepare it again with '
             f'{"--split=tail" if split.kind == "hash" else "another --validation_fraction"}')
-  print(f'next: train on it, e.g. python -m experiments.gpt2 --set data.corpus={folder} --set data.tokenizer=')
+  print(f'next: train on it, e.g. python -m experiments.gpt2 --config=quickstart --workdir=runs/{name} '
+        f'--set data.corpus={folder} --set data.tokenizer= --set model.vocab={tokenizer.vocab_size}')
 
 
 def _named(name: str, out: pathlib.Path) -> corpora.Files:

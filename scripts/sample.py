@@ -62,6 +62,7 @@ def main(_: list[str]) -> None:
   stop += chat.stop_ids(conversations.TEMPLATES[_CHAT.value], tokenizer) if _CHAT.value else []
   s = decode.Sampling(_room(model, prompts), _TEMPERATURE.value, _TOP_K.value, _TOP_P.value,
                       tuple(sorted({i for i in stop if i is not None})))
+  decode.check(model, prompts, s)
   p, key = decode.prepare(found.params, _DTYPE.value), jax.random.key(_SEED.value)
   del found  # its weights are in p, too
   # A continuation is printed behind its prompt; an answer is a text of its own.

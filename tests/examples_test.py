@@ -532,7 +532,7 @@ def test_a_library_that_is_missing_is_named(tmp_path, monkeypatch, module, name)
   (tmp_path / 'a.yml').write_text(DIALOGUES)
   save_to_disk(tmp_path / 'one', [{'text': ['a'], 'label': [1]}])
   monkeypatch.setitem(sys.modules, module, None)
-  with pytest.raises(ConfigError, match=f"{module} is not installed; .*pip install 'lm.finetune.'"):
+  with pytest.raises(ConfigError, match=f"{module} is not installed; .*pip install -e '..finetune.'"):
     examples.read(tmp_path / name, 'chat')
 
 

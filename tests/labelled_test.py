@@ -67,7 +67,9 @@ def test_rows_have_their_special_tokens_and_are_cut_at_the_end(root, capsys):
   data = prepared(root, [('good film', 'yes', 'train'), ('bad ' * 40, 'no', 'train'), ('好电影', 'yes', 'validation')],
                   length=15)
   special, rows = vocabulary.special_ids(data.tokenizer), data.splits['train']
-  assert capsys.readouterr().out == 'train: 1 of 2 examples cut to data.length=15 tokens\n'
+  assert capsys.readouterr().out.splitlines() == [
+      'train: 2 examples in 2 rows, 1 cut to data.length=15 tokens; an epoch is 0 steps',
+      'validation: 1 examples in 1 rows']
   assert rows.labels_B.tolist() == [1, 0] and rows.types_BT is None
   ids = data.tokenizer.encode('good film').tolist()
   n = len(ids) + 2
@@ -109,6 +111,22 @@ def test_the_loss_is_the_mean_over_real_rows():
   assert float(terms['nll'].weight) == 3
   right = [int(np.argmax(logits_BC[i])) == label for i, label in ((0, 2), (1, 0), (3, 1))]
   assert float(metrics['accuracy'].total) == sum(right)
+
+
+@pytest.mark.parametrize('pooling, of', [
+    ('pooler', lambda x_TD: x_TD[0]), ('first', lambda x_TD: x_TD[0]), ('bare', lambda x_TD: x_TD[0]),
+    ('mean', lambda x_TD: x_TD.mean(0)), ('last', lambda x_TD: x_TD[-1])
+], ids=['pooler', 'first', 'bare', 'mean', 'last'])
+@pytest.mark.parametrize('examples, segments_BT', [
+    (0, [[1, 1, 1, 0, 0, 0], [0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]]),
+    (2, [[1, 1, 2, 2, 2, 0], [0, 1, 1, 1, 2, 2], [0, 0, 1, 2, 0, 0]])], ids=['alone', 'packed'])
+def test_an_example_is_pooled_over_its_own_tokens(examples, segments_BT, pooling, of):
+  segments_BT = np.array(segments_BT)
+  x_BTD = np.random.default_rng(0).normal(size=(3, 6, 2)).astype(np.float32)
+  want_BMD = np.array([[of(x_TD[row_T == m]) for m in range(1, max(examples, 1) + 1)]
+                       for x_TD, row_T in zip(x_BTD, segments_BT, strict=True)])
+  found = classification.pooled(jnp.asarray(x_BTD), jnp.asarray(segments_BT), pooling, examples)
+  np.testing.assert_allclose(found, want_BMD if examples else want_BMD[:, 0], rtol=1e-5)
 
 
 def task_config(kind, data, steps=60):
@@ -220,7 +238,7 @@ def test_the_longer_text_of_a_pair_gives_way(root, capsys):
     assert found.ids_BT[i].tolist() == [2, *a, 3, *b, 3, *pad]
     assert found.types_BT[i].tolist() == [0] * (len(a) + 2) + [1] * (len(b) + 1) + pad
     assert found.segments_BT[i].tolist() == [1] * (len(a) + len(b) + 3) + pad
-  assert f'train: {cut} of 300 examples cut' in capsys.readouterr().out and 50 < cut < 250
+  assert f'train: 300 examples in 300 rows, {cut} cut' in capsys.readouterr().out and 50 < cut < 250
 
 
 def test_pairs_of_roberta_and_of_decoders(root, monkeypatch):

@@ -162,7 +162,7 @@ def test_bad_input_is_named(call, part):
 def test_a_missing_library_says_what_to_install(module, call, monkeypatch):
   monkeypatch.setitem(sys.modules, module, None)
   monkeypatch.delitem(sys.modules, 'rouge_score.rouge_scorer', raising=False)
-  with pytest.raises(ConfigError, match=r"pip install 'lm\[finetune\]'"):
+  with pytest.raises(ConfigError, match=r"pip install -e '.\[finetune\]'"):
     call()
 
 

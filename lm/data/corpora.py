@@ -73,8 +73,9 @@ def find(path: str) -> Files:
   found = sorted(p for p in glob.glob(pattern, recursive=True) if p.endswith(_KINDS) and os.path.isfile(p)
                  and not prepared(os.path.dirname(p)))
   if not found:
+    several = '; several are a tuple, data.corpus=("a.txt", "b.txt")' if ',' in path else ''
     raise DataError(f'{path}: no text; expected a .txt or .jsonl file, a directory or glob of them, or a prepared '
-                    'dataset; check the path')
+                    f'dataset; check the path{several}')
   return Files(tuple(found))
 
 

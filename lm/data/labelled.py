@@ -153,9 +153,9 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
       found_N, cut = _framed(ids_N, frame, c.room)
       sets[part] = (_packed(found_N, labels_N, frame, c.length, seed) if c.pack and found_N else
                     _rows(found_N, labels_N, frame, c.length))
-      if cut:
-        name = 'length' if c.room == c.length else 'longest'
-        print(f'{part}: {cut} of {len(chosen)} examples cut to data.{name}={c.room} tokens', flush=True)
+      name, rows = 'length' if c.room == c.length else 'longest', len(sets[part].ids_BT)
+      print(f'{part}: {len(chosen)} examples in {rows} rows' + f', {cut} cut to data.{name}={c.room} tokens' * (cut > 0)
+            + f'; an epoch is {rows // c.batch} steps' * (part == 'train'), flush=True)
       if part == 'train' and c.augment:
         again, by = _reworded(c, [e.texts for e in chosen], ids_N, labels_N, frame, tokenizer)
   blank = Labelled(np.int32(frame.pad), np.int32(0), np.int32(-1), np.int32(0) if frame.types else None,

@@ -198,8 +198,8 @@ def check(data: Data, vocab: int) -> None:
   size, c = data.tokenizer.vocab_size, data.config
   most = -(-size // 128) * 128
   if not size <= vocab <= most:
-    raise ConfigError(f'model.vocab={vocab}: the tokenizer has {size} ids; expected {size} to {most}; set '
-                      f'model.vocab={size}')
+    raise ConfigError(f'model.vocab={vocab}: the tokenizer has {size} ids; expected {size}'
+                      f'{f" to {most}" if most > size else ""}; set model.vocab={size}')
   for d, plan in zip(data.datasets, data.plans, strict=True):
     if not plan.rows:
       raise DataError(f'{d.path}: {d.tokens("train")} training tokens in {len(d.lengths["train"])} documents; expected '

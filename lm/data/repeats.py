@@ -52,7 +52,7 @@ def duplicates(parts: Sequence[Sequence[str]], learnt: Sequence[Sequence[str]], 
   try:
     rensa = importlib.import_module('rensa')
   except ImportError as error:
-    raise ConfigError("near: rensa is not installed; expected it, or near=None; pip install 'lm[finetune]'") from error
+    raise ConfigError("near: rensa is not installed; expected it, or None; pip install -e '.[finetune]'") from error
   index, kept, common = rensa.RMinHashLSH(near, _HASHES, _BANDS), list(first.values()), templates()
   alike = lambda a, b: len(a & b) >= near * len(a | b)
   own = lambda i: _shingles(parts[i], common)

@@ -169,7 +169,7 @@ def _model_selection():
   try:
     from sklearn import model_selection
   except ImportError as error:
-    raise ConfigError(f"folds: no scikit-learn ({error}); run pip install 'lm[finetune]'") from error
+    raise ConfigError(f"folds: no scikit-learn ({error}); run pip install -e '.[finetune]'") from error
   return model_selection
 
 

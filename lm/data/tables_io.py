@@ -112,7 +112,7 @@ def _library(name, format):
   try:
     return importlib.import_module(name)
   except ImportError as error:
-    raise ConfigError(f"{format}: {name} is not installed; expected it; pip install 'lm[finetune]'") from error
+    raise ConfigError(f"{format}: {name} is not installed; expected it; pip install -e '.[finetune]'") from error
 
 
 class _Long(Exception):

@@ -82,7 +82,7 @@ def optional(name: str) -> Any:
   try:
     return importlib.import_module(name)
   except ImportError as error:
-    raise ConfigError(f"package {name}: not installed; expected it for this; pip install 'lm[finetune]'") from error
+    raise ConfigError(f"package {name}: not installed; expected it for this; pip install -e '.[finetune]'") from error
 
 
 def check_rate(rate: float, name: str) -> None:
