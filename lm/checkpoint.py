@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 import orbax.checkpoint as ocp
 
-from lm import ema, hosts, params, seal
+from lm import disk, ema, hosts, params, seal
 from lm.errors import CheckpointError, ConfigError
 
 FORMAT = 1
@@ -67,7 +67,7 @@ class Saver:
     self._directory, self._c, self._log = _absolute(directory), c, log
     self._newest = -1 if start is None else start
     self._pending: futures.Future | None = None
-    with seal.failing(f'--workdir: cannot open {self._directory} for saving', seal.WRITABLE):
+    with disk.failing(f'--workdir: cannot open {self._directory} for saving', disk.WRITABLE):
       self._directory.mkdir(parents=True, exist_ok=True)
       if jax.process_index() == 0:
         seal.clean(self._directory, log)
@@ -145,7 +145,7 @@ class Saver:
     self._newest = step
 
   def _saving(self, step):
-    return seal.failing(f'--workdir: saving {self._directory / str(step)} failed',
+    return disk.failing(f'--workdir: saving {self._directory / str(step)} failed',
                         f'sealed steps are intact ({seal.steps(self._directory)}); mend the disk and start again')
 
 
@@ -233,7 +233,7 @@ def lock(workdir: Path) -> Iterator[None]:
   path = _absolute(workdir) / 'lock'
   with contextlib.ExitStack() as stack:
     if jax.process_index() == 0:
-      with seal.failing(f'--workdir: cannot lock {path}', seal.WRITABLE):
+      with disk.failing(f'--workdir: cannot lock {path}', disk.WRITABLE):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = stack.enter_context(path.open('a+'))
         try:
@@ -295,6 +295,6 @@ def _load(path: pathlib.Path, leaves: dict[str, jax.ShapeDtypeStruct]) -> dict[s
   item = traverse_util.unflatten_dict(wanted, sep='/')
   args = ocp.args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item),
                                 partial_restore=True)
-  with seal.failing(f'{path}: cannot be restored', 'restore an older step'):
+  with disk.failing(f'{path}: cannot be restored', 'restore an older step'):
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as orbax:
       return params.flatten(orbax.restore(path, args=args))

@@ -1,9 +1,13 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and what is said where they cannot."""
 
 from collections.abc import Iterator
 import contextlib
 import os
 from typing import IO
+
+from lm.errors import CheckpointError
+
+WRITABLE = 'expected a writable directory; choose another --workdir'
 
 
 def write(path: str | os.PathLike, content: bytes) -> None:
@@ -27,3 +31,17 @@ def replacing(path: str | os.PathLike, mode: str = 'w') -> Iterator[IO]:
     with contextlib.suppress(FileNotFoundError):
       os.remove(temporary)
     raise
+
+
+@contextlib.contextmanager
+def failing(where: str, action: str) -> Iterator[None]:
+  """Turns any failure inside into a CheckpointError of one line: `where`, the failure, `action`."""
+  try:
+    yield
+  except CheckpointError:
+    raise
+  except Exception as error:
+    text = ' '.join(str(error).split())
+    if len(text) > 400:  # what a library says first and, the cause, last
+      text = f'{text[:200]} ... {text[-200:]}'
+    raise CheckpointError(f'{where}: {type(error).__name__}: {text}; {action}') from error

@@ -19,7 +19,7 @@ from typing import Any
 import jax
 import tqdm
 
-from lm import disk, events, seal
+from lm import disk, events
 from lm.errors import CheckpointError
 
 # What of a row a person is shown.
@@ -108,7 +108,7 @@ class Logs:
       self._flushed = time.monotonic()
 
   def _failing(self):
-    return seal.failing(f'--workdir: cannot log into {self._dir}', 'sealed checkpoints are intact; mend the disk and '
+    return disk.failing(f'--workdir: cannot log into {self._dir}', 'sealed checkpoints are intact; mend the disk and '
                         'start again')
 
 
@@ -190,7 +190,7 @@ def write_changes(workdir: str | os.PathLike, step: int, changes: dict[str, tupl
   for name, (old, new) in changes.items():
     say(f'changed from step {step} on: {name}: {old!r} -> {new!r}')
   path = pathlib.Path(workdir) / 'changes.jsonl'
-  with seal.failing(f'--workdir: cannot write {path}', seal.WRITABLE), open(path, 'a', encoding='utf-8') as file:
+  with disk.failing(f'--workdir: cannot write {path}', disk.WRITABLE), open(path, 'a', encoding='utf-8') as file:
     file.write(json.dumps({'step': step, 'changes': changes}) + '\n')
 
 
@@ -243,7 +243,7 @@ def differences(old, new, prefix=''):
 
 
 def _write(path: pathlib.Path, record: dict[str, Any]) -> None:
-  with seal.failing(f'--workdir: cannot write {path}', seal.WRITABLE):
+  with disk.failing(f'--workdir: cannot write {path}', disk.WRITABLE):
     disk.write(path, json.dumps(record, indent=1).encode())
 
 

@@ -12,7 +12,7 @@ import os
 import pathlib
 from typing import Any
 
-from lm import disk, logs, seal
+from lm import disk, logs
 from lm.errors import ConfigError
 
 PANELS = {  # title: the metrics drawn there
@@ -142,7 +142,7 @@ def plot(rows: Sequence[Mapping[str, Any]], path: str | os.PathLike, kl_target: 
     axes.legend(fontsize='small')
   buffer = io.BytesIO()
   figure.savefig(buffer, dpi=120, format='png')
-  with seal.failing(f'{path}: cannot write the picture', 'expected a writable directory; choose another path'):
+  with disk.failing(f'{path}: cannot write the picture', 'expected a writable directory; choose another path'):
     disk.write(path, buffer.getvalue())
   return pathlib.Path(path)
 

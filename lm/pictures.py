@@ -15,7 +15,7 @@ import re
 
 import numpy as np
 
-from lm import disk, metrics, seal
+from lm import disk, metrics
 from lm.errors import ConfigError
 
 _LONGEST = 32  # characters of a name
@@ -177,7 +177,7 @@ def _figure(width, height, columns=1):
 def _save(figure, path):
   buffer = io.BytesIO()
   figure.savefig(buffer, dpi=120, format='png')
-  with seal.failing(f'{path}: cannot write the picture', 'expected a writable directory; choose another path'):
+  with disk.failing(f'{path}: cannot write the picture', 'expected a writable directory; choose another path'):
     disk.write(path, buffer.getvalue())
   return pathlib.Path(path)
 

@@ -233,5 +233,5 @@ def _read(path: pathlib.Path, known: dict[str, str]) -> tuple[dict[str, np.ndarr
 
 
 def _write(path: str | os.PathLike, kept: dict[str, np.ndarray], known: dict[str, str]) -> None:
-  with seal.failing(f'--workdir: cannot write {path}', seal.WRITABLE):
+  with disk.failing(f'--workdir: cannot write {path}', disk.WRITABLE):
     disk.write(path, safetensors.numpy.save(kept, known | {'sha256': memory.sha256(kept)}))

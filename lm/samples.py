@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm import decode, disk, events, logs, loop, params, peft, seal, sharding, train
+from lm import decode, disk, events, logs, loop, params, peft, sharding, train
 from lm.data import memory, packing
 from lm.errors import ConfigError
 from lm.text import chat
@@ -166,5 +166,5 @@ class Book:
         self._events.close()
 
   def _failing(self):
-    return seal.failing(f'--workdir: cannot write samples into {self._dir}', 'sealed checkpoints are intact; mend the '
+    return disk.failing(f'--workdir: cannot write samples into {self._dir}', 'sealed checkpoints are intact; mend the '
                         'disk and start again')

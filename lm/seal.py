@@ -11,7 +11,7 @@ when the step is pruned. A kill between any two system calls leaves every sealed
       abandoned/                     steps that a restart from an older step left behind; never read, never deleted
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent import futures
 import contextlib
 import hashlib
@@ -24,11 +24,11 @@ import re
 import shutil
 import tempfile
 
+from lm import disk
 from lm.errors import CheckpointError
 
 SUFFIX = '.sha256.json'
 ABANDONED = 'abandoned'
-WRITABLE = 'expected a writable directory; choose another --workdir'
 _STEP = r'(0|[1-9][0-9]{0,17})'
 _SEAL = re.compile(_STEP + r'\.sha256\.json')
 _LEFTOVER = re.compile(_STEP + r'\.(orbax-checkpoint-tmp.*|sha256\.json\.tmp)')
@@ -226,7 +226,7 @@ def require_room(directory: pathlib.Path, nbytes: int, what: str) -> None:
   Raises:
     CheckpointError: naming --workdir.
   """
-  with failing(f'--workdir: cannot write into {directory}', WRITABLE):
+  with disk.failing(f'--workdir: cannot write into {directory}', disk.WRITABLE):
     directory.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=directory) as probe:
       probe.write(b'probe')
@@ -236,20 +236,6 @@ def require_room(directory: pathlib.Path, nbytes: int, what: str) -> None:
   if free < nbytes:
     raise CheckpointError(f'--workdir: {free / 2**20:,.0f} MiB free for {directory}; expected {nbytes / 2**20:,.0f} '
                           f'({what}); free space, or keep fewer: checkpoint.keep, keep_best, keep_every')
-
-
-@contextlib.contextmanager
-def failing(where: str, action: str) -> Iterator[None]:
-  """Turns any failure inside into a CheckpointError of one line: `where`, the failure, `action`."""
-  try:
-    yield
-  except CheckpointError:
-    raise
-  except Exception as error:
-    text = ' '.join(str(error).split())
-    if len(text) > 400:  # what a library says first and, the cause, last
-      text = f'{text[:200]} ... {text[-200:]}'
-    raise CheckpointError(f'{where}: {type(error).__name__}: {text}; {action}') from error
 
 
 def _files(folder: pathlib.Path) -> dict[str, pathlib.Path]:
