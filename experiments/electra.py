@@ -53,7 +53,7 @@ def electra_large() -> pretrain_encoder.Replaced:
 
 
 def electra_cpu() -> pretrain_encoder.Replaced:
-  """4 layers of 192, generator of 64, 3.1M parameters in all; English and Chinese, minutes on two CPU cores."""
+  """4 layers of 192, generator of 64, 2.9M parameters in all; English and Chinese, minutes on two CPU cores."""
   c = electra_small()
   network = lambda width, heads: encoder.Config(
       vocab=4096, length=128, layers=4, embed=width, heads=heads, head_dim=32, mlp=4 * width, token_embed=192,

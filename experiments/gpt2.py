@@ -1,7 +1,10 @@
 r"""GPT-2 (Radford et al. 2019) and its reproductions: nanoGPT (Karpathy) and llm.c.
 
+  python -m scripts.prepare_corpus --corpus=web_bible,sanguo --out=corpora
+  python -m scripts.train_tokenizer --vocab=4096 --validation_fraction=0.05 --out=corpora/my.model \
+      --text=corpora/web_bible.jsonl,corpora/sanguo.jsonl
   python -m experiments.gpt2 --config=quickstart --workdir=runs/quickstart \
-      --set "data.corpus=('corpora/web_bible.jsonl','corpora/sanguo.jsonl')" --set data.tokenizer=corpora/tokenizer
+      --set "data.corpus=('corpora/web_bible.jsonl','corpora/sanguo.jsonl')" --set data.tokenizer=corpora/my.model
   python -m experiments.gpt2 --config=shakespeare_char_cpu --set data.corpus=tinyshakespeare.txt \
       --workdir=runs/shakespeare
   python -m experiments.gpt2 --config=gpt2_124m --describe
@@ -38,7 +41,7 @@ def llm_c(shape: decoder.Config, lr: float, steps: int, batch: int, final: float
 
 
 def quickstart() -> pretrain.Config:
-  """A 3.4M-parameter GPT on English and Chinese text, minutes on two CPU cores."""
+  """A 2.6M-parameter GPT on English and Chinese text, minutes on two CPU cores."""
   return pretrain.Config(
       model=model(4, 192, 6, vocab=4096, length=128, bias=False, norm_bias=False, scan_layers=False),
       data=loader.Config(length=128, batch=32, isolate=True),

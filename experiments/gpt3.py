@@ -1,9 +1,12 @@
 r"""GPT-3 (Brown et al. 2020, arXiv:2005.14165), table 2.1: eight sizes, 300B tokens each.
 
-  python -m experiments.gpt3 --config=gpt3_small --set data.corpus=CORPUS --set data.tokenizer=GPT2/vocab.bpe \
+  python -m experiments.gpt3 --config=gpt3_small --set data.corpus=CORPUS --set data.tokenizer=GPT2 \
       --workdir=runs/gpt3
   python -m experiments.gpt3 --config=gpt3_175b --describe
   python -m scripts.compile_for --experiment=gpt3 --config=gpt3_175b_v5p --target=v5p:8x8x16    # without a TPU
+
+GPT2 stands for a folder with GPT-2's byte-level BPE: vocab.json and merges.txt, as in the model's own folder in Hugging
+Face layout. OpenAI's names for them, encoder.json and vocab.bpe, are read too, as data.tokenizer=GPT2/vocab.bpe.
 
 Two rows of the table cannot be what was trained, and follow table D.1's parameter counts here: XL has 16 heads (not 24)
 of 128, 13B is 5120 wide (not 5140). Differences from the paper: every layer attends densely (the paper alternates with

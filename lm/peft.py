@@ -84,6 +84,18 @@ class Config:
   def scale(self) -> float:
     return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
+  @property
+  def virtual(self) -> int:
+    """Positions of the model that a prefix or prompt takes."""
+    return self.length if self.method in ('prefix', 'prompt') else 0
+
+  def check_length(self, length: int, positions: int, more: int = 0) -> None:
+    """Raises ConfigError where data.length=`length` tokens, and `more`, are too many for a model of `positions`."""
+    if length + more + self.virtual > positions:
+      less = f' less peft.length={self.virtual}' if self.virtual else ''
+      raise ConfigError(f'data.length={length}{" and one" * more} is more than model.length={positions} '
+                        f'positions{less}; lower data.length')
+
 
 def specs(c: Config, base: params.Tree) -> params.Tree:
   """The specs of a model, `base`, with what `c` adds.

@@ -77,8 +77,8 @@ class Config(run.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    r, virtual = self.rollout, self.peft.length if self.peft.method == 'prefix' else 0
-    if self.data.length + r.new_tokens + virtual > self.model.length:
+    r = self.rollout
+    if self.data.length + r.new_tokens + self.peft.virtual > self.model.length:
       raise ConfigError(f'rollout.new_tokens={r.new_tokens} after prompts of data.length={self.data.length}; expected '
                         f'at most model.length={self.model.length} positions in all; lower one of them')
     if self.optim.steps % self.updates:

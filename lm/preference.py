@@ -73,19 +73,13 @@ class Config(run.Config):
       raise ConfigError(f"reference={self.reference!r}; expected 'start' or 'none'")
     if self.data.answers != 2:
       raise ConfigError(f'data.answers={self.data.answers}; expected 2, a better and a worse one; set data.answers=2')
-    if self.data.length + self.virtual > self.model.length:
-      raise ConfigError(f'data.length={self.data.length} is more than model.length={self.model.length} positions'
-                        f'{f" less peft.length={self.virtual}" if self.virtual else ""}; lower data.length')
+    self.peft.check_length(self.data.length, self.model.length)
     for name, rate, none in (('model.dropout', self.model.dropout, nn.Dropout()), ('peft.rate', self.peft.rate, 0),
                              ('peft.mixout', self.peft.mixout, 0)):
       if rate != none:
         raise ConfigError(f'{name}={rate}; expected {none}: the log-ratio to the reference has no noise; set it so')
     pretrain.check_mesh(self, self.model)
     instruct.check(self)
-
-  @property
-  def virtual(self) -> int:
-    return self.peft.length if self.peft.method in ('prefix', 'prompt') else 0
 
 
 @struct.dataclass
@@ -161,7 +155,7 @@ def _around(c: Config, specs: params.Tree, program: Any, parts: run.Parts, data:
   ranked = rows.ranked if isinstance(rows, Referred) else rows
   at_N = ranked.grades_NK.argmax(1)
   better = jax.tree.map(lambda x: x[np.arange(len(at_N)), at_N], ranked.answers)
-  shown = samples_lib.around(c.samples, decode.of(decoder, c.model), c.data.written, specs, c.virtual, c.seed)
+  shown = samples_lib.around(c.samples, decode.of(decoder, c.model), c.data.written, specs, c.peft.virtual, c.seed)
   return shown(program, parts, dataclasses.replace(data, splits={'validation': better}), workdir, start)
 
 

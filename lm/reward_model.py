@@ -72,10 +72,7 @@ class _Config(run.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    virtual = self.peft.length if self.peft.method in ('prefix', 'prompt') else 0
-    if self.data.length + 1 + virtual > self.model.length:
-      raise ConfigError(f'data.length={self.data.length} and one is more than model.length={self.model.length} '
-                        f'positions{f" less peft.length={virtual}" if virtual else ""}; lower data.length')
+    self.peft.check_length(self.data.length, self.model.length, more=1)
     if (self.pooling == 'last') != isinstance(self.model, decoder.Config):
       raise ConfigError(f"pooling={self.pooling!r}; expected 'last' of a decoder, and of a decoder only")
     if not 0 <= self.margin < math.inf or self.margin and self.loss.kind == 'best':

