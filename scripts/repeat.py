@@ -5,10 +5,11 @@ r"""Fine-tunes again and again, over seeds and folds, and says how sure the mean
   python -m scripts.repeat --experiment=classify --config=minilm --folds=5 ...    # cross-validation
   python -m scripts.repeat --folds=5 --set data.split=grouped --set data.by=author ...    # no author on both sides
 
-MINILM is its folder, see experiments/classify.py. Each run is a workdir of its own below --workdir and resumes there. Writes table.md (accuracy, macro F1 and MCC of every
-run, mean and 95% interval), results.json, confusion.png (all runs together) and curves.png. With folds the interval is
-Nadeau and Bengio's (2003), as training sets overlap; seeds of a fold train on one set, so their mean is one value.
-Chosen are the checkpoints that were best in validation, so the numbers are of a set that took part in a choice.
+MINILM is its folder, see experiments/classify.py. Each run is a workdir of its own below --workdir and resumes there.
+Writes table.md (accuracy, macro F1 and MCC of every run, mean and 95% interval), results.json, confusion.png (all runs
+together) and curves.png. With folds the interval is Nadeau and Bengio's (2003), as training sets overlap; seeds of a
+fold train on one set, so their mean is one value. Chosen are the checkpoints that were best in validation, so the
+numbers are of a set that took part in a choice.
 """
 
 import json

@@ -133,6 +133,12 @@ def test_statistics_of_a_million_tokens(kind):
     assert chi2(seen, seen.mean()) < clumped * (len(seen) + 5 * np.sqrt(2 * len(seen)))
 
 
+def test_robertas_random_words_are_the_ordinary_ones():
+  m = corrupt(inputs_of([64] * 100, 64), counts='roberta', mask=0.0, random=1.0)
+  drawn = jnp.take_along_axis(m.ids_BT, m.positions_BP, 1)[m.weights_BP > 0]
+  assert set(drawn.tolist()) == set(range(V)) - set(TOKENS.special)
+
+
 def test_counts_round_as_pythons_do():
   lengths = np.arange(3, 65)
   m = corrupt(inputs_of(lengths, 64), max_predictions=64)

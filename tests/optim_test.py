@@ -71,6 +71,8 @@ def decay_mask(pattern):
     # PaLM: 1e-2 for 10k steps, then 1 / sqrt(step).
     (dict(lr=1e-2, schedule='inverse_sqrt', steps=255_000, decay_steps=245_000),
      {0: 1e-2, 9999: 1e-2, 10_000: 1e-2, 40_000: 5e-3, 250_000: 2e-3}),
+    (dict(lr=1e-2, schedule='inverse_sqrt', steps=255_000, decay_steps=245_000, min_lr=4e-3),
+     {10_000: 1e-2, 40_000: 5e-3, 90_000: 4e-3, 255_000: 4e-3}),
     # The same name with a warm-up, as fairseq has it.
     (dict(lr=1e-3, schedule='inverse_sqrt', steps=10_000, warmup=400), {199: 1e-3 * 200 / 401, 400: 1e-3, 1600: 5e-4}),
     # GPT-3 in steps of 0.5M tokens: warm-up 375M, 10% at 260B, flat to 300B.
@@ -79,6 +81,12 @@ def decay_mask(pattern):
     # SmolLM2: flat to 1.6M, then linear to 0.
     (dict(lr=3e-3, schedule='wsd', steps=2_000_000, warmup=2000, decay_steps=400_000),
      {2000: 3e-3, 1_600_000: 3e-3, 1_800_000: 1.5e-3, 2_000_000: 0, 2_000_001: 0}),
+    (dict(lr=3e-3, schedule='wsd', steps=2_000_000, warmup=2000, decay_steps=400_000, min_lr=3e-4),
+     {1_600_000: 3e-3, 1_800_000: 1.65e-3, 2_000_000: 3e-4, 2_000_001: 3e-4}),
+    (dict(lr=1e-4, schedule='bert_linear', steps=1_000_000, warmup=10_000, min_lr=1e-5),
+     {5000: 5e-5, 10_000: 9.91e-5, 500_000: 5.5e-5, 1_000_000: 1e-5}),
+    (dict(lr=5e-4, schedule='electra_linear', steps=1_000_000, warmup=10_000, min_lr=1e-4),
+     {0: 0, 5000: 2.49e-4, 500_000: 3e-4, 1_000_001: 1e-4}),
     (dict(lr=1e-3, schedule='linear', steps=110, warmup=10, min_lr=1e-4),
      {9: 1e-3 * 10 / 11, 10: 1e-3, 60: 5.5e-4, 111: 1e-4}),
     (dict(lr=1e-3, schedule='constant', steps=10, warmup=1), {0: 5e-4, 1: 1e-3, 99: 1e-3}),
@@ -169,8 +177,9 @@ def test_defaults_decay_no_norm_and_no_bias():
   assert moved == {'embed', 'blocks/q', 'blocks/o', 'blocks/up'}
 
 
-def test_multipliers_scale_the_first_match_and_layers_one_by_one():
-  c = optim.Config(lr=1e-2, schedule='constant', multipliers=(('blocks/q$', (0.25, 0.5, 1.0)), ('blocks/q', 3.0),
+@pytest.mark.parametrize('name', ['adamw', 'muon'])
+def test_multipliers_scale_the_first_match_and_layers_one_by_one(name):
+  c = optim.Config(name, lr=1e-2, schedule='constant', multipliers=(('blocks/q$', (0.25, 0.5, 1.0)), ('blocks/q', 3.0),
                                                               ('embed', 0.0)))
   tree = random_tree()
   g = gradients(1)[0]
@@ -281,15 +290,19 @@ def test_muon_orthogonalises_each_layer_and_leaves_the_rest_to_adamw():
       assert np.trace(u.T @ -np.asarray(layer).reshape(rows, columns) @ v.T) > 0.5 * 1e-2 * size * rows
 
 
-def test_muon_on_a_stack_is_optax_muon_on_each_matrix():
-  c = optim.Config(name='muon', lr=1e-2, steps=5, weight_decay=0.3, clip=0.0)
-  tree = random_tree()
+@pytest.mark.parametrize('clip', [0.0, 0.1])
+def test_muon_on_a_stack_is_optax_muon_on_each_matrix(clip):
+  """The gradient is clipped by the norm of all leaves."""
+  c = optim.Config(name='muon', lr=1e-2, steps=5, weight_decay=0.3, clip=clip)
+  tree, clipped = random_tree(), gradients(5)
+  if clip:
+    clipped = [optax.clip_by_global_norm(clip).update(g, optax.EmptyState())[0] for g in clipped]
   got, _ = run(optim.make(c, SPECS), tree, gradients(5))
   flat = {'q': (8, 8), 'o': (8, 8), 'up': (8, 12)}
   theirs = optax.contrib.muon(optim.schedule(c), weight_decay=c.weight_decay, consistent_rms=0.2)
   for layer in range(3):
     pick = lambda t, layer=layer: {n: t['blocks'][n][layer].reshape(s) for n, s in flat.items()}
-    want, _ = run(theirs, pick(tree), (pick(g) for g in gradients(5)))
+    want, _ = run(theirs, pick(tree), map(pick, clipped))
     assert_close(pick(got), want, rtol=1e-4, atol=1e-6)
 
 

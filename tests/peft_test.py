@@ -11,6 +11,7 @@ import pytest
 
 from experiments import bert, gpt2, roberta
 from lm import budget, hlo, nn, optim, params, peft, peft_hf, peft_nodes, train
+from lm.data.labelled import Labelled
 from lm.data.packing import Batch
 from lm.errors import ConfigError
 from lm.losses import ar
@@ -191,6 +192,32 @@ def test_a_prompt_is_rows_behind_the_table():
   np.testing.assert_array_equal(decoder.head(tree, c), decoder.head(p, c))
   x_BTD = apply(p, real)
   np.testing.assert_array_equal(decoder.logits(tree, c, x_BTD), decoder.logits(p, c, x_BTD))
+
+
+def test_a_prompt_stands_before_each_row_or_behind_its_first_token():
+  """The row that fills up a batch has none."""
+  ids_BT, segments_BT = [[5, 6, 7], [8, 9, 0], [0, 0, 0]], [[1, 2, 2], [1, 1, 0], [0, 0, 0]]
+  positions_BT, types_BT = [[0, 1, 2], [0, 1, 0], [0, 0, 0]], [[1, 0, 1], [1, 1, 0], [0, 0, 0]]
+  rows = {name: jnp.array(x) for name, x in (('ids_BT', ids_BT), ('segments_BT', segments_BT))}
+  ids = {0: [[20, 21, 5, 6, 7], [20, 21, 8, 9, 0], [20, 21, 0, 0, 0]],
+         1: [[5, 20, 21, 6, 7], [8, 20, 21, 9, 0], [0, 20, 21, 0, 0]]}
+  segments = {0: [[1, 1, 1, 2, 2], [1, 1, 1, 1, 0], [0] * 5], 1: [[1, 1, 1, 2, 2], [1, 1, 1, 1, 0], [0] * 5]}
+  positions = {0: [[0, 1, 2, 3, 4], [0, 1, 2, 3, 2], [0, 1, 2, 2, 2]],
+               1: [[0, 1, 2, 3, 4], [0, 1, 2, 3, 2], [0, 1, 2, 2, 2]]}
+  marks = {0: [[0, 0, 1, 0, 1], [0, 0, 1, 1, 0], [0] * 5], 1: [[1, 0, 0, 0, 1], [1, 0, 0, 1, 0], [0] * 5]}
+  labels_B = jnp.array([1, 0, -1])
+  for first in (0, 1):
+    want = {'ids_BT': ids[first], 'segments_BT': segments[first], 'positions_BT': positions[first]}
+    for batch, marked in ((Labelled(**rows, labels_B=labels_B, types_BT=jnp.array(types_BT),
+                                    positions_BT=jnp.array(positions_BT)), 'types_BT'),
+                          (Batch(**rows, positions_BT=jnp.array(positions_BT), mask_BT=jnp.array(types_BT) > 0),
+                           'mask_BT')):
+      found = vars(peft.prompted(batch, vocab=20, length=2, first=first))
+      for name, x_BT in (want | {marked: marks[first]}).items():
+        assert found[name].tolist() == x_BT and found[name].dtype == getattr(batch, name).dtype, name
+      assert found.get('labels_B', labels_B).tolist() == [1, 0, -1]
+    plain = peft.prompted(Labelled(**rows, labels_B=labels_B), vocab=20, length=2, first=first)
+    assert plain.ids_BT.tolist() == ids[first] and plain.types_BT is None and plain.positions_BT is None
 
 
 @pytest.mark.parametrize('kind', few(FAMILIES, 'llama', 'bert'))

@@ -43,8 +43,12 @@ def drawn(c, p, key=2):
   segments_BP = (jnp.arange(8)[None] >= jnp.array([0, 2, 5, 7])[:, None]).astype(jnp.int32)
   ids_BP, segments_BP = rollout.groups(ids_BP, segments_BP, c.rollout.group)
   s = decode.Sampling(c.rollout.new_tokens, c.temperature, stop=(1,))
-  q = decode.prepare(peft.plain(policy.policy(p)))
-  return rollout.generate(decode.of(decoder, MODEL), q, ids_BP, segments_BP, s, jax.random.key(key))
+
+  @jax.jit
+  def draw(p):
+    q = decode.prepare(peft.plain(policy.policy(p)))
+    return rollout.generate(decode.of(decoder, MODEL), q, ids_BP, segments_BP, s, jax.random.key(key))
+  return draw(p)
 
 
 def equal(a, b):
@@ -110,6 +114,34 @@ def test_a_critic_reads_its_own_trunk():
   bent = lambda tree: tree | {'final_norm': jax.tree.map(lambda x: x * 2 + 1, tree['final_norm'])}
   np.testing.assert_array_equal(values(bent(p)), values(p))
   assert not np.array_equal(values(p | {'critic': bent(p['critic'])}), values(p))
+
+
+@pytest.mark.parametrize('kind', [policy.PPO, policy.GRPO])
+def test_the_penalty_is_for_leaving_what_training_began_with(kind):
+  c = make('lora', kind, **({'loss__kl': ppo.KL(coef=0.3, target=0.1, horizon=40)} if kind is policy.PPO else {}))
+  given, p = tree_of(c)
+  moved = lambda x: x + 0.5 * jnp.sin(jnp.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+  p = jax.tree.map(lambda x, frozen: x if frozen else moved(x), p, params.match(p, policy.freeze(c)))
+  r, scores_B = drawn(c, p), jnp.arange(4.0 * c.rollout.group)
+  apply, _, head = policy.bind(c, attention.attend)
+
+  @jax.jit
+  def found(p, given):
+    said = lambda p: rollout.score(p, r, policy.sampling(c), apply=apply, head=head)[0]
+    made = experience.learn(c, attention.attend)(p, r, scores_B, {'kl_coef': jnp.float32(0.3)})
+    return said(p), said(given), made, experience.judge(c, attention.attend)(p, r)
+  now_BT, began_BT, (made, stats, carry), judged = found(p, given)
+  assert abs(now_BT - began_BT).max() > 0.1
+  if kind is policy.PPO:
+    kl = float((now_BT - began_BT).sum(1).mean())
+    np.testing.assert_allclose(made.logprobs_BT, now_BT, atol=1e-5)
+    assert float(stats['kl']) == pytest.approx(kl, rel=1e-5)
+    assert float(carry['kl_coef']) == pytest.approx(float(ppo.adapt(0.3, kl, c.rows, c.loss.kl))) != pytest.approx(0.3)
+  else:
+    np.testing.assert_allclose(made.old_BT, now_BT, atol=1e-5)
+    np.testing.assert_allclose(made.reference_BT, began_BT, atol=1e-5)
+  for got_B, want_BT in zip(judged, (now_BT, began_BT), strict=True):
+    np.testing.assert_allclose(got_B, want_BT.sum(1), atol=1e-5)
 
 
 @pytest.mark.slow

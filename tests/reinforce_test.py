@@ -267,6 +267,42 @@ def test_microbatches_are_of_responses_not_of_prompts(root):
       make(root, policy.GRPO, **changes)
 
 
+@pytest.mark.filterwarnings('ignore:optim.lr')
+def test_the_same_weights_answer_the_same_prompts_anew_in_each_iteration(root, tmp_path, monkeypatch):
+  seen, batches = [], prompts.train_batches
+
+  def first_again(data, place, start=0):
+    batch = next(batches(data, place))
+    while True:
+      yield batch
+  monkeypatch.setattr(prompts, 'train_batches', first_again)
+  c = make(root, optim__lr=0.0, optim__steps=4, loop__eval_first=False, loop__eval_every=0)
+  run.run(c, reinforce.task(c, lambda records, texts: seen.append((records, texts)) or low(records, texts)), tmp_path)
+  (one, some), (same, others), *_ = seen
+  assert one == same and some != others
+
+
+def test_an_evaluation_is_of_the_average_on_each_held_out_prompt_once(root, tmp_path):
+  seen = []
+  reward = lambda records, texts: seen.append(records) or [float(record.prompt.split()[1]) for record in records]
+  c = make(root, optim__ema=1 - 1e-6, optim__steps=4, optim__lr=0.05, data__batch=6, loop__eval_first=False)
+  summary = run.run(c, reinforce.task(c, reward), tmp_path)
+  held_out = sorted(record.prompt for records in seen[2:] for record in records)
+  assert held_out == sorted(f'{word} {i}' for i in range(16, 20) for word in ('say', '说'))
+  assert summary['val_score'] == 17.5 and abs(summary['val_kl']) < 1e-4
+  assert abs(logs.read(tmp_path)[-1]['kl']) > 1e-2  # of the policy itself
+
+
+def test_a_summary_is_of_responses_and_of_tokens():
+  of = {'score': [1.0, 4.0, 1.0, 2.0], 'length': [2.0, 4.0, 1.0, 3.0], 'ended': [1.0, 0.0, 1.0, 1.0],
+        'policy': [-1.0, -8.0, -2.0, -4.0], 'reference': [-3.0, -9.0, -2.0, -11.0], 'held_out': [5.0, 1.0, 1.0, 5.0]}
+  found = reinforce._summary({k: np.array(x) for k, x in of.items()})
+  assert found == pytest.approx({
+      'val_score': 2, 'val_score_std': math.sqrt(1.5), 'val_score_se': math.sqrt(1.5) / 2, 'val_kl': 10 / 4,
+      'val_entropy': 15 / 10, 'val_reference_nll': 25 / 10, 'val_length': 2.5, 'val_ended': 0.75, 'val_held_out': 3,
+      'val_held_out_se': 1})
+
+
 def test_updates_see_every_row_once_a_pass(root, tmp_path, monkeypatch):
   seen = []
   c = make(root, rollout__minibatches=2, optim__steps=4)

@@ -172,6 +172,14 @@ def test_none_are_asked_for_or_can_be_told(root, tmp_path, capsys):
   assert not (tmp_path / 'samples.jsonl').exists()
 
 
+@pytest.mark.filterwarnings('ignore:optim.lr')
+def test_at_a_temperature_each_evaluation_draws_anew(root, tmp_path):
+  c = make(root, samples__temperature=1.0, optim__lr=0.0)
+  run.run(c, instruct.task(c), tmp_path)
+  rows = [(row['prompt'], row['reply']) for row in samples.read(tmp_path)]
+  assert [prompt for prompt, _ in rows[:3]] == [prompt for prompt, _ in rows[3:]] and rows[:3] != rows[3:]
+
+
 def test_replies_end_where_positions_do(root, tmp_path):
   """Learned positions: as many new tokens as the longest prompt leaves."""
   c = make(root, samples__new_tokens=1000, optim__steps=4)

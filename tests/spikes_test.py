@@ -45,9 +45,9 @@ def test_an_optimizer_without_a_record_finds_all_usual():
 
 
 def noisy(p, batch, key):
-  """A gradient of `batch`'s size and a loss 10 times that."""
+  """A gradient of `batch`'s size and a loss 10 times that; 0 has no targets."""
   size = batch[0]
-  return {'loss': Term(10 * size + size * (p['w'].sum() - jax.lax.stop_gradient(p['w'].sum())), jnp.float32(1))}, {}
+  return {'loss': Term(10 * size + size * (p['w'].sum() - jax.lax.stop_gradient(p['w'].sum())), jnp.sign(size))}, {}
 
 
 def run_steps(tx, sizes):
@@ -74,6 +74,14 @@ def test_a_spike_changes_nothing_and_what_rose_for_good_is_followed(average):
   assert sum(none) == 0 and not np.array_equal(plain[20], plain[21])
   risen, *_ = run_steps(optimizer(average), [*calm, *(100 + x for x in calm)])
   assert risen[20] == 1 and sum(risen) < 4 and risen[-10:] == [0] * 10
+
+
+@pytest.mark.parametrize('average', [0.0, 0.9])
+def test_a_batch_without_targets_enters_no_record(average):
+  *_, before = run_steps(optimizer(average), [1.0, 1.2])
+  skipped, _, after = run_steps(optimizer(average), [1.0, 1.2, 0.0])
+  assert skipped == [0, 0, 1]
+  jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
 
 
 def test_the_average_stands_still_too():

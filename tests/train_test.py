@@ -7,7 +7,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+import tiny
 
 from lm import config, params, pretrain, run, sharding, train
 from lm.data.packing import Batch
@@ -81,6 +83,19 @@ def test_the_pass_for_weights_holds_no_matmul():
 def test_no_recompilation_after_the_first_step():
   _, _, _, parts = steps(CONFIG, 3)
   assert parts.step._cache_size() == 1
+
+
+def test_each_step_draws_with_the_key_of_its_number():
+  task, tx = tiny.task(drop=0.2), optax.with_extra_args_support(optax.set_to_zero())
+  p = jax.tree.map(lambda x: 50 * x, params.init(task.specs, jax.random.key(0)))
+  state, found = train.state_of(p, tx, jax.tree.map(lambda _: True, p)), []
+  step, gradient = jax.jit(train.make_step(task.loss, tx)), jax.jit(train.accumulate(task.loss))
+  for _ in range(3):
+    state, metrics = step(state, make_batch(), jax.random.key(7))
+    found.append(float(metrics['objective']))
+  want = [float(gradient(p, make_batch(), jax.random.fold_in(jax.random.key(7), n))[1]) for n in range(3)]
+  assert found == pytest.approx(want, rel=1e-6)
+  assert np.diff(np.sort(want)).min() > 1e-3
 
 
 @pytest.mark.slow

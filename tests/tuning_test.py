@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,6 +99,8 @@ def test_a_word_that_decides_is_learned(kind, root, tmp_path):
   summary = run.run(c, task, tmp_path)
   assert summary['val_accuracy'] == 1.0 and summary['best']['val_accuracy'] == 1.0
   assert run.run(c, task, tmp_path)['val_accuracy'] == 1.0  # complete: the data is recognised
+  labels_N, classes_N, _ = classification.predictions(config.replace(c, loop__eval_batch=12), tmp_path)
+  assert sorted(labels_N) == [0] * 8 + [1] * 8 and labels_N.tolist() == classes_N.tolist()
 
 
 @pytest.mark.slow
@@ -127,6 +130,7 @@ def test_virtual_positions_learn(method, root, tmp_path):
 
 def test_a_checkpoint_holds_what_trains_and_the_base_is_known(root, base, tmp_path):
   lora = peft.Config('lora', train='', rank=2, targets='attn/[qv]$')
+  base = pathlib.Path(shutil.copytree(base, tmp_path / 'base'))
   c = chat_config(root, init_from=str(base), peft=lora)
   summary = run.run(c, instruct.task(c), tmp_path / 'a')
   stored = seal.read(tmp_path / 'a/checkpoints', 8)['leaves']
@@ -142,6 +146,10 @@ def test_a_checkpoint_holds_what_trains_and_the_base_is_known(root, base, tmp_pa
   moved = config.replace(c, init_from=str(root / 'other'))
   with pytest.raises(CheckpointError, match='other weights than this run began with'):
     run.run(config.replace(moved, optim__steps=10), instruct.task(moved), tmp_path / 'a', resume_with_changes=True)
+  shutil.rmtree(base)
+  hf.save(base, c.model, other)
+  with pytest.raises(CheckpointError, match='its frozen weights, .*base.*, are not those it was trained with'):
+    weights.load(tmp_path / 'a')
 
 
 def test_a_stopped_run_resumes_as_if_it_had_not(root, base, tmp_path):
