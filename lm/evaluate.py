@@ -52,11 +52,16 @@ def _sums(c, task, parts, abstract, data):
 
 
 def _means(sums, data):
-  """Sums over the validation split -> 'val_<metric>' means (NaN of nothing); a decoder's bits per byte."""
-  values = {f'val_{k}': float(t.total) / float(t.weight) if t.weight else math.nan for k, t in sums.items()}
-  if 'loss' in sums and data.utf8_bytes('validation') and not getattr(data.config, 'encoder', False):
-    nats, targets, said = float(sums['loss'].total), float(sums['loss'].weight), data.said('validation')
+  """Sums over the validation split -> 'val_<metric>' means."""
+  return {f'val_{k}': v for k, v in means(sums, data).items()}
+
+
+def means(sums: dict[str, Any], data: Any, split: str = 'validation') -> dict[str, float]:
+  """Sums of metrics over a split -> their means (NaN of nothing), and of a decoder's running text the bits per byte."""
+  values = {k: float(t.total) / float(t.weight) if t.weight else math.nan for k, t in sums.items()}
+  if 'loss' in sums and data.utf8_bytes(split) and not getattr(data.config, 'encoder', False):
+    nats, targets, said = float(sums['loss'].total), float(sums['loss'].weight), data.said(split)
     if said - targets > 1 and targets:  # first tokens of isolated documents without bos: as the mean of the others
       nats *= said / targets
-    values['val_bits_per_byte'] = nats / math.log(2) / data.utf8_bytes('validation')
+    values['bits_per_byte'] = nats / math.log(2) / data.utf8_bytes(split)
   return values
