@@ -20,7 +20,7 @@ from lm.kernels.cross_entropy import token_logprobs
 
 
 @struct.dataclass
-class Rollout:
+class Responses:
   """Prompts up to column P, their responses from there on.
 
   Attributes:
@@ -63,7 +63,7 @@ def gathered(p: params.Tree, specs: params.Tree) -> params.Tree:
 
 
 def generate(model: decode.Model, p: params.Tree, ids_BP: jax.Array, segments_BP: jax.Array, s: decode.Sampling,
-             key: nn.Key | None) -> Rollout:
+             key: nn.Key | None) -> Responses:
   """Draws a response of 1 to s.max_new tokens to each prompt.
 
   What a row draws depends on the key, its number (`decode.run`) and its prompt only: not on the mesh, the other rows,
@@ -89,7 +89,7 @@ def generate(model: decode.Model, p: params.Tree, ids_BP: jax.Array, segments_BP
       positions_BT=jnp.where(real_BT, jnp.cumsum(real_BT, axis=1) - 1, 0),
       mask_BT=jnp.concatenate([jnp.zeros_like(real_BP), response_BN], axis=1))
   ended_B = _any_of(sample.tokens_BT, s.stop).any(1)  # padding cannot be meant: a row that has not ended is full
-  return Rollout(batch, ended_B, sample.lengths_B, P)
+  return Responses(batch, ended_B, sample.lengths_B, P)
 
 
 def groups(ids_BP: jax.Array, segments_BP: jax.Array, G: int) -> tuple[jax.Array, jax.Array]:
@@ -97,7 +97,7 @@ def groups(ids_BP: jax.Array, segments_BP: jax.Array, G: int) -> tuple[jax.Array
   return jnp.repeat(ids_BP, G, axis=0), jnp.repeat(segments_BP, G, axis=0)
 
 
-def truncate(r: Rollout, ids: Sequence[int], least: int = 0) -> Rollout:
+def truncate(r: Responses, ids: Sequence[int], least: int = 0) -> Responses:
   """Ends each response after the first of the `ids` at its place `least` or later, places counted from 0.
 
   For recipes that draw a fixed number of tokens and then cut (arXiv:1909.08593: the first full stop from place 16 on;
@@ -113,7 +113,7 @@ def truncate(r: Rollout, ids: Sequence[int], least: int = 0) -> Rollout:
   return r.replace(batch=batch, ended_B=r.ended_B | found_B, lengths_B=lengths_B)
 
 
-def score(p: params.Tree, r: Rollout, s: decode.Sampling, *, apply: Callable[..., Any],
+def score(p: params.Tree, r: Responses, s: decode.Sampling, *, apply: Callable[..., Any],
           head: Callable[[params.Tree], jax.Array], chunk: int = 1024) -> tuple[jax.Array, jax.Array | None]:
   """What a model says of the responses: f32 [B, T], 0 outside them.
 
@@ -140,7 +140,7 @@ def score(p: params.Tree, r: Rollout, s: decode.Sampling, *, apply: Callable[...
   return inside(logprobs_BT), inside(values_BT)
 
 
-def best_of(r: Rollout, scores_B: jax.Array, G: int) -> Rollout:
+def best_of(r: Responses, scores_B: jax.Array, G: int) -> Responses:
   """The response with the largest score in each group of `groups`, the first of equals: [B / G, ...].
 
   A score that is no number loses to all others.

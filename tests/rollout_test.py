@@ -44,7 +44,7 @@ def draws(s, p, ids_BP, segments_BP, key):
 
 
 def make(s):
-  """A program, compiled for each `make`: (params, the reference's, ids, segments, key) -> Rollout and Scores."""
+  """A program, compiled for each `make`: (params, the reference's, ids, segments, key) -> Responses and Scores."""
   def both(p, reference, ids_BP, segments_BP, key):
     r = draws(s, p, ids_BP, segments_BP, key)
     values = lambda positions_BT, segments_BT, key: positions_BT + 100 * (segments_BT == 0)
@@ -229,7 +229,7 @@ def test_no_array_of_length_times_vocabulary():
   c = dataclasses.replace(C, vocab=v)
   row = jax.ShapeDtypeStruct((b, t + 1), jnp.int32)
   vector = lambda dtype: jax.ShapeDtypeStruct((b,), dtype)
-  r = rollout.Rollout(Batch(row, row, row, jax.ShapeDtypeStruct(row.shape, bool)), vector(bool), vector(jnp.int32), 17)
+  r = rollout.Responses(Batch(row, row, row, jax.ShapeDtypeStruct(row.shape, bool)), vector(bool), vector(jnp.int32), 17)
   score = functools.partial(rollout.score, s=Sampling(), chunk=32, head=lambda p: decoder.head(p, c),
                             apply=lambda p, ids_BT, **kwargs: decoder.apply(p, c, ids_BT, **kwargs))
   p = params.abstract(decoder.specs(c))

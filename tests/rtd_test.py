@@ -66,7 +66,7 @@ def test_every_number_against_a_loop(kwargs):
   m = masking.corrupt(inputs, jax.random.fold_in(key, 0), c, TOKENS)
   shared = dict(positions_BT=inputs.positions_BT, segments_BT=inputs.segments_BT, types_BT=inputs.types_BT, key=None)
   x = body(p['g'], m.ids_BT, **shared)
-  drawn = cross_entropy.sample(masking.row_keys(jax.random.fold_in(key, 1), inputs), masking.gather(x, m.positions_BP),
+  drawn = cross_entropy.sample(masking.draw_keys(jax.random.fold_in(key, 1), inputs), masking.gather(x, m.positions_BP),
                                p['g']['tokens'], p['bias'])
   ids = np.array(inputs.ids_BT)
   want = dict.fromkeys(('nll', 'right', 'masked', 'bce', 'used', 'told', 'said', 'replaced', 'hits'), 0.0)

@@ -111,10 +111,10 @@ def corrupt(inputs: Inputs, key: nn.Key | None, c: Config, t: Tokens) -> Masked:
   key = jax.random.key(0) if key is None or c.static else key
   used_BT = inputs.segments_BT > 0
   row = functools.partial(_row, c=c, t=t)
-  return Masked(*jax.vmap(row)(row_keys(key, inputs), inputs.ids_BT, used_BT & ~inputs.special_BT, used_BT.sum(1)))
+  return Masked(*jax.vmap(row)(draw_keys(key, inputs), inputs.ids_BT, used_BT & ~inputs.special_BT, used_BT.sum(1)))
 
 
-def row_keys(key: nn.Key, inputs: Inputs) -> jax.Array:
+def draw_keys(key: nn.Key, inputs: Inputs) -> jax.Array:
   """A plain key for each row, from its `draw_B`: [B]."""
   return jax.vmap(jax.random.fold_in, (None, 0))(nn.shared(key), inputs.draw_B)
 

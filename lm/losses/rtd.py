@@ -66,7 +66,7 @@ def loss(p: params.Tree, inputs: Inputs, key: nn.Key | None, *, apply: Callable[
   total, nll, correct = cross_entropy.weighted_nll(y_BPE, w_VE, masked.targets_BP, masked.weights_BP, c.chunk,
                                                    bias_V=bias_V)
   weight = masked.weights_BP.sum()
-  drawn_BP = cross_entropy.sample(masking.row_keys(sample_key, inputs), y_BPE, w_VE, bias_V, c.chunk)
+  drawn_BP = cross_entropy.sample(masking.draw_keys(sample_key, inputs), y_BPE, w_VE, bias_V, c.chunk)
   ids_BT = fill(inputs.ids_BT, masked, drawn_BP)
   logits_BT = discriminate(p, ids_BT, **shared, key=nn.fold(key, 3)).astype(jnp.float32)
   detection, metrics = _detection(logits_BT, ids_BT != inputs.ids_BT, inputs.segments_BT > 0, c.weight)
