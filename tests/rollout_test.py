@@ -229,7 +229,8 @@ def test_no_array_of_length_times_vocabulary():
   c = dataclasses.replace(C, vocab=v)
   row = jax.ShapeDtypeStruct((b, t + 1), jnp.int32)
   vector = lambda dtype: jax.ShapeDtypeStruct((b,), dtype)
-  r = rollout.Responses(Batch(row, row, row, jax.ShapeDtypeStruct(row.shape, bool)), vector(bool), vector(jnp.int32), 17)
+  batch = Batch(row, row, row, jax.ShapeDtypeStruct(row.shape, bool))
+  r = rollout.Responses(batch, vector(bool), vector(jnp.int32), 17)
   score = functools.partial(rollout.score, s=Sampling(), chunk=32, head=lambda p: decoder.head(p, c),
                             apply=lambda p, ids_BT, **kwargs: decoder.apply(p, c, ids_BT, **kwargs))
   p = params.abstract(decoder.specs(c))
