@@ -85,7 +85,7 @@ def main(_: list[str]) -> None:
     place = workdir / f'{name.replace(" ", "_")}_{steps}'
     print(f'{name}, {steps} steps (same {equal} as masked words)', flush=True)
     summary = run.run(*pretraining(c, name, steps), place)
-    body, p, _ = weights.load_encoder(place, best=False)
+    body, p, *_ = weights.load_encoder(place, best=False)
     numbers = {k: summary[k] for k in ('tokens', 'flops', 'wall_s', 'val_loss')}
     results.append({'name': name, 'equal': equal} | numbers | tune(c, reviews, body, p))
   report(workdir, results)
