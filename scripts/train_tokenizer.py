@@ -71,7 +71,7 @@ def main(_: list[str]) -> None:
       tokenizer = training.train_sentencepiece(
           texts, _OUT.value, _VOCAB.value, _KIND.value, control_symbols=_CONTROL.value,
           character_coverage=_COVERAGE.value, max_lines=_MAX_LINES.value)
-    except ConfigError as error:
+    except Error as error:
       raise (failed[0] if failed else error) from error
   count = size = inexact = 0
   for document in itertools.islice(files, CHECKED):

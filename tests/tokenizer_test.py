@@ -232,8 +232,13 @@ def test_a_sentencepiece_model_has_what_the_files_beside_it_add(kinds, tmp_path)
   assert found.decode([401, *found.encode('fox'), 400]) == 'fox'
   found.save(tmp_path / 'again')
   assert tokenizers.load(tmp_path / 'again').sha256 == found.sha256 != kinds['bpe'].sha256
-  exported = export.files(found)
-  assert hf.Tokenizer.from_str(exported['tokenizer.json'].decode()).token_to_id('<|im_start|>') == 401
+  (tmp_path / 'exported').mkdir()
+  for name, content in export.files(found).items():
+    (tmp_path / 'exported' / name).write_bytes(content)
+  back = tokenizers.load(tmp_path / 'exported')
+  assert (back.vocab_size, back.bos_id, back.eos_id, back.begin) == (402, 2, 400, [])
+  assert found.control.items() <= back.control.items()
+  assert back.encode('the fox\n 你').tolist() == found.encode('the fox\n 你').tolist()
 
 
 def test_what_begins_a_document_is_said_by_the_files(tmp_path):

@@ -59,6 +59,13 @@ def test_what_is_wrong_is_named(arguments, expected, corpus, tmp_path):
   assert done.returncode in (2, 3) and expected in done.stderr and done.stderr.count('\n') == 1
 
 
+def test_text_that_is_damaged_from_its_first_line_is_named(tmp_path):
+  (tmp_path / 'a.jsonl').write_bytes('{"text": "好"}\n'.encode('gbk'))
+  done = run('--vocab=300', f'--text={tmp_path}/a.jsonl', f'--out={tmp_path}/a.model')
+  assert done.returncode == 3, done.stderr
+  assert done.stderr.startswith(f'error: {tmp_path}/a.jsonl:1: byte 10 is not UTF-8')
+
+
 def test_damaged_text_is_named_and_not_the_vocabulary(corpus, tmp_path):
   corpus.write_bytes(corpus.read_bytes() + '\n{"text": "好"}\n'.encode('gbk'))
   done = run('--vocab=300', f'--text={corpus}', f'--out={tmp_path}/a.model')

@@ -15,7 +15,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from lm.errors import ConfigError
 from lm.text import vocabulary
 from lm.text.tokenizer import bpe_model, Tokenizer
-from lm.text.tokenizer_files import HF_CONFIG, MADE_FROM
+from lm.text.tokenizer_files import HF_ADDED, HF_CONFIG, MADE_FROM
 
 _NEVER = -1e6  # log-probability of a piece that no text may choose
 _TYPES = sentencepiece_model_pb2.ModelProto.SentencePiece
@@ -48,8 +48,9 @@ def files(tokenizer: Tokenizer, encoder: bool = False) -> dict[str, bytes]:
     begin = name[tokenizer.bos_id]
     model.post_processor = processors.TemplateProcessing(f'{begin} $A', f'{begin} $A {begin} $B',
                                                          [(begin, tokenizer.bos_id)])
-  config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False,
-            MADE_FROM: next(iter(tokenizer.files))}
+  config = {'tokenizer_class': 'PreTrainedTokenizerFast', 'clean_up_tokenization_spaces': False}
+  if not {HF_CONFIG, HF_ADDED} & tokenizer.files.keys():  # else what they said is in tokenizer.json and here alone
+    config[MADE_FROM] = next(iter(tokenizer.files))
   config |= {f'{role}_token': name[i] for role, i in roles.items() if i is not None}
   return {**tokenizer.files, 'tokenizer.json': (model.to_str() + '\n').encode(),
           HF_CONFIG: (json.dumps(config, indent=2) + '\n').encode()}

@@ -8,9 +8,9 @@ from typing import Any
 
 from lm.errors import DataError
 
-HF_CONFIG, _HF_SPECIAL, _HF_ADDED = 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'
+HF_CONFIG, _HF_SPECIAL, HF_ADDED = 'tokenizer_config.json', 'special_tokens_map.json', 'added_tokens.json'
 MADE_FROM = 'made_from'  # field of HF_CONFIG: the file that tokenizer.json repeats for transformers
-NAMES = ('tokenizer.model', 'tokenizer.json', HF_CONFIG, _HF_SPECIAL, _HF_ADDED, 'vocab.json', 'merges.txt',
+NAMES = ('tokenizer.model', 'tokenizer.json', HF_CONFIG, _HF_SPECIAL, HF_ADDED, 'vocab.json', 'merges.txt',
          'vocab.txt', 'char.json', 'byte.json')  # canonical
 _BPE = {'vocab.bpe': ('encoder.json', 'vocab.bpe'), 'encoder.json': ('encoder.json', 'vocab.bpe'),
         'merges.txt': ('vocab.json', 'merges.txt'), 'vocab.json': ('vocab.json', 'merges.txt')}
@@ -18,7 +18,7 @@ _BPE = {'vocab.bpe': ('encoder.json', 'vocab.bpe'), 'encoder.json': ('encoder.js
 
 def names_in(folder: str | os.PathLike) -> list[str]:
   """Names of the files there that hold a tokenizer, or a part of one."""
-  ours = lambda name: name.endswith('.model') or name in {*NAMES, *_BPE} - {HF_CONFIG, _HF_SPECIAL, _HF_ADDED}
+  ours = lambda name: name.endswith('.model') or name in {*NAMES, *_BPE} - {HF_CONFIG, _HF_SPECIAL, HF_ADDED}
   return sorted(filter(ours, os.listdir(folder))) if os.path.isdir(folder) else []
 
 
@@ -46,7 +46,7 @@ def collect(path: pathlib.Path) -> dict[str, bytes]:
     return {'vocab.json': vocab.read_bytes(), 'merges.txt': merges.read_bytes()}
   beside = lambda *names: {n: path.with_name(n).read_bytes() for n in names if path.with_name(n).is_file()}
   if path.suffix == '.model':
-    return {'tokenizer.model': path.read_bytes()} | ({} if _made_from(path.parent) else beside(HF_CONFIG, _HF_ADDED))
+    return {'tokenizer.model': path.read_bytes()} | ({} if _made_from(path.parent) else beside(HF_CONFIG, HF_ADDED))
   if path.suffix == '.txt':
     return {'vocab.txt': path.read_bytes()} | beside(HF_CONFIG)  # says whether case counts
   if path.name in ('char.json', 'byte.json'):
@@ -74,7 +74,7 @@ def roles(files: Mapping[str, bytes]) -> dict[str, str]:
 def added(files: Mapping[str, bytes]) -> dict[str, int]:
   """{text: id} of tokens that the files beside a tokenizer add to it."""
   listed = {entry['content']: int(i) for i, entry in settings(files).get('added_tokens_decoder', {}).items()}
-  return json.loads(files.get(_HF_ADDED, b'{}')) | listed
+  return json.loads(files.get(HF_ADDED, b'{}')) | listed
 
 
 def _made_from(folder: pathlib.Path) -> str | None:
