@@ -71,6 +71,14 @@ def compiler_options(platform: str, parameters: int) -> dict[str, str]:
   return _understood((_YNNPACK, 'LIBRARY_FUSION_TYPE_REDUCE'))
 
 
+def reads_by_output(platform: str) -> bool:
+  """Whether products of a few rows with f32 weights are faster where an output's weights lie side by side.
+
+  They take a third less time so by YNNPACK on an Intel processor with AMX; the others were not tried.
+  """
+  return platform == 'cpu' and any(line.startswith('flags') and ' amx_tile' in line for line in _cpuinfo())
+
+
 @functools.cache
 def _understood(option: tuple[str, str]) -> dict[str, str]:
   """The compiler option, if this version of XLA knows it."""

@@ -47,9 +47,17 @@ def dots(ws: Sequence[jax.Array], x: jax.Array, equations: Sequence[str], key: '
          ) -> tuple[jax.Array, ...]:
   """`dot` of one x with several weights, such as those of queries, keys and values; see `products.products`."""
   if not all(isinstance(w, jax.Array) for w in ws):
-    pairs = zip(ws, equations, strict=True)
-    return tuple(dot(w, x, equation, fold(key, i)) for i, (w, equation) in enumerate(pairs))
+    return several(ws[0], ws, x, equations, key)
   return products.products(tuple(equations), x, tuple(ws))
+
+
+@functools.singledispatch
+def several(first: object, ws: Sequence[object], x: jax.Array, equations: Sequence[str], key: 'Key | None'
+            ) -> tuple[jax.Array, ...]:
+  """`dots` by the type of the first weight, which may stand for all."""
+  del first
+  pairs = zip(ws, equations, strict=True)
+  return tuple(dot(w, x, equation, fold(key, i)) for i, (w, equation) in enumerate(pairs))
 
 
 @functools.singledispatch

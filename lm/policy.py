@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lm import config, decode, instruct, nn, params, peft as peft_lib, pretrain, reward_model, run
+from lm import config, instruct, nn, params, peft as peft_lib, pretrain, reward_model, run, sampler
 from lm.data import loader, prompts
 from lm.errors import ConfigError
 from lm.losses import ar, grpo, ppo
@@ -280,9 +280,9 @@ def reference(p: params.Tree) -> params.Tree:
   return p['reference'] if 'reference' in p else peft_lib.without(policy(p))
 
 
-def sampling(c: Config, stop: tuple[int, ...] = ()) -> decode.Sampling:
+def sampling(c: Config, stop: tuple[int, ...] = ()) -> sampler.Sampling:
   """How the policy draws: by softmax(logits / temperature), of all tokens."""
-  return decode.Sampling(c.rollout.new_tokens, c.temperature, stop=stop)
+  return sampler.Sampling(c.rollout.new_tokens, c.temperature, stop=stop)
 
 
 def bind(c: Config, attend: Callable[..., jax.Array], stack: Any = blocks.LOCAL

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from lm import decode, nn, params, sharding
+from lm import decode, nn, params, sampler, sharding
 from lm.data.packing import Batch
 from lm.errors import ConfigError
 from lm.kernels.cross_entropy import token_logprobs
@@ -62,7 +62,7 @@ def gathered(p: params.Tree, specs: params.Tree) -> params.Tree:
   return params.map_with_path(place, p)
 
 
-def generate(model: decode.Model, p: params.Tree, ids_BP: jax.Array, segments_BP: jax.Array, s: decode.Sampling,
+def generate(model: decode.Model, p: params.Tree, ids_BP: jax.Array, segments_BP: jax.Array, s: sampler.Sampling,
              key: nn.Key | None) -> Responses:
   """Draws a response of 1 to s.max_new tokens to each prompt.
 
@@ -113,7 +113,7 @@ def truncate(r: Responses, ids: Sequence[int], least: int = 0) -> Responses:
   return r.replace(batch=batch, ended_B=r.ended_B | found_B, lengths_B=lengths_B)
 
 
-def score(p: params.Tree, r: Responses, s: decode.Sampling, *, apply: Callable[..., Any],
+def score(p: params.Tree, r: Responses, s: sampler.Sampling, *, apply: Callable[..., Any],
           head: Callable[[params.Tree], jax.Array], chunk: int = 1024) -> tuple[jax.Array, jax.Array | None]:
   """What a model says of the responses: f32 [B, T], 0 outside them.
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from lm import decode, disk, events, logs, loop, params, peft, sharding, train
+from lm import decode, disk, events, logs, loop, params, peft, sampler, sharding, train
 from lm.data import memory, packing
 from lm.errors import ConfigError
 from lm.text import chat
@@ -92,7 +92,7 @@ def around(c: Config, model: decode.Model, template: chat.Template, specs: param
       logs.say("samples: no validation row tells a prompt from its reply (data.loss='all' does not); none are written")
       yield program
       return
-    s = decode.Sampling(int(min(c.new_tokens, room - max(len(pair.prompt) for pair in pairs))), c.temperature,
+    s = sampler.Sampling(int(min(c.new_tokens, room - max(len(pair.prompt) for pair in pairs))), c.temperature,
                         stop=chat.stop_ids(template, data.tokenizer))
     answer = _answers(model, s, parts.mesh, [[*peft.virtual_tokens(specs), *pair.prompt.tolist()] for pair in pairs])
     base = jax.random.fold_in(jax.random.key(seed), _KEY)

@@ -23,7 +23,7 @@ import time
 from absl import flags
 
 from experiments import cli
-from lm import bench
+from lm import bench, sampler
 from lm.errors import ConfigError
 
 _MODEL = flags.DEFINE_string('model', '', 'A workdir, a Hugging Face folder or a .gguf file.')
@@ -102,7 +102,7 @@ def _lm():
 
   c, p, *_ = weights.load(_MODEL.value)
   p, model, key = decode.prepare(p, _WORKER.value), decode.of(decoder, c), jax.random.key(0)
-  s = decode.Sampling(_MAX_NEW.value, _TEMPERATURE.value)
+  s = sampler.Sampling(_MAX_NEW.value, _TEMPERATURE.value)
   read = sum(x.nbytes for x in jax.tree.leaves((p['blocks'], p['unembed'])))
 
   def run(batch):

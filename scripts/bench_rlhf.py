@@ -32,7 +32,7 @@ import time
 from absl import flags
 
 from experiments import cli
-from lm import bench
+from lm import bench, sampler
 from lm.errors import ConfigError
 
 _PART = flags.DEFINE_enum('part', 'rollout', ['rollout', 'ppo'], 'What is timed.')
@@ -157,7 +157,7 @@ def _rollout():
   from lm.models import decoder
 
   c, p, *_ = weights.load(_MODEL.value)
-  model, s, p = decode.of(decoder, c), decode.Sampling(_max_new()), jax.device_put(p)
+  model, s, p = decode.of(decoder, c), sampler.Sampling(_max_new()), jax.device_put(p)
 
   @jax.jit
   def draw(p, ids_BP, key):

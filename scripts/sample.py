@@ -21,7 +21,7 @@ import jax
 import numpy as np
 
 from experiments import cli
-from lm import decode, host, peft, weights
+from lm import decode, host, peft, sampler, weights
 from lm.data import conversations
 from lm.errors import ConfigError, DataError
 from lm.models import blocks, decoder
@@ -60,7 +60,7 @@ def main(_: list[str]) -> None:
     model = dataclasses.replace(model, length=model.length - blocks.virtual(found.params['blocks']))
   stop = [tokenizer.eos_id, tokenizer.control.get('<|im_end|>'), *found.ends]
   stop += chat.stop_ids(conversations.TEMPLATES[_CHAT.value], tokenizer) if _CHAT.value else []
-  s = decode.Sampling(_room(model, prompts), _TEMPERATURE.value, _TOP_K.value, _TOP_P.value,
+  s = sampler.Sampling(_room(model, prompts), _TEMPERATURE.value, _TOP_K.value, _TOP_P.value,
                       tuple(sorted({i for i in stop if i is not None})))
   decode.check(model, prompts, s)
   p, key = decode.prepare(found.params, _DTYPE.value), jax.random.key(_SEED.value)

@@ -21,7 +21,7 @@ import numpy as np
 import tqdm
 
 from experiments import cli
-from lm import config, decode, disk, metrics, peft, weights
+from lm import config, decode, disk, metrics, peft, sampler, weights
 from lm.data import conversations, examples
 from lm.errors import ConfigError, DataError
 from lm.models import blocks, decoder
@@ -95,7 +95,7 @@ def _answered(talks: list[examples.Chat], found: weights.Model, template: chat.T
   model, p, rows = decode.of(decoder, found.config), decode.prepare(found.params), {}
   own = ('en', 'zh') if _LANGUAGE.value == 'auto' else (_LANGUAGE.value, _LANGUAGE.value)
   room = math.inf if model.length is None else model.length - blocks.virtual(found.params['blocks']) - _MAX_NEW.value
-  s = decode.Sampling(_MAX_NEW.value, temperature=0, stop=chat.stop_ids(template, tok))
+  s = sampler.Sampling(_MAX_NEW.value, temperature=0, stop=chat.stop_ids(template, tok))
   prompts = [[*peft.virtual_tokens(found.params), *chat.prompt(template, e.messages[:-1], tok)] for e in talks]
   order = [i for i in sorted(range(len(talks)), key=lambda i: len(prompts[i])) if len(prompts[i]) <= room]
   if len(order) < len(talks):

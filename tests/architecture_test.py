@@ -14,8 +14,8 @@ FLOORS = (
     'models text data rewards',
     'losses logprobs metrics peft peft_hf peft_nodes mixout optim muon ema spikes budget hlo hlo_module '
     'targets',
-    'host faults look train parallel pipeline checkpoint seal weights decode rollout loop report events logs evaluate '
-    'samples run start summary pictures monitor pretrain pretrain_encoder instruct preference classification '
+    'host faults look train parallel pipeline checkpoint seal weights sampler decode rollout loop report events logs '
+    'evaluate samples run start summary pictures monitor pretrain pretrain_encoder instruct preference classification '
     'reward_model plan plan_search plan_tasks policy experience reinforce bench',
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}

@@ -12,10 +12,10 @@ import pytest
 from scipy import stats
 import tokenizers
 
-from lm import decode, nn, params, sharding
-from lm.decode import Sampling
+from lm import decode, host, nn, params, sampler, sharding
 from lm.errors import ConfigError
 from lm.models import decoder
+from lm.sampler import Sampling
 from lm.text import streaming, tokenizer, training
 
 GPT2 = decoder.Config(vocab=96, length=64, layers=2, embed=32, heads=4, kv_heads=4, head_dim=8, mlp=64)
@@ -149,8 +149,10 @@ def test_a_second_call_compiles_nothing():
   assert decode.of(decoder, dataclasses.replace(LLAMA)) is model('llama')
 
 
+@pytest.mark.parametrize('by_output', [False, True])
 @pytest.mark.parametrize('name', CONFIGS)
-def test_prepared_parameters_give_the_same_tokens(name):
+def test_prepared_parameters_give_the_same_tokens(name, by_output, monkeypatch):
+  monkeypatch.setattr(host, 'reads_by_output', lambda platform: by_output)
   want = decode.generate(model(name), weights(name), PROMPTS, GREEDY)
   got = decode.generate(model(name), decode.prepare(weights(name)), PROMPTS, GREEDY)
   np.testing.assert_array_equal(got.tokens_BT, want.tokens_BT)
@@ -220,7 +222,7 @@ def test_candidates_match_the_oracle(s):
   logits_BV = np.array(2 * jax.random.normal(key(), (16, 300)))
   logits_BV[1] = np.round(logits_BV[1])  # many ties
   logits_BV[2, ::2] = -np.inf
-  logits_BC, ids_BC = jax.jit(decode.candidates, static_argnums=1)(logits_BV, s)
+  logits_BC, ids_BC = jax.jit(sampler.candidates, static_argnums=1)(logits_BV, s)
   got = np.zeros_like(logits_BV)
   np.put_along_axis(got, np.asarray(ids_BC), np.asarray(jax.nn.softmax(logits_BC)), 1)
   for row, z in zip(got, logits_BV, strict=True):
@@ -231,7 +233,7 @@ def test_candidates_match_the_oracle(s):
 def test_samples_follow_the_distribution(s):
   """Chi-square against the oracle; 300 tokens fill one chunk of the sampler and part of a second."""
   n, logits = 20000, np.asarray(2 * jax.random.normal(key(), (300,)))
-  sample = jax.jit(decode.sample_token, static_argnums=2)
+  sample = jax.jit(sampler.sample_token, static_argnums=2)
   ids = sample(jnp.broadcast_to(jnp.array(logits)[None], (n, 300)), jax.random.split(key(), n), s)
   seen, want = np.bincount(ids, minlength=300), n * oracle(logits, s)
   assert not seen[want == 0].any()
@@ -244,7 +246,7 @@ def test_samples_follow_the_distribution(s):
 
 def test_temperature_zero_takes_the_first_of_the_largest():
   logits_BV = jnp.array([[0.0, 3.0, 3.0, 1.0], [-jnp.inf, -jnp.inf, -5.0, -jnp.inf]])
-  assert decode.sample_token(logits_BV, None, GREEDY).tolist() == [1, 2]
+  assert sampler.sample_token(logits_BV, None, GREEDY).tolist() == [1, 2]
 
 
 @pytest.mark.parametrize('bad, part', [

@@ -153,6 +153,13 @@ def test_whose_products_a_large_model_takes(platform, parameters, cpu, flags, ei
     host._is_intel.cache_clear()
 
 
+def test_which_processors_read_weights_by_output(monkeypatch):
+  for platform, flags, wanted in (('cpu', 'fma amx_bf16 amx_tile', True), ('cpu', 'fma avx512f', False),
+                                  ('gpu', 'fma amx_tile', False)):
+    monkeypatch.setattr(host, '_cpuinfo', lambda flags=flags: ['vendor_id\t: GenuineIntel', f'flags\t\t: {flags}'])
+    assert host.reads_by_output(platform) == wanted
+
+
 def test_an_option_that_this_xla_does_not_know_is_left_out():
   assert host._understood(('xla_cpu_no_such_option', 'true')) == {}
   assert host._understood(('xla_backend_optimization_level', '1'))

@@ -8,7 +8,7 @@ from marks import few
 import numpy as np
 import pytest
 
-from lm import config, decode, experience, nn, optim, params, peft, policy, rollout
+from lm import config, decode, experience, nn, optim, params, peft, policy, rollout, sampler
 from lm.data import loader, prompts
 from lm.errors import ConfigError
 from lm.kernels import attention
@@ -42,7 +42,7 @@ def drawn(c, p, key=2):
   ids_BP = jax.random.randint(jax.random.key(5), (4, 8), 3, 40)
   segments_BP = (jnp.arange(8)[None] >= jnp.array([0, 2, 5, 7])[:, None]).astype(jnp.int32)
   ids_BP, segments_BP = rollout.groups(ids_BP, segments_BP, c.rollout.group)
-  s = decode.Sampling(c.rollout.new_tokens, c.temperature, stop=(1,))
+  s = sampler.Sampling(c.rollout.new_tokens, c.temperature, stop=(1,))
 
   @jax.jit
   def draw(p):
@@ -98,7 +98,7 @@ def test_log_probabilities_of_a_rollout_are_the_samplers():
   c = make('full', loss__temperature=1.0)
   _, p = tree_of(c)
   r = drawn(c, p)
-  sample = decode.run(decode.of(decoder, MODEL), decode.Sampling(6, stop=(1,)), decode.prepare(policy.policy(p)),
+  sample = decode.run(decode.of(decoder, MODEL), sampler.Sampling(6, stop=(1,)), decode.prepare(policy.policy(p)),
                       r.batch.ids_BT[:, :8], r.batch.segments_BT[:, :8], jax.random.key(2))
   policy_B, reference_B = experience.judge(c, attention.attend)(p, r)
   np.testing.assert_allclose(policy_B, sample.logprobs_BT.sum(1), atol=2e-4)

@@ -14,6 +14,8 @@ CASES = [  # equation, shape of x, shape of w, contracted dimensions of w
     ('BTNH,NHD->BTD', (3, 2, 5, 8), (5, 8, 40), (0, 1)),
     ('BTD,DF->BTF', (1, 1, 40), (40, 24), (0,)),  # one row takes a way of its own
     ('...D,VD->...V', (2, 40), (70, 40), (1,)),
+    ('...D,VD->...V', (20, 40), (70, 40), (1,)),  # so many rows take another way than few, where outputs lie together
+    ('BTF,FD->BTD', (10, 2, 40), (40, 24), (0,)),
 ]
 
 
@@ -21,10 +23,11 @@ def _normal(seed, shape, dtype=jnp.float32):
   return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
+@pytest.mark.parametrize('by_output', [False, True])
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('equation, x_shape, w_shape, inputs', CASES)
-def test_dot_is_einsum_with_the_unpacked_kernel(equation, x_shape, w_shape, inputs, kind):
-  x, w = _normal(0, x_shape), quantised.pack(_normal(1, w_shape), inputs, kind)
+def test_dot_is_einsum_with_the_unpacked_kernel(equation, x_shape, w_shape, inputs, kind, by_output):
+  x, w = _normal(0, x_shape), quantised.pack(_normal(1, w_shape), inputs, kind, by_output)
   if kind == 'bfloat16':
     x = x.astype(jnp.bfloat16).astype(jnp.float32)  # it is rounded to that
   want = np.einsum(equation, np.asarray(x, np.float64), np.asarray(quantised.unpack(w), np.float64))
@@ -32,6 +35,21 @@ def test_dot_is_einsum_with_the_unpacked_kernel(equation, x_shape, w_shape, inpu
   assert got.dtype == jnp.float32 and got.shape == want.shape
   # int8: 16 bits of an activation, so an error near sqrt(40) / 2^16; 8 bits would be off by 256 times as much.
   np.testing.assert_allclose(got, want, atol=1e-3 if kind == 'int8' else 1e-5)
+
+
+@pytest.mark.parametrize('by_output', [False, True])
+@pytest.mark.parametrize('kind', KINDS)
+@pytest.mark.parametrize('rows', [1, 3, 20])
+def test_joined_kernels_give_what_each_gives(rows, kind, by_output):
+  x, equations = _normal(0, (rows, 1, 40)), ['BTD,DNH->BTNH', 'BTD,DKH->BTKH', 'BTD,DF->BTF']
+  shapes = (40, 6, 8), (40, 2, 8), (40, 7)
+  ws = [quantised.pack(_normal(i, shape), (0,), kind, by_output) for i, shape in enumerate(shapes)]
+  want = nn.dots(ws, x, equations)
+  got = jax.jit(lambda joined, x: nn.dots([joined, None, None], x, equations))(quantised.join(ws), x)
+  assert [y.shape for y in got] == [(rows, 1, 6, 8), (rows, 1, 2, 8), (rows, 1, 7)]
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), got, want)
+  with pytest.raises(ValueError, match='BTD,FD->BTF'):
+    nn.dots([quantised.join(ws[2:])], x, ['BTD,FD->BTF'])
 
 
 @pytest.mark.parametrize('kind', KINDS)
@@ -56,8 +74,8 @@ def test_unpack_is_the_kernel_to_the_precision_of_its_kind():
 
 def test_an_int8_scale_belongs_to_one_output():
   w = quantised.pack(_normal(0, (4, 3, 5)), (0,), 'int8')
-  assert w.values_IO.dtype == jnp.int8 and w.values_IO.shape == (4, 15) and w.scale_O.shape == (15,)
-  assert (jnp.abs(w.values_IO.astype(jnp.int32)).max(0) == 127).all()
+  assert w.values.dtype == jnp.int8 and w.values.shape == (4, 15) and w.scale_O.shape == (15,)
+  assert (jnp.abs(w.values.astype(jnp.int32)).max(0) == 127).all()
 
 
 def test_zeros_stay_zero():

@@ -13,9 +13,9 @@ from scipy import stats
 
 from lm import decode, hlo, logprobs, nn, params, peft, rollout, sharding
 from lm.data.packing import Batch
-from lm.decode import Sampling
 from lm.errors import ConfigError
 from lm.models import decoder
+from lm.sampler import Sampling
 
 C = decoder.Config(vocab=96, length=96, layers=2, embed=32, heads=4, kv_heads=2, head_dim=8, mlp=64, bias=False,
                    positions='rotary', norm='rms', norm_bias=False, activation='swiglu')

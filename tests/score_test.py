@@ -11,7 +11,7 @@ from marks import slow
 import numpy as np
 import pytest
 
-from lm import checkpoint, config, decode, instruct, metrics, params, weights
+from lm import checkpoint, config, decode, instruct, metrics, params, sampler, weights
 from lm.data import assign, conversations
 from lm.models import decoder, hf
 from lm.text import chat, tokenizer
@@ -58,7 +58,7 @@ def test_the_table_is_that_of_the_replies(root, tmp_path):
   for row, talk in zip(rows, [TALKS[0], None, TALKS[2]], strict=True):
     said = talk['messages'][:-1] if talk else [{'role': 'user', 'content': '说好'}]
     ids = chat.prompt(chat.plain, [chat.Message(**m) for m in said], found.tokenizer).tolist()
-    s = decode.Sampling(12, temperature=0, stop=chat.stop_ids(chat.plain, found.tokenizer))
+    s = sampler.Sampling(12, temperature=0, stop=chat.stop_ids(chat.plain, found.tokenizer))
     want = decode.generate(decode.of(decoder, found.config), found.params, [ids], s)
     reply = chat.parse(chat.plain, np.asarray(want.tokens_BT[0])[:int(want.lengths_B[0])], found.tokenizer)
     assert (row['reply'], row['ended']) == reply

@@ -28,6 +28,7 @@ from lm import (
   params,
   peft,
   run,
+  sampler,
   seal,
   sharding,
   weights,
@@ -223,7 +224,7 @@ def test_a_tuned_decoder_decodes_as_it_was_trained(method, root, base, tmp_path)
   if method != 'prompt':
     model = decode.of(decoder, found.config)
     p = decode.prepare(found.params)
-    sample = decode.generate(model, p, [[5, 6, 7]], decode.Sampling(4, 0.0), jax.random.key(0))
+    sample = decode.generate(model, p, [[5, 6, 7]], sampler.Sampling(4, 0.0), jax.random.key(0))
     assert sample.tokens_BT.shape == (1, 4)
 
 

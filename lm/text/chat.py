@@ -174,7 +174,7 @@ def prompt(template: Template, messages: Sequence[Message], tokenizer: Tokenizer
 
 
 def stop_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
-  """The ids that end the assistant's turn (and eos): for `decode.Sampling.stop`."""
+  """The ids that end the assistant's turn (and eos): for `sampler.Sampling.stop`."""
   ends = [_control(piece.text, tokenizer)[0] for piece in template(_EXAMPLE) if piece.is_target and piece.is_control]
   return tuple(dict.fromkeys(i for i in (*ends, tokenizer.eos_id) if i is not None))
 
