@@ -15,14 +15,10 @@ both sides, data.split=time and data.by=date to train on the past, data.folds=5 
 `optim.steps` is epochs x (training rows // data.batch): set it with other data (the paper configs have MNLI's; 759 is 3
 epochs of the 9,496 film reviews, packed into 2,029 rows). Published, MNLI matched: BERT base 84.6, RoBERTa base 87.6,
 ELECTRA small 81.6 (base 88.5), DeBERTa base 88.8. Film reviews: a TF-IDF baseline has .805; transformers on torch .859,
-.860, .870 after epochs 1, 2, 3 at lr 5e-5. To score a finished run on a split, by its best checkpoint ('test' where
-records say so; `classification.Decoder` for smollm2):
+.860, .870 after epochs 1, 2, 3 at lr 5e-5. What has been trained classifies other texts, and is scored on a split:
 
-  import json
-  from lm import classification, config, metrics
-  c = config.from_json(classification.Encoder, json.load(open('runs/movies/config.json'))['config'])
-  labels, found, names = classification.predictions(c, 'runs/movies', 'validation')
-  print(metrics.accuracy(labels, found), metrics.per_class(labels, found, names))
+  python -m scripts.classify --model=runs/movies --text='A fine, quiet film.'
+  python -m scripts.classify --model=runs/movies --split=validation        # or test, where records say so
 """
 
 from experiments import cli

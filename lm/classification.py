@@ -164,21 +164,31 @@ def predictions(c: Config, workdir: str | os.PathLike, split: str = 'validation'
   """(labels, most likely classes) of a split, [N] each, by the best checkpoint of a finished run; names of classes.
 
   Raises:
-    CheckpointError: there is none, or its base is another model now.
+    ConfigError: the data has no such split. CheckpointError: no checkpoint, or its base is another model now.
   """
-  base, whole = _specs(c)
-  family = _FAMILIES[type(c.model)]
-  best = checkpoint_lib.best(pathlib.Path(workdir) / 'checkpoints', c.checkpoint.metric, c.checkpoint.mode)
-  p = weights.restore(workdir, whole, best, base)
-  specs = peft_lib.specs(c.peft, whole)
-  model = dataclasses.replace(c.model, dropout=nn.Dropout())
-  score = jax.jit(lambda p, batch: _bound(c, model, family, specs, attention.attend)(p, batch, None))
-  data = labelled.prepare(c.data, workdir, c.seed, encoder=family is not decoder)
+  data = labelled.prepare(c.data, workdir, c.seed, encoder=not isinstance(c, Decoder))
+  if split not in data.splits or not data.rows(split):
+    raise ConfigError(f'{c.data.corpus}: no {split} split; expected {", ".join(data.splits)}')
+  p, score = restore(c, workdir)
   place = sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
   found = [(batch.labels_B.reshape(-1), score(p, batch).argmax(-1).reshape(-1))
            for batch in labelled.eval_batches(data, split, c.eval_batch, place)]
   labels_N, classes_N = (np.concatenate(jax.device_get(x)) for x in zip(*found, strict=True))
   return labels_N[labels_N >= 0], classes_N[labels_N >= 0], data.names
+
+
+def restore(c: Config, workdir: str | os.PathLike) -> tuple[params.Tree, Callable[..., jax.Array]]:
+  """(parameters of a run's best checkpoint; (params, framing.Labelled) -> their logits, jitted).
+
+  Raises:
+    CheckpointError: there is none, or its base is another model now.
+  """
+  base, whole = _specs(c)
+  best = checkpoint_lib.best(pathlib.Path(workdir) / 'checkpoints', c.checkpoint.metric, c.checkpoint.mode)
+  p = weights.restore(workdir, whole, best, base)
+  family, model = _FAMILIES[type(c.model)], dataclasses.replace(c.model, dropout=nn.Dropout())
+  score = _bound(c, model, family, peft_lib.specs(c.peft, whole), attention.attend)
+  return p, jax.jit(lambda p, batch: score(p, batch, None))
 
 
 def _specs(c):

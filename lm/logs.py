@@ -4,7 +4,7 @@ summary.json; and tells.
 metrics.jsonl is the record: one row a step, cut back when a run resumes. The events and the curves are made from it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import contextlib
 import importlib.metadata
 import json
@@ -194,9 +194,10 @@ def write_changes(workdir: str | os.PathLike, step: int, changes: dict[str, tupl
     file.write(json.dumps({'step': step, 'changes': changes}) + '\n')
 
 
-def write_config(workdir: str | os.PathLike, config: dict[str, Any]) -> None:
-  """config.json: the config, and what it ran on and with."""
+def write_config(workdir: str | os.PathLike, config: dict[str, Any], classes: Sequence[str] = ()) -> None:
+  """config.json: the config, what it ran on and with, and the names of the classes that a model tells apart."""
   record = {'config': config, 'git': _git(), 'packages': _packages(), 'devices': [str(d) for d in jax.devices()]}
+  record |= {'classes': list(classes)} if classes else {}
   _write(pathlib.Path(workdir) / 'config.json', record)
 
 

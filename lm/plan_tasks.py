@@ -20,7 +20,7 @@ from lm import (
   run,
   sharding,
 )
-from lm.data import inputs, labelled, masking, packing, preferences
+from lm.data import framing, inputs, masking, packing, preferences
 from lm.losses import grpo, ppo
 from lm.models import decoder
 
@@ -57,7 +57,7 @@ def batch_of(c: run.Config, mesh: jax.sharding.Mesh) -> Any:
     ranked = preferences.Ranked(rows(K), array(jnp.float32, K), array(jnp.bool_, K))
     return ranked if isinstance(c, reward_model.Config) else preference.Referred(ranked, array(jnp.float32, K))
   if isinstance(c, classification.Config):
-    return labelled.Labelled(array(jnp.int32, T), array(jnp.int32, T), array(jnp.int32))
+    return framing.Labelled(array(jnp.int32, T), array(jnp.int32, T), array(jnp.int32))
   if not isinstance(c.model, decoder.Config):
     return inputs.Inputs(*(array(jnp.int32, T) for _ in range(4)), array(jnp.bool_, T), array(jnp.bool_),
                          array(jnp.uint32))

@@ -244,7 +244,7 @@ def _record(c, data, workdir, at, changes):
   if jax.process_index() == 0:
     if changes:
       logs.write_changes(workdir, at, changes)
-    logs.write_config(workdir, config.to_json(c))
+    logs.write_config(workdir, config.to_json(c), data.names)
     data.tokenizer.save(workdir / 'tokenizer')
     (workdir / 'summary.json').unlink(missing_ok=True)
 

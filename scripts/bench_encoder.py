@@ -78,10 +78,10 @@ def _labelled(c):
   import jax.numpy as jnp
 
   from lm import classification
-  from lm.data import labelled
+  from lm.data import framing
 
   ids_BT = jax.random.randint(jax.random.key(0), (c.data.batch, c.data.length), 1000, c.model.vocab)
-  return classification.task(c), labelled.Labelled(ids_BT, jnp.ones_like(ids_BT), jnp.arange(c.data.batch) % c.classes)
+  return classification.task(c), framing.Labelled(ids_BT, jnp.ones_like(ids_BT), jnp.arange(c.data.batch) % c.classes)
 
 
 def _theirs(model, c):

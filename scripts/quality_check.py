@@ -43,7 +43,7 @@ import tqdm
 
 from experiments import cli
 from lm import config, disk, pictures
-from lm.data import conversations, examples, labelled, memory, quality, tables_io, turns
+from lm.data import conversations, examples, framing, memory, quality, tables_io, turns
 from lm.data.examples import Chat, Example, Instruction, Labelled, Preference
 from lm.data.json_io import Row
 from lm.errors import ConfigError, DataError, Error
@@ -241,8 +241,8 @@ def _around(tokenizer: Tokenizer, pair: bool) -> int:
   try:
     vocabulary.special_ids(tokenizer)
   except ConfigError:
-    return labelled.around(tokenizer, encoder=False, pairs=pair)
-  return labelled.around(tokenizer, encoder=True, pairs=pair)
+    return framing.frame_of(tokenizer, encoder=False, pairs=pair).around
+  return framing.frame_of(tokenizer, encoder=True, pairs=pair).around
 
 
 def _messages(some):

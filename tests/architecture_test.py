@@ -16,7 +16,7 @@ FLOORS = (
     'targets',
     'host faults look train parallel pipeline checkpoint seal weights sampler decode rollout loop report events logs '
     'evaluate samples run start summary pictures monitor pretrain pretrain_encoder instruct preference classification '
-    'reward_model plan plan_search plan_tasks policy experience reinforce bench',
+    'classifier reward_model plan plan_search plan_tasks policy experience reinforce bench',
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 FILES = sorted(p.relative_to(ROOT).as_posix() for top in ('lm', 'experiments', 'scripts')

@@ -10,7 +10,7 @@ import parallel_test as parallel
 import pytest
 
 from lm import classification, instruct, nn, optim, params, peft, preference, run, samples, sharding
-from lm.data import conversations, labelled, preferences
+from lm.data import conversations, framing, labelled, preferences
 from lm.data.packing import Batch
 from lm.errors import ConfigError
 from lm.models import decoder, encoder
@@ -57,7 +57,7 @@ def classes(method, mesh, seed):
                              mesh=sharding.Config(**mesh))
   row, labels_B = rows(seed, segments=1), np.random.default_rng(seed).integers(0, 3, B).astype(np.int32)
   labels_B[-1] = -1
-  return c, classification.task(c), labelled.Labelled(row.ids_BT, row.segments_BT, labels_B)
+  return c, classification.task(c), framing.Labelled(row.ids_BT, row.segments_BT, labels_B)
 
 
 def preference_pairs(method, mesh, seed):

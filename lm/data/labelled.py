@@ -1,11 +1,7 @@
-"""Texts, or pairs of texts, with a class each, as rows of an encoder or a decoder.
-
-BERT, ELECTRA, DeBERTa: [CLS] a [SEP], or [CLS] a [SEP] b [SEP]; RoBERTa: <s> a </s>, or <s> a </s></s> b </s>; a
-decoder: a, or a newline between a and b, and the end of text. A text too long loses its end; of a pair the longer text
-loses a token until both fit, the second of equals (google-research/bert, `_truncate_seq_pair`).
+"""Texts, or pairs of texts, with a class each: which are trained on, and their rows (`lm.data.framing`).
 
 The whole set fits in memory; `prepare`, `check`, `train_batches` and `eval_batches` are those of a source of
-`lm.run.Task`. Shapes: N examples, B rows of a batch, T tokens a row, M most examples of a row where they are packed.
+`lm.run.Task`. Shapes: N examples, B rows of a batch, T tokens a row.
 """
 
 from collections.abc import Sequence
@@ -15,16 +11,13 @@ import json
 import os
 from typing import Literal
 
-from flax import struct
-import jax
 import numpy as np
 
-from lm.data import assign, examples, memory, packing
+from lm.data import assign, examples, framing, memory
 from lm.data.json_io import Fault
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError, DataError
-from lm.text import methods, scan, vocabulary
-from lm.text.tokenizer import Tokenizer
+from lm.text import methods, scan
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,26 +93,6 @@ class Config:
     return min(self.longest or self.length, self.length)
 
 
-@struct.dataclass
-class Labelled:
-  """Rows and their classes.
-
-  Attributes:
-    ids_BT: int32 token ids.
-    segments_BT: int32, 1 = tokens, of packed examples 1, 2, ...; 0 = padding.
-    labels_B: int32, -1 = a row that fills up the last batch. Of packed examples [B, M], of segments 1, 2, ...; -1 where
-      there is none.
-    types_BT: int32, of pairs for encoders: 1 from the second text to its [SEP], else 0; None = all 0.
-    positions_BT: int32, from 0 in each packed example; None = from 0 in each row.
-  """
-
-  ids_BT: jax.Array
-  segments_BT: jax.Array
-  labels_B: jax.Array
-  types_BT: jax.Array | None = None
-  positions_BT: jax.Array | None = None
-
-
 def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool = True) -> memory.Data:
   """The rows of `c.corpus`; writes nothing, and prints what was cut or left out.
 
@@ -134,7 +107,7 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   memory.check_paths(c)
   found, names = _read(c)
   tokenizer, pairs = memory.read_tokenizer(c.tokenizer), found[0].text_pair is not None
-  frame = _frame(tokenizer, encoder, pairs)
+  frame = framing.frame_of(tokenizer, encoder, pairs)
   least = frame.around + 1 + pairs
   if c.room < least:
     raise ConfigError(f'data.length={c.room}; expected at least {least}, so that a token of each text fits')
@@ -150,15 +123,15 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
     if chosen or part != 'test':
       ids_N = [memory.encoded(e.texts, tokenizer, e.origin) for e in chosen]
       labels_N = np.array([names.index(e.label) for e in chosen], np.int32)
-      found_N, cut = _framed(ids_N, frame, c.room)
-      sets[part] = (_packed(found_N, labels_N, frame, c.length, seed) if c.pack and found_N else
-                    _rows(found_N, labels_N, frame, c.length))
+      found_N, cut = framing.framed(ids_N, frame, c.room)
+      sets[part] = (framing.packed(found_N, labels_N, frame, c.length, seed) if c.pack and found_N else
+                    framing.rows(found_N, labels_N, frame, c.length))
       name, rows = 'length' if c.room == c.length else 'longest', len(sets[part].ids_BT)
       print(f'{part}: {len(chosen)} examples in {rows} rows' + f', {cut} cut to data.{name}={c.room} tokens' * (cut > 0)
             + f'; an epoch is {rows // c.batch} steps' * (part == 'train'), flush=True)
       if part == 'train' and c.augment:
         again, by = _reworded(c, [e.texts for e in chosen], ids_N, labels_N, frame, tokenizer)
-  blank = Labelled(np.int32(frame.pad), np.int32(0), np.int32(-1), np.int32(0) if frame.types else None,
+  blank = framing.Labelled(np.int32(frame.pad), np.int32(0), np.int32(-1), np.int32(0) if frame.types else None,
                    np.int32(0) if c.pack else None)
   return memory.Data(c, seed, tokenizer, sets, blank, again, by, tuple(names))
 
@@ -200,89 +173,6 @@ def _whole(example):
   return example.text if example.text_pair is None else scan.duplicate_key(*example.texts)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Frame:
-  """Ids before, between and after the texts of a row, and of padding; types: rows have token types."""
-
-  before: tuple[int, ...]
-  between: tuple[int, ...]
-  after: tuple[int, ...]
-  pad: int
-  types: bool = False
-
-  @property
-  def around(self) -> int:
-    return len(self.before) + len(self.between) + len(self.after)
-
-
-def around(tokenizer: Tokenizer, encoder: bool, pairs: bool) -> int:
-  """Tokens of a row that stand around its texts."""
-  return _frame(tokenizer, encoder, pairs).around
-
-
-def _frame(tokenizer: Tokenizer, encoder: bool, pairs: bool) -> _Frame:
-  if encoder:
-    special = vocabulary.special_ids(tokenizer)
-    roberta = '[SEP]' not in tokenizer.control  # it closes the first text and opens the second, and has one type
-    return _Frame((special.cls,), (special.sep,) * (1 + roberta) * pairs, (special.sep,), special.pad,
-                  pairs and not roberta)
-  # By itself some put a space before the newline.
-  newline = tuple(tokenizer.encode('a\n')[len(tokenizer.encode('a')):].tolist()) if pairs else ()
-  if pairs and not newline:
-    raise ConfigError('data.tokenizer: no newline to stand between the texts of a pair; expected one; name another')
-  return _Frame((), newline, () if tokenizer.eos_id is None else (tokenizer.eos_id,), 0)
-
-
-def _framed(ids_N: Sequence[Sequence[np.ndarray]], frame: _Frame, longest: int
-            ) -> tuple[list[tuple[np.ndarray, int]], int]:
-  """([(tokens of an example, where its second text begins)], how many were cut), of one text's ids each, or two's."""
-  room, found, cut = longest - frame.around, [], 0
-  for texts in ids_N:
-    kept = _fit([len(ids) for ids in texts], room)
-    first, *second = (ids[:n] for ids, n in zip(texts, kept, strict=True))
-    head = [*frame.before, *first, *frame.between]
-    found.append((np.concatenate([head, *second, frame.after]).astype(np.int32), len(head)))
-    cut += sum(kept) < sum(map(len, texts))
-  return found, cut
-
-
-def _rows(found_N: Sequence[tuple[np.ndarray, int]], labels_N: np.ndarray, frame: _Frame, length: int) -> Labelled:
-  """A row an example."""
-  ids_NT = np.full((len(found_N), length), frame.pad, np.int32)
-  segments_NT, types_NT = np.zeros_like(ids_NT), np.zeros_like(ids_NT)
-  for row, (tokens, second) in enumerate(found_N):
-    ids_NT[row, :len(tokens)] = tokens
-    segments_NT[row, :len(tokens)] = 1
-    types_NT[row, second:len(tokens)] = 1
-  return Labelled(ids_NT, segments_NT, labels_N, types_NT if frame.types else None)
-
-
-def _packed(found_N: Sequence[tuple[np.ndarray, int]], labels_N: np.ndarray, frame: _Frame, length: int, seed: int
-            ) -> Labelled:
-  """Rows of several examples."""
-  fit = packing.Fit(np.array([len(tokens) for tokens, _ in found_N]), length - 1, seed)
-  plan = [fit.row(i)[:, 0] for i in range(fit.rows)]
-  spans = [np.array([(i, 0, len(found_N[i][0])) for i in row]) for row in plan]
-  segments_BT, positions_BT, _ = packing.layout(spans, length, isolate=True)
-  order, used_BT = np.concatenate(plan), segments_BT > 0
-  ids_BT, types_BT = np.full_like(segments_BT, frame.pad), np.zeros_like(segments_BT)
-  ids_BT[used_BT] = np.concatenate([found_N[i][0] for i in order])
-  types_BT[used_BT] = np.concatenate([np.arange(len(found_N[i][0])) >= found_N[i][1] for i in order])
-  labels_BM = np.full((fit.rows, max(map(len, plan))), -1, np.int32)
-  for row, some in enumerate(plan):
-    labels_BM[row, :len(some)] = labels_N[some]
-  return Labelled(ids_BT, segments_BT, labels_BM, types_BT if frame.types else None, positions_BT)
-
-
-def _fit(lengths: Sequence[int], room: int) -> list[int]:
-  """How many tokens to keep of one text, or of two of which the longer gives way, the second of equals."""
-  if len(lengths) == 1 or sum(lengths) <= room:
-    return [min(n, room) for n in lengths]
-  a, b = lengths
-  first = min(a, max(room - b, room - room // 2))
-  return [first, room - first]
-
-
 def _reworded(c, texts_N, ids_N, labels_N, frame, tokenizer):
   """(`memory.Data.again`, its `again_by`): other wordings of a share of the rows, drawn from (seed, epoch, row)."""
   texts = lambda: [text for some in texts_N for text in some]
@@ -293,8 +183,8 @@ def _reworded(c, texts_N, ids_N, labels_N, frame, tokenizer):
     return ids_N[row] if rng.random() >= c.augment_share else [
         tokenizer.encode(change(text, rng)) for text in texts_N[row]]
 
-  def again(rows_B: np.ndarray, epoch: int, seed: int) -> Labelled:
-    found_N, _ = _framed([row_of(row, epoch, seed) for row in rows_B.tolist()], frame, c.room)
-    return _rows(found_N, labels_N[rows_B], frame, c.length)
+  def again(rows_B: np.ndarray, epoch: int, seed: int) -> framing.Labelled:
+    found_N, _ = framing.framed([row_of(row, epoch, seed) for row in rows_B.tolist()], frame, c.room)
+    return framing.rows(found_N, labels_N[rows_B], frame, c.length)
   digest = hashlib.sha256(json.dumps(texts_N).encode()).hexdigest()
   return again, {'methods': list(c.augment), 'share': c.augment_share, 'texts': digest}

@@ -11,7 +11,7 @@ import json
 import logging
 import os
 import pathlib
-from typing import Any, get_args, Literal
+from typing import Any, ClassVar, get_args, Literal
 
 import grain
 import jax
@@ -90,6 +90,7 @@ class Data:
   tokenizer: tokenizers.Tokenizer
   datasets: tuple[records.Dataset, ...]
   plans: tuple[packing.Stream | packing.Fit | inputs.Plan, ...]
+  names: ClassVar[tuple[str, ...]] = ()  # of classes: text has none
 
   def tokens(self, split: str = 'train') -> int:
     return sum(d.tokens(split) for d in self.datasets)

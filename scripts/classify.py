@@ -1,0 +1,110 @@
+r"""Classifies texts with a model of experiments.classify, or scores that model.
+
+  python -m scripts.classify --model=runs/movies --text='A fine, quiet film.' --text='Two hours I want back.'
+  python -m scripts.classify --model=runs/movies --corpus=new.csv --out=classified.jsonl
+  cat lines.txt | python -m scripts.classify --model=runs/movies            # a text a line
+  python -m scripts.classify --model=runs/movies --split=validation         # the run's own held-out texts: scores alone
+
+--model is a workdir (its best checkpoint). --corpus takes records {text} or {text, text_pair}, in the formats that the
+experiment reads (JSON, JSON lines, CSV, TSV, Parquet, a folder of them); records that have a label as well are scored.
+A line of JSON is written for each text, in order: text, text_pair and label as given, the likeliest class as
+`predicted`, and the probability of each class. Scores go to stderr: accuracy, macro F1, Matthews' correlation, and a
+table of the classes. A text too long loses its end, as in training; it is said how many.
+
+Exit status: 0 done, 2 a flag is wrong, 3 a record, a text or the tokenizer, 4 the weights.
+"""
+
+from collections.abc import Mapping
+import contextlib
+import json
+import sys
+
+from absl import flags
+import numpy as np
+
+from experiments import cli
+from lm import classification, classifier, disk, host, metrics
+from lm.data import tables_io, turns
+from lm.data.json_io import Fault, Row
+from lm.errors import ConfigError, DataError
+
+_MODEL = flags.DEFINE_string('model', '', "A classifier's workdir.")
+_TEXT = flags.DEFINE_multi_string('text', [], 'What to classify; may be repeated.')
+_CORPUS = flags.DEFINE_string('corpus', '', 'A file or folder of records with texts.')
+_SPLIT = flags.DEFINE_string('split', '', 'Scores the model on this split of the data of its run: validation, or test '
+                             'where records say so.')
+_OUT = flags.DEFINE_string('out', '', 'A file for the lines; without it they are printed.')
+SCORES = {'accuracy': metrics.accuracy, 'macro F1': metrics.macro_f1, 'MCC': metrics.mcc}
+
+
+def main(_: list[str]) -> None:
+  if not _MODEL.value:
+    raise ConfigError('--model: not given; expected the workdir of a run of experiments.classify; see --help')
+  if sum(map(bool, (_TEXT.value, _CORPUS.value, _SPLIT.value))) > 1:
+    raise ConfigError('--text, --corpus, --split: two of them; expected one')
+  if _SPLIT.value and _OUT.value:
+    raise ConfigError('--out: with --split nothing but scores is told; leave it out, or give --corpus')
+  host.keep_compiled_programs()
+  found = classifier.load(_MODEL.value)
+  if _SPLIT.value:
+    report(*classification.predictions(found.config, _MODEL.value, _SPLIT.value))
+    return
+  records = list(_given())
+  pairs = {'text_pair' in r for r in records}
+  if len(pairs) != 1:
+    raise DataError(f'{_CORPUS.value or "stdin"}: {"texts and pairs" if pairs else "no texts"}; expected '
+                    f'{"one kind" if pairs else "at least one"}')
+  probabilities_NC, cut = found.probabilities([[r['text'], *([r['text_pair']] if 'text_pair' in r else [])]
+                                               for r in records])
+  if cut:
+    print(f'{cut} of {len(records)} cut to {found.config.data.room} tokens', file=sys.stderr, flush=True)
+  classes_N = probabilities_NC.argmax(-1)
+  with disk.replacing(_OUT.value) if _OUT.value else contextlib.nullcontext(sys.stdout) as out:
+    for record, n, p_C in zip(records, classes_N, probabilities_NC.tolist(), strict=True):
+      told = {name: round(p, 6) for name, p in zip(found.names, p_C, strict=True)}
+      out.write(json.dumps(record | {'predicted': found.names[n], 'probabilities': told}, ensure_ascii=False) + '\n')
+  if all('label' in r for r in records):
+    if other := {r['label'] for r in records} - set(found.names):
+      raise DataError(f'{_CORPUS.value}: label {min(other)[:40]!r}; the model tells apart {", ".join(found.names)}; '
+                      'nothing was scored')
+    report(np.array([found.names.index(r['label']) for r in records]), classes_N, found.names)
+
+
+def report(labels_N: np.ndarray, classes_N: np.ndarray, names: tuple[str, ...]) -> None:
+  """Prints scores and the table of the classes to stderr."""
+  scores = ', '.join(f'{name} {f(labels_N, classes_N):.4f}' for name, f in SCORES.items())
+  table = metrics.table(metrics.per_class(labels_N, classes_N, names))
+  print(f'{len(labels_N)} texts: {scores}\n{table}', file=sys.stderr, flush=True)
+
+
+def _given():
+  """{text, text_pair, label} of each text, the latter two where there are any."""
+  if not _CORPUS.value:
+    lines = _TEXT.value or _lines()
+    yield from (_checked(Row(f'{"--text" if _TEXT.value else "stdin"}:{i}', {'text': text}))
+                for i, text in enumerate(lines, 1))
+    return
+  for row in tables_io.rows(_CORPUS.value):
+    if isinstance(row, Fault):
+      raise row
+    yield _checked(row)
+
+
+def _checked(row):
+  if not isinstance(row.fields, Mapping):
+    raise Fault('type', row.origin, f'found {turns.describe(row.fields)}; expected an object with fields')
+  names = [name for name in ('text_pair', 'label') if row.fields.get(name) is not None]
+  return {name: turns.text(row, name) for name in ('text', *names)}
+
+
+def _lines():
+  if sys.stdin.isatty():
+    print('a text a line, then Ctrl-D:', file=sys.stderr, flush=True)
+  try:
+    return sys.stdin.buffer.read().decode().splitlines()
+  except UnicodeDecodeError as error:
+    raise DataError(f'stdin: byte {error.start} is not UTF-8; expected UTF-8; re-encode it') from error
+
+
+if __name__ == '__main__':
+  cli.guard(main, __doc__)

@@ -1,0 +1,138 @@
+"""scripts.classify: what a run measured of its own split, and any texts one by one, in their order."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from lm import checkpoint, classification, classifier, config, logs, loop, optim, run
+from lm.data import labelled
+from lm.errors import CheckpointError, ConfigError, DataError
+from lm.models import decoder, encoder
+from lm.text import training
+
+ROOT = pathlib.Path(__file__).parent.parent
+SHAPE = dict(vocab=300, length=64, layers=1, embed=16, heads=2, head_dim=8, mlp=32)
+MODELS = {classification.Encoder: encoder.Config(scan_layers=False, **SHAPE),
+          classification.Decoder: decoder.Config(kv_heads=2, **SHAPE)}
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  root = tmp_path_factory.mktemp('classify')
+  training.train_sentencepiece(['good film 好电影 bad film 坏电影'] * 20, root / 'x.model', vocab=280,
+                               control_symbols=('[CLS]', '[SEP]', '[MASK]'))
+  rows = [{'text': f'{"good" if i % 2 else "bad"} film {"好" * (i % 3)} {i}', 'label': 'liked' if i % 2 else 'not, 不',
+           'split': 'train' if i % 5 else 'validation'} for i in range(80)]
+  pairs = [row | {'text_pair': f'a film {i}'} for i, row in enumerate(rows)]
+  for name, records in (('films', rows), ('pairs', pairs)):
+    (root / f'{name}.jsonl').write_text(''.join(json.dumps(r, ensure_ascii=False) + '\n' for r in records))
+  return root
+
+
+def trained(folder, workdir, kind=classification.Encoder, corpus='films', **changes):
+  c = kind(model=MODELS[kind], data=labelled.Config(corpus=f'{folder}/{corpus}.jsonl', tokenizer=f'{folder}/x.model',
+                                                    length=48, batch=8),
+           optim=optim.Config(lr=0.02, steps=24, warmup=1, weight_decay=0.0), loop=loop.Config(eval_every=24),
+           checkpoint=checkpoint.Config(every=24, metric='val_accuracy', mode='max'))
+  c = config.replace(c, **changes)
+  return c, run.run(c, classification.task(c), workdir)
+
+
+def records(folder, corpus, split='validation'):
+  rows = [json.loads(line) for line in (folder / f'{corpus}.jsonl').read_text().splitlines()]
+  return [row for row in rows if row['split'] == split]
+
+
+def script(*flags, **kwargs):
+  return subprocess.run([sys.executable, '-m', 'scripts.classify', *map(str, flags)], cwd=ROOT, capture_output=True,
+                        text=True, timeout=300, check=False, **kwargs)
+
+
+@pytest.mark.parametrize('kind, corpus, pack', [
+    (classification.Encoder, 'films', True), (classification.Encoder, 'pairs', False),
+    pytest.param(classification.Decoder, 'pairs', True, marks=pytest.mark.slow)])
+def test_texts_one_by_one_get_the_classes_that_the_run_gave_them(kind, corpus, pack, folder, tmp_path):
+  c, summary = trained(folder, tmp_path, kind, corpus, data__pack=pack, data__longest=40)
+  labels_N, classes_N, names = classification.predictions(c, tmp_path)
+  found = classifier.load(tmp_path)
+  assert found.names == names == ('liked', 'not, 不') and type(found.config) is kind
+  given = records(folder, corpus)
+  texts = [[row['text'], row['text_pair']] if corpus == 'pairs' else [row['text']] for row in given]
+  p_NC, cut = found.probabilities(texts)
+  assert p_NC.shape == (len(given), 2) and cut == 0
+  np.testing.assert_allclose(p_NC.sum(-1), 1, atol=1e-6)
+  own = np.array([names.index(row['label']) for row in given])
+  assert sorted(zip(own, p_NC.argmax(-1), strict=True)) == sorted(zip(labels_N, classes_N, strict=True))
+  assert (own == p_NC.argmax(-1)).mean() == pytest.approx(summary['val_accuracy'])
+  # Neither order nor company matters: of 3 texts the last batch has 5 rows that fill it up.
+  np.testing.assert_allclose(found.probabilities(texts[::-1][:3])[0], p_NC[::-1][:3], atol=1e-6)
+  assert found.probabilities([[text * 30 for text in texts[0]]])[1] == 1
+
+
+@pytest.fixture(scope='module')
+def workdir(folder, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('run')
+  trained(folder, workdir)
+  return workdir
+
+
+def test_a_line_of_json_for_each_text(folder, workdir, tmp_path):
+  done = script(f'--model={workdir}', f'--corpus={folder}/films.jsonl', f'--out={tmp_path}/out.jsonl')
+  assert done.returncode == 0, done.stderr
+  rows = [json.loads(line) for line in (tmp_path / 'out.jsonl').read_text().splitlines()]
+  given = [json.loads(line) for line in (folder / 'films.jsonl').read_text().splitlines()]
+  assert [(row['text'], row['label']) for row in rows] == [(row['text'], row['label']) for row in given]
+  assert all(row['predicted'] == max(row['probabilities'], key=row['probabilities'].get) for row in rows)
+  share = np.mean([row['predicted'] == row['label'] for row in rows])
+  assert done.stdout == '' and f'80 texts: accuracy {share:.4f}' in done.stderr and '| not, 不 |' in done.stderr
+  lines = script(f'--model={workdir}', input='\n'.join(row['text'] for row in given[:3])).stdout.splitlines()
+  assert [json.loads(line) for line in lines] == [{k: v for k, v in row.items() if k != 'label'} for row in rows[:3]]
+
+
+def test_the_split_of_the_run(workdir, folder):
+  c = trained(folder, workdir)[0]  # complete: nothing is trained
+  labels_N, classes_N, _ = classification.predictions(c, workdir)
+  done = script(f'--model={workdir}', '--split=validation')
+  assert done.returncode == 0 and f'16 texts: accuracy {(labels_N == classes_N).mean():.4f}' in done.stderr
+  with pytest.raises(ConfigError, match='no test split; expected train, validation'):
+    classification.predictions(c, workdir, 'test')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('flags, lines, code, said', [
+    ((), None, 2, '--model'),
+    (('--model={w}', '--text=a', '--split=validation'), None, 2, 'two of them'),
+    (('--model={w}', '--split=validation', '--out=x'), None, 2, '--out'),
+    (('--model={w}', '--split=test'), None, 2, 'no test split'),
+    (('--model={w}', '--text=a', '--text= '), None, 3, '--text:2'),
+    (('--model={w}', '--corpus={c}'), ['{"text": "a"}', '{"texts": "b"}'], 3, 'c.jsonl:2'),
+    (('--model={w}', '--corpus={c}'), ['{"text": "a"}', '["b"]'], 3, 'c.jsonl:2'),
+    (('--model={w}', '--corpus={c}'), ['{"text": "a"}', '{"text": "b", "text_pair": "c"}'], 3, 'texts and pairs'),
+    (('--model={w}', '--corpus={c}'), ['{"text": "a", "label": "other"}'], 3, "'other'"),
+    (('--model={c}.none', '--text=a'), None, 4, 'config.json')])
+def test_what_is_wrong_is_said(flags, lines, code, said, workdir, tmp_path):
+  corpus = tmp_path / 'c.jsonl'
+  if lines:
+    corpus.write_text('\n'.join(lines))
+  done = script(*(flag.format(w=workdir, c=corpus) for flag in flags), input='')
+  assert done.returncode == code and said in done.stderr and 'Traceback' not in done.stderr
+
+
+def test_a_run_without_names_of_classes(workdir, tmp_path):
+  record = logs.read_config(workdir)
+  (tmp_path / 'config.json').write_text(json.dumps(record | {'classes': ['one']}))
+  with pytest.raises(CheckpointError, match='its 2 classes'):
+    classifier.load(tmp_path)
+  (tmp_path / 'config.json').write_text(json.dumps({'config': record['config'] | {'pooling': 'all'}}))
+  with pytest.raises(CheckpointError, match='pooling.*of a classifier'):
+    classifier.load(tmp_path)
+
+
+def test_a_text_that_the_tokenizer_refuses_is_counted(workdir, monkeypatch):
+  found = classifier.load(workdir)
+  with pytest.raises(DataError, match='text 2'):
+    found.probabilities([['a'], ['\ud800']])
