@@ -177,15 +177,16 @@ def predictions(c: Config, workdir: str | os.PathLike, split: str = 'validation'
   return labels_N[labels_N >= 0], classes_N[labels_N >= 0], data.names
 
 
-def restore(c: Config, workdir: str | os.PathLike) -> tuple[params.Tree, Callable[..., jax.Array]]:
-  """(parameters of a run's best checkpoint; (params, framing.Labelled) -> their logits, jitted).
+def restore(c: Config, workdir: str | os.PathLike, best: bool = True) -> tuple[params.Tree, Callable[..., jax.Array]]:
+  """(parameters of a run's best or newest checkpoint; (params, framing.Labelled) -> their logits, jitted).
 
   Raises:
     CheckpointError: there is none, or its base is another model now.
   """
   base, whole = _specs(c)
-  best = checkpoint_lib.best(pathlib.Path(workdir) / 'checkpoints', c.checkpoint.metric, c.checkpoint.mode)
-  p = weights.restore(workdir, whole, best, base)
+  folder = pathlib.Path(workdir) / 'checkpoints'
+  first = checkpoint_lib.best(folder, c.checkpoint.metric, c.checkpoint.mode) if best else None
+  p = weights.restore(workdir, whole, first, base)
   family, model = _FAMILIES[type(c.model)], dataclasses.replace(c.model, dropout=nn.Dropout())
   score = _bound(c, model, family, peft_lib.specs(c.peft, whole), attention.attend)
   return p, jax.jit(lambda p, batch: score(p, batch, None))

@@ -51,8 +51,16 @@ class Classifier:
     return np.concatenate(jax.device_get(out))[:N], cut
 
 
-def load(workdir: str | os.PathLike) -> Classifier:
-  """The best checkpoint of a run.
+def of_run(path: str | os.PathLike) -> bool:
+  """Is it the workdir of a classifier?"""
+  try:
+    return {'pooling', 'classes'} <= logs.read_config(path)['config'].keys()
+  except (CheckpointError, KeyError, TypeError, AttributeError):
+    return False
+
+
+def load(workdir: str | os.PathLike, best: bool = True) -> Classifier:
+  """The best checkpoint of a run, or the newest.
 
   Raises:
     CheckpointError: no classifier's run, without a checkpoint that is whole, or its base is another model now.
@@ -63,7 +71,7 @@ def load(workdir: str | os.PathLike) -> Classifier:
   if len(names) != c.classes:
     raise CheckpointError(f'{workdir}/config.json: classes {list(names)}; expected the names of its {c.classes} '
                           'classes, in order; write them there')
-  p, score = classification.restore(c, workdir)
+  p, score = classification.restore(c, workdir, best)
   return Classifier(c, p, tokenizers.load(pathlib.Path(workdir) / 'tokenizer'), names, score)
 
 

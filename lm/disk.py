@@ -1,8 +1,10 @@
-"""Files that appear whole or not at all, and what is said where they cannot."""
+"""Files and folders that appear whole or not at all, and what is said where they cannot."""
 
 from collections.abc import Iterator
 import contextlib
 import os
+import pathlib
+import shutil
 from typing import IO
 
 from lm.errors import CheckpointError
@@ -31,6 +33,40 @@ def replacing(path: str | os.PathLike, mode: str = 'w') -> Iterator[IO]:
     with contextlib.suppress(FileNotFoundError):
       os.remove(temporary)
     raise
+
+
+@contextlib.contextmanager
+def new_folder(path: str | os.PathLike, errors: tuple[type[Exception], ...] = (OSError,)) -> Iterator[pathlib.Path]:
+  """A temporary folder that takes the name `path` when the block ends well, and goes away otherwise.
+
+  Raises:
+    CheckpointError: the name is taken, or one of `errors` came from the block.
+  """
+  folder = pathlib.Path(os.path.abspath(path))
+  temporary = folder.with_name(f'{folder.name}.tmp{os.getpid()}')
+  try:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+      raise CheckpointError(f'{folder}: exists and is not empty; expected a new folder; choose another name')
+    temporary.mkdir(parents=True)
+    yield temporary
+    for written in (*temporary.iterdir(), temporary):
+      _sync(written)
+    temporary.rename(folder)
+    _sync(folder.parent)
+  except errors as error:
+    text = ' '.join(str(error).split())[:200]
+    raise CheckpointError(f'{folder}: {type(error).__name__}: {text}; expected a folder that can be written; mend it '
+                          'or choose another') from error
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _sync(path):
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
 
 
 @contextlib.contextmanager

@@ -144,8 +144,8 @@ def _workdir(path, best):
   whole = logs.read_config(path)
   saved = whole['config']
   if 'pooling' in saved:
-    raise ConfigError(f'{path}: a classifier or reward model, which writes no text and has no export; expected a run '
-                      'of a language model; see scripts.classify and lm.reward_model.load')
+    raise ConfigError(f'{path}: a classifier or reward model, which writes no text; expected a run of a language '
+                      'model; see scripts.classify, and lm.reward_model.load')
   try:
     c, kept = config.from_json(decoder.Config, saved['model']), saved['checkpoint']
     ranked = checkpoint.best(path / 'checkpoints', kept['metric'], kept['mode']) if best else None

@@ -7,8 +7,9 @@ r"""Converts a model: from a workdir, a Hugging Face folder or a GGUF file, to a
   python -m scripts.convert --from=adapter --base=smollm2 --to=hf --out=merged      # PEFT's LoRA, added to its base
 
 GPT2LMHeadModel and LlamaForCausalLM are what can be written and read; weights are f32, whatever they were. Of a run of
-an encoder, BERT's, RoBERTa's, ELECTRA's (the discriminator) or DeBERTa's class is written. Every tensor is accounted
-for, and an option that the model here lacks (rope scaling, sliding windows, ...) is refused by name. The tokenizer goes
+an encoder, BERT's, RoBERTa's, ELECTRA's (the discriminator) or DeBERTa's class is written; of a classifier BERT's with
+pooling=pooler, RoBERTa's or DeBERTa's with pooling=first, and the names of its classes. Every tensor is accounted for,
+and an option that the model here lacks (rope scaling, sliding windows, ...) is refused by name. The tokenizer goes
 along, with a tokenizer.json of the same ids for AutoTokenizer. Training (init_from) and sampling read all three kinds
 as they are: no need to convert first.
 
@@ -31,6 +32,7 @@ from experiments import cli
 from lm import (
   checkpoint,
   classification,
+  classifier,
   config,
   disk,
   instruct,
@@ -69,7 +71,12 @@ def main(_: list[str]) -> None:
   if _TO.value == 'peft':
     _adapter(out)
     return
-  model = _merged() if _BASE.value else _load(_FROM.value)
+  names = ()
+  if classifier.of_run(_FROM.value):
+    found = classifier.load(_FROM.value, best=not _NEWEST.value)
+    model, names = weights.Model(found.config.model, _plain(found.params), found.tokenizer), found.names
+  else:
+    model = _merged() if _BASE.value else _load(_FROM.value)
   encoder = not isinstance(model.config, decoder.Config)
   if encoder and _TO.value == 'workdir':
     raise ConfigError(f'--to=workdir: {_BASE.value or _FROM.value} is an encoder; expected a decoder; give --to=hf, '
@@ -77,7 +84,7 @@ def main(_: list[str]) -> None:
   if _TOKENIZER.value:
     model = model._replace(tokenizer=tokenizer.load(_TOKENIZER.value), ends=())
   if _TO.value == 'hf':
-    hf.save(out, *model)
+    hf.save(out, *model, classes=names)
   elif model.tokenizer is None:
     raise ConfigError(f'--tokenizer: not given, and {_FROM.value} holds none; a workdir needs one; name its file')
   else:
@@ -88,7 +95,9 @@ def main(_: list[str]) -> None:
   if tok and tok.kind == 'sentencepiece' and _TO.value == 'hf' and not (out / 'tokenizer.json').exists():
     print("its tokenizer.model has rules that no tokenizer.json has: AutoTokenizer would give other ids; encode with "
           'sentencepiece there')
-  if not encoder:
+  if names:
+    print(f'next: in Python, transformers.AutoModelForSequenceClassification.from_pretrained({str(out)!r})')
+  elif not encoder:
     print(f'next: python -m scripts.sample --model={out} --prompt="..."')
 
 
@@ -100,11 +109,17 @@ def _load(path: str) -> weights.Model:
                       'made for, a workdir, a folder or a .gguf file; name it')
   read = weights.load_encoder if weights.of_encoder(path) else weights.load
   model = read(path, best=not _NEWEST.value)
-  if params.flatten(peft.without(model.params)).keys() != params.flatten(model.params).keys():
-    raise ConfigError(f'--to={_TO.value}: {path} has a prefix, a prompt or adapter layers, which stand beside its '
-                      'weights and cannot be merged; expected LoRA, or all weights trained; write a prefix or prompt '
-                      'with --to=peft, or sample from the workdir as it is')
-  return model
+  return model._replace(params=_plain(model.params))
+
+
+def _plain(p: params.Tree) -> params.Tree:
+  """The weights with all that was learned, if they can hold it."""
+  p = peft.plain(p)
+  if params.flatten(peft.without(p)).keys() != params.flatten(p).keys():
+    raise ConfigError(f'--to={_TO.value}: {_FROM.value} has a prefix, a prompt or adapter layers, which stand beside '
+                      'its weights and cannot be merged; expected LoRA, or all weights trained; write a prefix or '
+                      'prompt with --to=peft, or use the workdir as it is')
+  return p
 
 
 def _merged() -> weights.Model:

@@ -7,8 +7,9 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors import numpy as st
 
-from lm import checkpoint, classification, classifier, config, logs, loop, optim, run
+from lm import checkpoint, classification, classifier, config, logs, loop, optim, peft, run
 from lm.data import labelled
 from lm.errors import CheckpointError, ConfigError, DataError
 from lm.models import decoder, encoder
@@ -130,6 +131,35 @@ def test_a_run_without_names_of_classes(workdir, tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps({'config': record['config'] | {'pooling': 'all'}}))
   with pytest.raises(CheckpointError, match='pooling.*of a classifier'):
     classifier.load(tmp_path)
+
+
+def convert(workdir, out):
+  return subprocess.run([sys.executable, '-m', 'scripts.convert', f'--from={workdir}', f'--out={out}'], cwd=ROOT,
+                        capture_output=True, text=True, timeout=300, check=False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('few', [peft.Config(), peft.Config('lora', train='^(classify|pooler)/', rank=2,
+                                                            targets='^blocks/attn/[qv]$')])
+def test_export_for_transformers(few, folder, tmp_path):
+  trained(folder, tmp_path / 'run', pooling='pooler', peft=few)
+  done = convert(tmp_path / 'run', tmp_path / 'out')
+  assert done.returncode == 0 and 'AutoModelForSequenceClassification' in done.stdout, done.stderr
+  fields = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  assert fields['architectures'] == ['BertForSequenceClassification']
+  assert fields['id2label'] == {'0': 'liked', '1': 'not, 不'} and fields['label2id'] == {'liked': 0, 'not, 不': 1}
+  found = classifier.load(tmp_path / 'run')
+  tensors, p = st.load_file(tmp_path / 'out' / 'model.safetensors'), peft.plain(found.params)
+  np.testing.assert_array_equal(tensors['classifier.weight'], p['classify']['out'].T)
+  np.testing.assert_array_equal(tensors['bert.pooler.dense.bias'], p['pooler']['bias'])
+  width = p['embed']['tokens'].shape[1]
+  np.testing.assert_array_equal(tensors['bert.encoder.layer.0.attention.self.query.weight'],
+                                np.asarray(p['blocks']['attn']['q'][0]).reshape(width, -1).T)
+
+
+def test_a_head_that_transformers_has_not_is_not_exported(workdir, tmp_path):
+  done = convert(workdir, tmp_path / 'out')  # BERT's with RoBERTa's head
+  assert done.returncode == 2 and 'pooling=pooler of BERT' in done.stderr and not (tmp_path / 'out').exists()
 
 
 def test_a_text_that_the_tokenizer_refuses_is_counted(workdir, monkeypatch):

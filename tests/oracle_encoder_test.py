@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import params
-from lm.models import blocks, electra, encoder, heads, hf
+from lm import classification, params
+from lm.models import blocks, deberta, electra, encoder, heads, hf
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -244,3 +244,34 @@ def test_names_of_the_published_bert(tmp_path):
   (tmp_path / 'config.json').write_text(json.dumps(fields | {'architectures': ['BertForMaskedLM']}))
   c, p = hf.load(tmp_path)
   _compare(model, jax.tree.map(jnp.asarray, p), c, _batch(model, 3, 11))
+
+
+CLASSIFIERS = {  # config, pooling, their class
+    'bert': (_C, 'pooler', 'BertForSequenceClassification'),
+    'roberta': (dataclasses.replace(_C, offset=2, types=1), 'first', 'RobertaForSequenceClassification'),
+    'deberta': (deberta.Config(vocab=V, length=T, layers=2, embed=32, heads=4, head_dim=8, mlp=48, relative=8, types=2),
+                'first', 'DebertaForSequenceClassification'),
+    'deberta-v2': (deberta.Config(vocab=V, length=T, layers=2, embed=32, heads=4, head_dim=8, mlp=48, relative=16,
+                                  buckets=8, key_bias=True, shared=True, types=2), 'first',
+                   'DebertaV2ForSequenceClassification')}
+
+
+@pytest.mark.parametrize('name', CLASSIFIERS)
+def test_an_exported_classifier_gives_their_logits(tmp_path, name):
+  c, pooling, architecture = CLASSIFIERS[name]
+  family = deberta if isinstance(c, deberta.Config) else encoder
+  specs = family.specs(c) | {'classify': heads.classify_specs(c.embed, 3, dense=pooling == 'first')}
+  specs |= {'pooler': heads.pooler_specs(c.embed)} if pooling == 'pooler' else {}
+  rng = np.random.default_rng(0)
+  p = jax.tree.map(lambda s: (0.3 * rng.normal(size=s.shape)).astype(np.float32), specs)
+  hf.save(tmp_path / 'out', c, p, classes=['a', '好', 'c'])
+  model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'out').eval()
+  assert type(model).__name__ == architecture and model.config.id2label == {0: 'a', 1: '好', 2: 'c'}
+  model.config.pad_token_id = model.config.pad_token_id or 0
+  ids_BT, mask_BT, types_BT, positions_BT = _batch(model, 4, T, 'right')
+  as_torch = lambda x: torch.from_numpy(np.asarray(x)).long()
+  with torch.no_grad():
+    want = model(as_torch(ids_BT), attention_mask=as_torch(mask_BT), token_type_ids=as_torch(types_BT)).logits.numpy()
+  x_BTD = family.apply(p, c, ids_BT, segments_BT=mask_BT, types_BT=types_BT, positions_BT=positions_BT)
+  got = classification.head(p, x_BTD, mask_BT, None, model=c, pooling=pooling, examples=0)
+  np.testing.assert_allclose(got, want, atol=1e-4)

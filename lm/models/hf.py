@@ -4,8 +4,7 @@
 model: pickles are refused.
 """
 
-from collections.abc import Iterator, Sequence
-import contextlib
+from collections.abc import Sequence
 import functools
 import hashlib
 import json
@@ -13,7 +12,6 @@ import math
 import os
 import pathlib
 import re
-import shutil
 import struct
 from typing import Any
 
@@ -21,9 +19,9 @@ import numpy as np
 import safetensors
 from safetensors import numpy as st
 
-from lm import params
+from lm import disk, params
 from lm.errors import CheckpointError, ConfigError
-from lm.models import decoder, encoder, hf_deberta, hf_decoder, hf_encoder, tables
+from lm.models import decoder, encoder, hf_classifier, hf_deberta, hf_decoder, hf_encoder, tables
 from lm.text import export, tokenizer, vocabulary
 
 FAMILIES = hf_decoder.FAMILIES | hf_encoder.FAMILIES | hf_deberta.FAMILIES
@@ -97,7 +95,7 @@ def ends(folder: str | os.PathLike) -> tuple[int, ...]:
 
 
 def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Tokenizer | None = None,
-         ends: Sequence[int] = (), shard_bytes: int = 4 << 30) -> None:
+         ends: Sequence[int] = (), classes: Sequence[str] = (), shard_bytes: int = 4 << 30) -> None:
   """Writes a folder that transformers loads, with f32 weights; it appears whole or not at all.
 
   Args:
@@ -105,6 +103,7 @@ def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Toke
     p: arrays of `specs(c)`, an encoder's heads beside them; they choose the architecture.
     text: its files are written beside (see `lm.text.export`), and its begin, end and padding ids into config.json.
     ends: ids that end a text, where they are others than the tokenizer's end.
+    classes: names of what a head under 'classify' tells apart, in order.
     shard_bytes: most bytes of a weight file, unless one tensor is larger.
 
   Raises:
@@ -112,6 +111,7 @@ def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Toke
     CheckpointError: the parameters do not fit the config, or the folder cannot be written.
   """
   kind, family = family_of(c, p)
+  family = hf_classifier.family(kind, family, p) if 'classify' in p else family
   heads = [head for head in family.heads if head in p]
   specs = family.tree(c, heads)
   want, have = ({path: x.shape for path, x in params.flatten(tree).items()} for tree in (specs, p))
@@ -128,9 +128,11 @@ def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Toke
   architecture = next(name for name, needed in family.architectures.items() if set(needed) <= set(heads))
   fields = {'architectures': [architecture], 'model_type': kind, 'dtype': 'float32', 'vocab_size': c.vocab}
   fields |= {f'{role}_token_id': getattr(text, f'{role}_id', None) for role in ('bos', 'eos', 'pad')}
+  if classes:
+    fields |= {'id2label': dict(enumerate(classes)), 'label2id': {name: i for i, name in enumerate(classes)}}
   if ends:
     fields['eos_token_id'] = ends[0] if len(ends) == 1 else list(ends)
-  with _new_folder(pathlib.Path(os.path.abspath(folder))) as tmp:
+  with disk.new_folder(folder, (OSError, safetensors.SafetensorError)) as tmp:
     _write_json(tmp / 'config.json', fields | family.write(c))
     for name, content in (export.files(text, not isinstance(c, decoder.Config)) if text else {}).items():
       (tmp / name).write_bytes(content)
@@ -270,31 +272,3 @@ def _write_tensors(folder, instances, flat, shard_bytes) -> None:
     st.save_file(tensors, folder / name, metadata={'format': 'pt'})
     (folder / name).chmod((folder / 'config.json').stat().st_mode)  # the library's 0600 would shut others out
   (folder / _SUMS).write_text(''.join(f'{_sha256(folder / name)}  {name}\n' for name in names))
-
-
-@contextlib.contextmanager
-def _new_folder(folder: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A temporary folder that takes the name `folder` when the block ends well, and goes away otherwise."""
-  tmp = folder.with_name(f'{folder.name}.tmp{os.getpid()}')
-  try:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-      raise CheckpointError(f'{folder}: exists and is not empty; expected a new folder; choose another name')
-    tmp.mkdir(parents=True)
-    yield tmp
-    for path in (*tmp.iterdir(), tmp):
-      _sync(path)
-    tmp.rename(folder)
-    _sync(folder.parent)
-  except (OSError, safetensors.SafetensorError) as error:
-    raise CheckpointError(f'{folder}: {_line(error)}; expected a folder that can be written; mend it or choose another'
-                          ) from error
-  finally:
-    shutil.rmtree(tmp, ignore_errors=True)
-
-
-def _sync(path: pathlib.Path) -> None:
-  handle = os.open(path, os.O_RDONLY)
-  try:
-    os.fsync(handle)
-  finally:
-    os.close(handle)
