@@ -186,10 +186,14 @@ def restore(c: Config, workdir: str | os.PathLike, best: bool = True) -> tuple[p
   base, whole = _specs(c)
   folder = pathlib.Path(workdir) / 'checkpoints'
   first = checkpoint_lib.best(folder, c.checkpoint.metric, c.checkpoint.mode) if best else None
-  p = weights.restore(workdir, whole, first, base)
+  return weights.restore(workdir, whole, first, base), scorer(c)
+
+
+def scorer(c: Config) -> Callable[..., jax.Array]:
+  """(params, framing.Labelled) -> logits, without dropout; jitted."""
   family, model = _FAMILIES[type(c.model)], dataclasses.replace(c.model, dropout=nn.Dropout())
-  score = _bound(c, model, family, peft_lib.specs(c.peft, whole), attention.attend)
-  return p, jax.jit(lambda p, batch: score(p, batch, None))
+  score = _bound(c, model, family, peft_lib.specs(c.peft, _specs(c)[1]), attention.attend)
+  return jax.jit(lambda p, batch: score(p, batch, None))
 
 
 def _specs(c):

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import tqdm
 
-from lm import classification, config, logs, params
-from lm.data import framing, memory
+from lm import classification, config, logs, params, weights
+from lm.data import framing, labelled, memory
 from lm.errors import CheckpointError, ConfigError
+from lm.models import encoder, hf
 from lm.text import tokenizer as tokenizers
 
 
@@ -42,11 +43,12 @@ class Classifier:
     frame = framing.frame_of(self.tokenizer, not isinstance(c, classification.Decoder), len(texts_N[0]) > 1)
     ids_N = [memory.encoded(texts, self.tokenizer, f'text {i}') for i, texts in enumerate(texts_N, 1)]
     found_N, cut = framing.framed(ids_N, frame, c.data.room)
+    width = min(c.data.room, 1 << (max(len(tokens) for tokens, _ in found_N) - 1).bit_length())
     out = []
     for start in tqdm.trange(0, N, c.eval_batch, desc='classifying', unit=' batches', disable=None):
       some = found_N[start:start + c.eval_batch]
       some += some[:1] * (c.eval_batch - len(some))  # one program for all batches
-      logits_BC = self.score(self.params, framing.rows(some, np.zeros(len(some), np.int32), frame, c.data.room))
+      logits_BC = self.score(self.params, framing.rows(some, np.zeros(len(some), np.int32), frame, width))
       out.append(jax.nn.softmax(logits_BC.astype(jnp.float32)))
     return np.concatenate(jax.device_get(out))[:N], cut
 
@@ -59,12 +61,33 @@ def of_run(path: str | os.PathLike) -> bool:
     return False
 
 
-def load(workdir: str | os.PathLike, best: bool = True) -> Classifier:
-  """The best checkpoint of a run, or the newest.
+def load(path: str | os.PathLike, best: bool = True) -> Classifier:
+  """Of a workdir the best checkpoint, or the newest; or a Hugging Face folder of `...ForSequenceClassification`.
 
   Raises:
-    CheckpointError: no classifier's run, without a checkpoint that is whole, or its base is another model now.
+    ConfigError: `path` is neither. CheckpointError: damaged; no classifier; a run's base is another model now.
   """
+  return _workdir(path, best) if weights.kind_of(path) == 'workdir' else _foreign(path)
+
+
+def _foreign(path):
+  if weights.kind_of(path) != 'hf':
+    raise ConfigError(f'{path}: no classifier; expected the workdir of one, or a Hugging Face folder; name another')
+  model, p = hf.load(path)
+  if 'classify' not in p:
+    raise ConfigError(f'{path}: a model without a head for classes; expected ...ForSequenceClassification; train one '
+                      'with experiments.classify')
+  names = hf.classes(path)
+  kind = classification.Encoder if isinstance(model, encoder.Config) else classification.Disentangled
+  c = kind(model=model, classes=p['classify']['out'].shape[1], pooling='pooler' if 'pooler' in p else 'first',
+           data=labelled.Config(length=model.length))
+  if len(names) != c.classes:
+    raise CheckpointError(f'{path}/config.json: id2label has {len(names)} names; expected {c.classes}, as its head '
+                          'has; mend it')
+  return Classifier(c, jax.tree.map(jnp.asarray, p), tokenizers.load(path), names, classification.scorer(c))
+
+
+def _workdir(workdir, best):
   saved = logs.read_config(workdir)
   c = _config(saved['config'], workdir)
   names = tuple(saved.get('classes', c.data.classes))

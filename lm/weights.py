@@ -18,7 +18,7 @@ from lm.models import decoder, gguf, hf, pretrained
 from lm.text import tokenizer as tokenizers, tokenizer_files
 
 _MIXERS = ((2654435761, 2246822519), (3266489917, 668265263))  # odd, without a pattern in their bits
-_HEADS = ('mlm', 'nsp', 'pooler', 'rtd')
+_HEADS = ('mlm', 'nsp', 'pooler', 'rtd', 'classify')
 
 
 class Model(NamedTuple):

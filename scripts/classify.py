@@ -1,15 +1,16 @@
-r"""Classifies texts with a model of experiments.classify, or scores that model.
+r"""Classifies texts with a model of experiments.classify, or of transformers, or scores that model.
 
   python -m scripts.classify --model=runs/movies --text='A fine, quiet film.' --text='Two hours I want back.'
   python -m scripts.classify --model=runs/movies --corpus=new.csv --out=classified.jsonl
   cat lines.txt | python -m scripts.classify --model=runs/movies            # a text a line
   python -m scripts.classify --model=runs/movies --split=validation         # the run's own held-out texts: scores alone
 
---model is a workdir (its best checkpoint). --corpus takes records {text} or {text, text_pair}, in the formats that the
-experiment reads (JSON, JSON lines, CSV, TSV, Parquet, a folder of them); records that have a label as well are scored.
-A line of JSON is written for each text, in order: text, text_pair and label as given, the likeliest class as
-`predicted`, and the probability of each class. Scores go to stderr: accuracy, macro F1, Matthews' correlation, and a
-table of the classes. A text too long loses its end, as in training; it is said how many.
+--model is a workdir (its best checkpoint), or a Hugging Face folder of a class ...ForSequenceClassification of BERT,
+RoBERTa or DeBERTa. --corpus takes records {text} or {text, text_pair}, in the formats that the experiment reads (JSON,
+JSON lines, CSV, TSV, Parquet, a folder of them); records that have a label as well are scored. A line of JSON is
+written for each text, in order: text, text_pair and label as given, the likeliest class as `predicted`, and the
+probability of each class. Scores go to stderr: accuracy, macro F1, Matthews' correlation, and a table of the classes. A
+text too long loses its end, as in training; it is said how many.
 
 Exit status: 0 done, 2 a flag is wrong, 3 a record, a text or the tokenizer, 4 the weights.
 """
@@ -23,12 +24,12 @@ from absl import flags
 import numpy as np
 
 from experiments import cli
-from lm import classification, classifier, disk, host, metrics
+from lm import classification, classifier, disk, host, metrics, weights
 from lm.data import tables_io, turns
 from lm.data.json_io import Fault, Row
 from lm.errors import ConfigError, DataError
 
-_MODEL = flags.DEFINE_string('model', '', "A classifier's workdir.")
+_MODEL = flags.DEFINE_string('model', '', "A classifier's workdir, or its Hugging Face folder.")
 _TEXT = flags.DEFINE_multi_string('text', [], 'What to classify; may be repeated.')
 _CORPUS = flags.DEFINE_string('corpus', '', 'A file or folder of records with texts.')
 _SPLIT = flags.DEFINE_string('split', '', 'Scores the model on this split of the data of its run: validation, or test '
@@ -39,11 +40,13 @@ SCORES = {'accuracy': metrics.accuracy, 'macro F1': metrics.macro_f1, 'MCC': met
 
 def main(_: list[str]) -> None:
   if not _MODEL.value:
-    raise ConfigError('--model: not given; expected the workdir of a run of experiments.classify; see --help')
+    raise ConfigError('--model: not given; expected a workdir, or a Hugging Face folder, of a classifier; see --help')
   if sum(map(bool, (_TEXT.value, _CORPUS.value, _SPLIT.value))) > 1:
     raise ConfigError('--text, --corpus, --split: two of them; expected one')
   if _SPLIT.value and _OUT.value:
     raise ConfigError('--out: with --split nothing but scores is told; leave it out, or give --corpus')
+  if _SPLIT.value and weights.kind_of(_MODEL.value) != 'workdir':
+    raise ConfigError(f'--split: {_MODEL.value} is no workdir, which knows its data; expected --corpus=FILE')
   host.keep_compiled_programs()
   found = classifier.load(_MODEL.value)
   if _SPLIT.value:

@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from safetensors import numpy as st
@@ -114,17 +115,22 @@ def test_the_split_of_the_run(workdir, folder):
     (('--model={w}', '--corpus={c}'), ['{"text": "a"}', '["b"]'], 3, 'c.jsonl:2'),
     (('--model={w}', '--corpus={c}'), ['{"text": "a"}', '{"text": "b", "text_pair": "c"}'], 3, 'texts and pairs'),
     (('--model={w}', '--corpus={c}'), ['{"text": "a", "label": "other"}'], 3, "'other'"),
-    (('--model={c}.none', '--text=a'), None, 4, 'config.json')])
+    (('--model={c}.none', '--text=a'), None, 2, 'no such path'),
+    (('--model={f}', '--split=validation'), None, 2, '--split')])
 def test_what_is_wrong_is_said(flags, lines, code, said, workdir, tmp_path):
+  foreign = tmp_path / 'hf'
+  foreign.mkdir()
+  (foreign / 'config.json').write_text('{}')
   corpus = tmp_path / 'c.jsonl'
   if lines:
     corpus.write_text('\n'.join(lines))
-  done = script(*(flag.format(w=workdir, c=corpus) for flag in flags), input='')
+  done = script(*(flag.format(w=workdir, c=corpus, f=foreign) for flag in flags), input='')
   assert done.returncode == code and said in done.stderr and 'Traceback' not in done.stderr
 
 
 def test_a_run_without_names_of_classes(workdir, tmp_path):
   record = logs.read_config(workdir)
+  (tmp_path / 'checkpoints').mkdir()
   (tmp_path / 'config.json').write_text(json.dumps(record | {'classes': ['one']}))
   with pytest.raises(CheckpointError, match='its 2 classes'):
     classifier.load(tmp_path)
@@ -155,6 +161,25 @@ def test_export_for_transformers(few, folder, tmp_path):
   width = p['embed']['tokens'].shape[1]
   np.testing.assert_array_equal(tensors['bert.encoder.layer.0.attention.self.query.weight'],
                                 np.asarray(p['blocks']['attn']['q'][0]).reshape(width, -1).T)
+
+
+@pytest.mark.slow
+def test_what_was_exported_classifies_as_the_run_did(folder, tmp_path):
+  trained(folder, tmp_path / 'run', pooling='pooler')
+  assert convert(tmp_path / 'run', tmp_path / 'out').returncode == 0
+  (want, got), texts = map(classifier.load, (tmp_path / 'run', tmp_path / 'out')), [['good film'], ['坏 film 7']]
+  assert got.names == want.names
+  np.testing.assert_allclose(got.probabilities(texts)[0], want.probabilities(texts)[0], atol=1e-6)
+  c, _ = trained(folder, tmp_path / 'again', pooling='pooler', init_from=str(tmp_path / 'out'), optim__steps=1,
+                 loop__eval_every=1)  # its body and pooler, with a new head
+  body = jax.tree.map(lambda a, b: float(abs(a - b).max()), got.params, classifier.load(tmp_path / 'again').params)
+  assert max(jax.tree.leaves(body['blocks'] | body['pooler'])) < 0.05 < max(jax.tree.leaves(body['classify']))
+  fields = json.loads((tmp_path / 'out' / 'config.json').read_text())
+  for changed, said in (({'id2label': {'0': 'a', '2': 'b'}}, 'id2label'), ({'id2label': {'0': 'a'}}, '1 names'),
+                        ({'architectures': ['BertForTokenClassification']}, 'architectures')):
+    (tmp_path / 'out' / 'config.json').write_text(json.dumps(fields | changed))
+    with pytest.raises((CheckpointError, ConfigError), match=said):
+      classifier.load(tmp_path / 'out')
 
 
 def test_a_head_that_transformers_has_not_is_not_exported(workdir, tmp_path):

@@ -275,3 +275,8 @@ def test_an_exported_classifier_gives_their_logits(tmp_path, name):
   x_BTD = family.apply(p, c, ids_BT, segments_BT=mask_BT, types_BT=types_BT, positions_BT=positions_BT)
   got = classification.head(p, x_BTD, mask_BT, None, model=c, pooling=pooling, examples=0)
   np.testing.assert_allclose(got, want, atol=1e-4)
+  model.save_pretrained(tmp_path / 'theirs')
+  for folder in ('out', 'theirs'):
+    back, q = hf.load(tmp_path / folder)
+    assert back == c and hf.classes(tmp_path / folder) == ('a', '好', 'c')
+    jax.tree.map(np.testing.assert_array_equal, p, q)

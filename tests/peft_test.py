@@ -11,7 +11,7 @@ import pytest
 
 from experiments import bert, gpt2, roberta
 from lm import budget, hlo, nn, optim, params, peft, peft_hf, peft_nodes, train
-from lm.data.labelled import Labelled
+from lm.data.framing import Labelled
 from lm.data.packing import Batch
 from lm.errors import ConfigError
 from lm.losses import ar

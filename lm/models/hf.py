@@ -40,7 +40,7 @@ def load(folder: str | os.PathLike) -> tuple[Any, params.Tree]:
   """(config, parameters) of a folder: a `decoder.Config`, or an encoder's; parameters are f32 NumPy arrays.
 
   They are those of `specs(config)`, and beside them an encoder's heads: all that the architecture has or the weights
-  hold, under 'mlm', 'pooler', 'nsp', 'rtd' (`lm.models.heads`).
+  hold, under 'mlm', 'pooler', 'nsp', 'rtd', 'classify' (`lm.models.heads`).
 
   Reads model.safetensors or the shards of model.safetensors.index.json, of f32, f16 or bf16. A vocabulary padded
   beyond config.json's vocab_size keeps its rows: the config then counts them.
@@ -56,13 +56,16 @@ def load(folder: str | os.PathLike) -> tuple[Any, params.Tree]:
   family = FAMILIES.get(kind)
   if family is None:
     raise fields.error('model_type', kind, ' or '.join(map(repr, FAMILIES)))
-  names = fields.take('architectures', list, [])
+  names, tensors = fields.take('architectures', list, []), None
+  if names and names[0] not in family.architectures:  # a classifier, perhaps
+    tensors = _modern(_tensors(folder), folder)
+    family = hf_classifier.family(kind, family, hf_classifier.classes(kind, tensors))
   if names not in ([], *([name] for name in family.architectures)):
     raise fields.error('architectures', names, ' or '.join(map(repr, family.architectures)))
   c = family.read(fields)
   fields.drop(_NEUTRAL)
   fields.done()
-  tensors = _modern(_tensors(folder), folder)
+  tensors = _modern(_tensors(folder), folder) if tensors is None else tensors
   if not any(name.startswith(family.prefix) for name in tensors):
     tensors = {name if name in family.copies else family.prefix + name: x for name, x in tensors.items()}
   heads = [head for head in family.heads if head in (family.architectures[names[0]] if names else ()) or any(
@@ -94,6 +97,20 @@ def ends(folder: str | os.PathLike) -> tuple[int, ...]:
   return ()
 
 
+def classes(folder: str | os.PathLike) -> tuple[str, ...]:
+  """Names of a classifier's classes, in order: id2label of config.json, without which LABEL_0 and LABEL_1.
+
+  Raises:
+    CheckpointError: it does not number them.
+  """
+  path = pathlib.Path(folder) / 'config.json'
+  given = _json(path).get('id2label') or {'0': 'LABEL_0', '1': 'LABEL_1'}
+  names = [given.get(str(i)) for i in range(len(given))] if isinstance(given, dict) else [None]
+  if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
+    raise CheckpointError(f'{path}: id2label={str(given)[:80]}; expected names by the numbers from 0 on; mend it')
+  return tuple(names)
+
+
 def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Tokenizer | None = None,
          ends: Sequence[int] = (), classes: Sequence[str] = (), shard_bytes: int = 4 << 30) -> None:
   """Writes a folder that transformers loads, with f32 weights; it appears whole or not at all.
@@ -111,7 +128,7 @@ def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Toke
     CheckpointError: the parameters do not fit the config, or the folder cannot be written.
   """
   kind, family = family_of(c, p)
-  family = hf_classifier.family(kind, family, p) if 'classify' in p else family
+  family = hf_classifier.of(kind, family, p) if 'classify' in p else family
   heads = [head for head in family.heads if head in p]
   specs = family.tree(c, heads)
   want, have = ({path: x.shape for path, x in params.flatten(tree).items()} for tree in (specs, p))
