@@ -77,9 +77,9 @@ def _foreign(path):
   if 'classify' not in p:
     raise ConfigError(f'{path}: a model without a head for classes; expected ...ForSequenceClassification; train one '
                       'with experiments.classify')
-  names = hf.classes(path)
+  names, head = hf.classes(path), p['classify']
   kind = classification.Encoder if isinstance(model, encoder.Config) else classification.Disentangled
-  c = kind(model=model, classes=p['classify']['out'].shape[1], pooling='pooler' if 'pooler' in p else 'first',
+  c = kind(model=model, classes=head['out'].shape[1], pooling='first' if 'dense' in head else 'pooler',
            data=labelled.Config(length=model.length))
   if len(names) != c.classes:
     raise CheckpointError(f'{path}/config.json: id2label has {len(names)} names; expected {c.classes}, as its head '

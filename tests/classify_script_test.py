@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import jax
+from marks import slow
 import numpy as np
 import pytest
 from safetensors import numpy as st
@@ -55,8 +56,8 @@ def script(*flags, **kwargs):
 
 
 @pytest.mark.parametrize('kind, corpus, pack', [
-    (classification.Encoder, 'films', True), (classification.Encoder, 'pairs', False),
-    pytest.param(classification.Decoder, 'pairs', True, marks=pytest.mark.slow)])
+    slow(classification.Encoder, 'films', True), (classification.Encoder, 'pairs', False),
+    slow(classification.Decoder, 'pairs', True)])
 def test_texts_one_by_one_get_the_classes_that_the_run_gave_them(kind, corpus, pack, folder, tmp_path):
   c, summary = trained(folder, tmp_path, kind, corpus, data__pack=pack, data__longest=40)
   labels_N, classes_N, names = classification.predictions(c, tmp_path)
@@ -95,6 +96,7 @@ def test_a_line_of_json_for_each_text(folder, workdir, tmp_path):
   assert [json.loads(line) for line in lines] == [{k: v for k, v in row.items() if k != 'label'} for row in rows[:3]]
 
 
+@pytest.mark.slow
 def test_the_split_of_the_run(workdir, folder):
   c = trained(folder, workdir)[0]  # complete: nothing is trained
   labels_N, classes_N, _ = classification.predictions(c, workdir)
@@ -176,6 +178,7 @@ def test_what_was_exported_classifies_as_the_run_did(folder, tmp_path):
   assert max(jax.tree.leaves(body['blocks'] | body['pooler'])) < 0.05 < max(jax.tree.leaves(body['classify']))
   fields = json.loads((tmp_path / 'out' / 'config.json').read_text())
   for changed, said in (({'id2label': {'0': 'a', '2': 'b'}}, 'id2label'), ({'id2label': {'0': 'a'}}, '1 names'),
+                        ({'problem_type': 'multi_label_classification'}, 'problem_type'),
                         ({'architectures': ['BertForTokenClassification']}, 'architectures')):
     (tmp_path / 'out' / 'config.json').write_text(json.dumps(fields | changed))
     with pytest.raises((CheckpointError, ConfigError), match=said):

@@ -53,6 +53,7 @@ def test_what_ends_texts_goes_along(tmp_path):
     assert weights.load(tmp_path / out).ends == (256, 5)
 
 
+@pytest.mark.slow
 def test_a_run_of_an_encoder_becomes_a_folder_that_loads_to_the_same_values(tmp_path):
   for name, kind in (('bert_cpu', bert), ('electra_cpu', electra), ('deberta_v3_cpu', deberta)):
     c = getattr(kind, name)()
@@ -106,7 +107,7 @@ def _talks(bases, method):
                          peft=peft.Config(method, train='', rank=2, length=3, hidden=5))
 
 
-@pytest.mark.parametrize('kind', ['gpt2', slow('bert')])
+@pytest.mark.parametrize('kind', [slow('gpt2'), slow('bert')])
 def test_lora_of_a_run_goes_to_peft_and_back_onto_its_base(bases, kind, tmp_path):
   root, _, model = bases
   c, task = _talks(bases, 'lora'), instruct.task

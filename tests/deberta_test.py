@@ -213,6 +213,7 @@ def test_a_mesh_changes_nothing(name):
 
 # The enhanced mask decoder.
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['v1', 'v2'])
 def test_decoder_runs_the_last_block_twice(name):
   """With positions of 0 the first run is that of the encoder; the second takes its output as queries."""
@@ -268,6 +269,7 @@ def discriminate(p, c, ids_BT):
   return heads.rtd(tree['rtd'], deberta.apply(tree, D, ids_BT), D.activation, D.norm_eps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sharing', ['gdes', 'tied', 'untied'])
 def test_gradients_of_the_discriminator_alone(sharing):
   c, p = pair(sharing)

@@ -120,6 +120,7 @@ def test_layers_draw_their_own_masks_scanned_or_not():
   np.testing.assert_allclose(seen(False), want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_block_beside_a_convolution_is_mixed_too():
   c = deberta.Config(vocab=20, length=8, layers=1, embed=8, heads=2, head_dim=4, mlp=16, relative=4, conv=3,
                      dropout=nn.Dropout())

@@ -4,7 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from marks import few
+from marks import few, slow
 import numpy as np
 import pytest
 
@@ -94,6 +94,7 @@ def test_before_any_update_the_ratio_is_one_and_nothing_has_moved(method):
   assert float(terms['policy'].total) == pytest.approx(0, abs=1e-4)  # whitened advantages have mean 0
 
 
+@pytest.mark.slow
 def test_log_probabilities_of_a_rollout_are_the_samplers():
   c = make('full', loss__temperature=1.0)
   _, p = tree_of(c)
@@ -116,7 +117,7 @@ def test_a_critic_reads_its_own_trunk():
   assert not np.array_equal(values(p | {'critic': bent(p['critic'])}), values(p))
 
 
-@pytest.mark.parametrize('kind', [policy.PPO, policy.GRPO])
+@pytest.mark.parametrize('kind', [policy.PPO, slow(policy.GRPO)])
 def test_the_penalty_is_for_leaving_what_training_began_with(kind):
   c = make('lora', kind, **({'loss__kl': ppo.KL(coef=0.3, target=0.1, horizon=40)} if kind is policy.PPO else {}))
   given, p = tree_of(c)

@@ -258,6 +258,7 @@ def test_three_steps_of_a_config(make, root, tmp_path):
   assert run.run(c, preference.task(c), tmp_path)['steps'] == 3
 
 
+@pytest.mark.slow
 def test_the_command_line(root, tmp_path, capsys):
   flags = {'data.corpus': root / 'pairs.jsonl', **toy(experiment.smollm2_reviews), 'data.template': 'none'}
   argv = ['dpo', '--config=smollm2_reviews', f'--workdir={tmp_path}', *(f'--set={k}={v}' for k, v in flags.items())]

@@ -65,7 +65,7 @@ def test_two_iterations(module, make, root, tmp_path, monkeypatch):
   assert summary['steps'] == 2 and 0 <= summary['val_ended'] <= 1 and summary['val_length'] <= 4
 
 
-@pytest.mark.parametrize('module', [ppo, slow(grpo)])
+@pytest.mark.parametrize('module', [slow(ppo), slow(grpo)])
 def test_the_command_line_from_start_to_end(module, root, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr('lm.budget.peak_flops', lambda device: 1e9)
   argv = ['x', '--config=cpu', f'--workdir={tmp_path}', *changes(module.cpu(), root)]

@@ -58,6 +58,7 @@ def loss(p, inputs, key, c=rtd.Config(chunk=16)):  # noqa: B008
   return rtd.loss(p, inputs, key, c=c, **FUNCTIONS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kwargs', [{}, {'mask': 1.0, 'counts': 'bert', 'weight': 10.0}])
 def test_every_number_against_a_loop(kwargs):
   inputs, p, key = inputs_of(), parameters(), jax.random.key(7)
@@ -150,7 +151,7 @@ def test_no_gradient_reaches_the_generator_through_the_discriminator():
   assert np.asarray(jax.grad(term)(parameters(untied=False), 'discriminator')['g']['tokens']).any()
 
 
-@pytest.mark.parametrize('microbatches', [2, slow(4)])
+@pytest.mark.parametrize('microbatches', [slow(2), slow(4)])
 def test_accumulation_weighs_both_terms_by_what_was_drawn(microbatches):
   p, inputs, key = parameters(), inputs_of(), jax.random.key(2)
   grads, value, _ = jax.jit(train.accumulate(loss, microbatches))(p, inputs, key)

@@ -98,6 +98,7 @@ def test_updates_are_those_of_the_optimizer_inside():
   np.testing.assert_array_equal(plain['w'], ours['w'])
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_record_and_takes_the_new_bound(tmp_path):
   corpus = tiny.write_text(tmp_path / 'text.txt')
   c = tiny.make_config(corpus, optim__spike_sigma=4.0, optim__spike_window=8)

@@ -35,9 +35,8 @@ RECIPES = {
     prefix.gpt2_medium_e2e: (ADAMW, 8e-5, 'linear', 0, 5 * E2E // 10, 0.999, 1e-8, 0.0, 1.0, 10),
 }
 MODULES = (adapters, classify, lora, prefix, sft)
-QUICK = ('lora-smollm2',)  # of ids; the others take as long each
 ALL = [pytest.param(m, f, id=f'{m.__name__.split(".")[1]}-{f.__name__}') for m in MODULES for f in m.CONFIGS]
-HEAVY = [pytest.param(*p.values, id=p.id, marks=[pytest.mark.slow] * (p.id not in QUICK)) for p in ALL]
+HEAVY = [pytest.param(*p.values, id=p.id, marks=[pytest.mark.slow]) for p in ALL]
 SMALL = {'vocab': 300, 'length': 48, 'layers': 3, 'embed': 16, 'heads': 2, 'kv_heads': 2, 'head_dim': 8, 'mlp': 24,
          'remat': 'none', 'dtype': 'float32'}
 # With the heads: RoBERTa's LoRA alone is 294,912.

@@ -101,10 +101,12 @@ def classes(folder: str | os.PathLike) -> tuple[str, ...]:
   """Names of a classifier's classes, in order: id2label of config.json, without which LABEL_0 and LABEL_1.
 
   Raises:
-    CheckpointError: it does not number them.
+    CheckpointError: it does not number them. ConfigError: a text may have several of them, or a number.
   """
   path = pathlib.Path(folder) / 'config.json'
-  given = _json(path).get('id2label') or {'0': 'LABEL_0', '1': 'LABEL_1'}
+  fields = tables.Fields(path, _json(path))
+  fields.fixed('problem_type', 'single_label_classification')
+  given = fields.raw('id2label') or {'0': 'LABEL_0', '1': 'LABEL_1'}
   names = [given.get(str(i)) for i in range(len(given))] if isinstance(given, dict) else [None]
   if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
     raise CheckpointError(f'{path}: id2label={str(given)[:80]}; expected names by the numbers from 0 on; mend it')
