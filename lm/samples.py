@@ -93,7 +93,7 @@ def around(c: Config, model: decode.Model, template: chat.Template, specs: param
       yield program
       return
     s = sampler.Sampling(int(min(c.new_tokens, room - max(len(pair.prompt) for pair in pairs))), c.temperature,
-                        stop=chat.stop_ids(template, data.tokenizer))
+                         stop=chat.stop_ids(template, data.tokenizer))
     answer = _answers(model, s, parts.mesh, [[*peft.virtual_tokens(specs), *pair.prompt.tolist()] for pair in pairs])
     base = jax.random.fold_in(jax.random.key(seed), _KEY)
     with contextlib.closing(Book(workdir, start)) as book:

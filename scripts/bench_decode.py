@@ -23,7 +23,7 @@ import time
 from absl import flags
 
 from experiments import cli
-from lm import bench, sampler
+from lm import bench
 from lm.errors import ConfigError
 
 _MODEL = flags.DEFINE_string('model', '', 'A workdir, a Hugging Face folder or a .gguf file.')
@@ -97,7 +97,7 @@ def _ids(batch, vocab):
 def _lm():
   import jax
 
-  from lm import decode, weights
+  from lm import decode, sampler, weights
   from lm.models import decoder
 
   c, p, *_ = weights.load(_MODEL.value)

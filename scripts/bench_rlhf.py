@@ -32,7 +32,7 @@ import time
 from absl import flags
 
 from experiments import cli
-from lm import bench, sampler
+from lm import bench
 from lm.errors import ConfigError
 
 _PART = flags.DEFINE_enum('part', 'rollout', ['rollout', 'ppo'], 'What is timed.')
@@ -153,7 +153,7 @@ def _rollout():
   import jax
   import numpy as np
 
-  from lm import decode, peft, rollout, weights
+  from lm import decode, peft, rollout, sampler, weights
   from lm.models import decoder
 
   c, p, *_ = weights.load(_MODEL.value)

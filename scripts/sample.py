@@ -61,7 +61,7 @@ def main(_: list[str]) -> None:
   stop = [tokenizer.eos_id, tokenizer.control.get('<|im_end|>'), *found.ends]
   stop += chat.stop_ids(conversations.TEMPLATES[_CHAT.value], tokenizer) if _CHAT.value else []
   s = sampler.Sampling(_room(model, prompts), _TEMPERATURE.value, _TOP_K.value, _TOP_P.value,
-                      tuple(sorted({i for i in stop if i is not None})))
+                       tuple(sorted({i for i in stop if i is not None})))
   decode.check(model, prompts, s)
   p, key = decode.prepare(found.params, _DTYPE.value), jax.random.key(_SEED.value)
   del found  # its weights are in p, too
