@@ -1,5 +1,6 @@
 """What a process keeps: memory that it freed, so that the next step does not fault it in again; compiled programs."""
 
+import ctypes
 import os
 import pathlib
 import subprocess
@@ -14,6 +15,7 @@ import tiny
 from lm import host
 
 ROOT = pathlib.Path(__file__).parent.parent
+THP = pathlib.Path('/sys/kernel/mm/transparent_hugepage/enabled')
 
 PROGRAM = """
 import ctypes, resource, sys
@@ -94,6 +96,33 @@ print(kept, held() - before, hasattr(ctypes.CDLL(None), 'mallopt'))
   if glibc == 'False':
     pytest.skip('no mallopt here: the C library is not glibc')
   assert int(kept) > 250e6 and int(left) < 100e6
+
+
+HUGE = """
+import os, pathlib, re, resource, sys
+import numpy as np
+from lm import host
+if sys.argv[1:]:
+  resource.setrlimit(resource.RLIMIT_AS, (8 << 30, 8 << 30))
+host.keep_freed_memory()
+huge = lambda: int(re.search(r'AnonHugePages: *([0-9]+)', pathlib.Path('/proc/self/smaps_rollup').read_text())[1]) << 10
+for _ in range(2):
+  before = huge()
+  arrays = [np.ones(100_000) for _ in range(125)]  # small enough for numpy not to ask for huge pages itself
+  print(huge() - before)
+  del arrays
+  host.release_freed_memory()
+"""
+
+
+@pytest.mark.skipif(not THP.exists() or '[never]' in THP.read_text(), reason='this kernel gives no huge pages')
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='the C library is not glibc')
+def test_the_heap_lies_in_huge_pages_also_after_freed_memory_was_released():
+  run = lambda *limit: [int(x) for x in subprocess.run(
+      [sys.executable, '-c', HUGE, *limit], capture_output=True, text=True, check=True, timeout=60).stdout.split()]
+  assert min(run()) > 80e6
+  if '[always]' not in THP.read_text():
+    assert max(run('limited')) == 0  # addresses are few there
 
 
 def cache(**environment):
