@@ -4,7 +4,7 @@ scripts/bench_* are made of it: one process asks, a round at a time, so that dri
 sides; the others serve. They speak JSON, a line each way.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import itertools
 import json
@@ -64,6 +64,17 @@ class Side:
   def close(self) -> None:
     self._process.stdin.close()
     self._process.wait()
+
+
+def start(sides: Mapping[str, Callable[[], Side]], last_first: bool) -> dict[str, Side]:
+  """Starts all; which memory a process gets depends on what was started before it, and may change its speed."""
+  started = {name: sides[name]() for name in (reversed(sides) if last_first else sides)}
+  return {name: started[name] for name in sides}
+
+
+def peer(command: Sequence[str], tuned: bool) -> list[str]:
+  """A peer's command: as its own users run it, unless it is to have this package's settings of memory (`lm.host`)."""
+  return [*command, f'--{"" if tuned else "no"}keep_memory']
 
 
 def serve(run: Callable[[int], dict[str, Any] | None], **facts: Any) -> None:

@@ -5,15 +5,16 @@ r"""Decoding speed of a real model in this package and in transformers on PyTorc
   python -m scripts.bench_decode --model=... --peer=torch --rounds=7       # needs the oracle extras; prints the ratio
 
 Greedy decoding (--temperature: sampling) of random prompts (32 tokens, then 64 new ones) at batch 1, 8 and 32, prefill
-included. Sides: this package with f32, bfloat16 and int8 weights, and `generate` of transformers in f32. Each side
-lives in a process of its own with all cores; they take turns, a round at a time, so drift of the machine's speed hits
-all.
+included. Sides: this package with f32, bfloat16 and int8 weights, and `generate` of transformers in f32, as installed:
+with --tuned_peer its process has this package's settings of memory, too. Each side lives in a process of its own with
+all cores; they take turns, a round at a time, so drift of the machine's speed hits all.
 
 Columns: tokens/s (median, least and most over the rounds); GB/s of weights read, at one read of all kernels a step; the
 median over the rounds of the ratio to transformers, and the ratio of both sides' best rounds. "read" is the machine's
 own rate of reading 512 MiB with one and with two threads.
 """
 
+import functools
 import os
 import statistics
 import sys
@@ -33,6 +34,8 @@ _BATCHES = flags.DEFINE_list('batches', ['1', '8', '32'], 'Prompts decoded at on
 _PROMPT = flags.DEFINE_integer('prompt_length', 32, 'Tokens of each prompt.', lower_bound=1)
 _MAX_NEW = flags.DEFINE_integer('max_new', 64, 'New tokens of each prompt.', lower_bound=2)
 _TEMPERATURE = flags.DEFINE_float('temperature', 0, 'Of the sampler; 0 takes the most likely token.', lower_bound=0)
+_PEER_FIRST = flags.DEFINE_bool('peer_first', False, 'Start the peer first; which memory it gets may change its speed.')
+_TUNED = flags.DEFINE_bool('tuned_peer', False, 'The peer\'s process has this package\'s settings of memory, too.')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
 _DEVICE = flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu'], 'Where all sides work; on a GPU f32 products take TF32.')
 _WORKER = flags.DEFINE_string('worker', '', 'Internal: which side this process is.')
@@ -48,17 +51,17 @@ def main(_: list[str]) -> None:
   if not all(b.isdecimal() and int(b) for b in _BATCHES.value):
     raise ConfigError(f'--batches={",".join(_BATCHES.value)}; expected positive numbers')
   with tempfile.TemporaryDirectory() as folder:
-    workers = {kind: _side(kind, _MODEL.value) for kind in _KINDS.value}
+    sides = {kind: functools.partial(_side, kind, _MODEL.value) for kind in _KINDS.value}
     if _PEER.value == 'torch':
       bench.alone('scripts.convert', f'--from={_MODEL.value}', f'--out={folder}')
-      workers['torch'] = _side('torch', folder)
-    _compare(workers)
+      sides['torch'] = functools.partial(_side, 'torch', folder)
+    _compare(bench.start(sides, _PEER_FIRST.value))
 
 
 def _side(kind, model):
-  return bench.Side([sys.executable, '-m', 'scripts.bench_decode', f'--worker={kind}', f'--model={model}',
-                     f'--prompt_length={_PROMPT.value}', f'--max_new={_MAX_NEW.value}',
-                     f'--temperature={_TEMPERATURE.value}'], device=_DEVICE.value)
+  command = [sys.executable, '-m', 'scripts.bench_decode', f'--worker={kind}', f'--model={model}',
+             f'--prompt_length={_PROMPT.value}', f'--max_new={_MAX_NEW.value}', f'--temperature={_TEMPERATURE.value}']
+  return bench.Side(bench.peer(command, _TUNED.value) if kind == 'torch' else command, device=_DEVICE.value)
 
 
 def _compare(workers):

@@ -17,12 +17,14 @@ needs some 9 GB for both sides together; of SmolLM2-135M, with 64 new tokens, th
 peer at 8.4. With --set value=shared the value is a head on the policy's trunk, as in `cpu` of experiments/ppo.py and
 arXiv:1909.08593; TRL's PPOTrainer always runs a value model of its own.
 
-Each side lives in a process of its own with all cores; they take turns, a round at a time, so drift of the machine's
-speed hits both. Columns: tokens/s drawn (median, least and most over the rounds), peak memory; then the median of the
-rounds' ratios and their range. Of ppo also seconds an iteration, episodes/s, the share of the time that passes until
-all responses are there, and the share of the machine's own f32 matmul rate that the models' FLOPs amount to.
+Each side lives in a process of its own with all cores, the peer's as installed (--tuned_peer: with this package's
+settings of memory); they take turns, a round at a time, so drift of the machine's speed hits both. Columns: tokens/s
+drawn (median, least and most over the rounds), peak memory; then the median of the rounds' ratios and their range. Of
+ppo also seconds an iteration, episodes/s, the share of the time that passes until all responses are there, and the
+share of the machine's own f32 matmul rate that the models' FLOPs amount to.
 """
 
+import functools
 import pathlib
 import statistics
 import sys
@@ -47,6 +49,8 @@ _PPO_BATCH = flags.DEFINE_integer('ppo_batch', 16, 'Of ppo: prompts of an iterat
 _EPOCHS = flags.DEFINE_integer('epochs', 2, 'Of ppo: passes over the responses.', lower_bound=1)
 _MINIBATCHES = flags.DEFINE_integer('minibatches', 2, 'Of ppo: updates in a pass.', lower_bound=1)
 _SET = flags.DEFINE_multi_string('set', [], 'Of ppo: changes to this package\'s config, e.g. model.scan_layers=True.')
+_PEER_FIRST = flags.DEFINE_bool('peer_first', False, 'Start the peer first; which memory it gets may change its speed.')
+_TUNED = flags.DEFINE_bool('tuned_peer', False, 'The peer\'s process has this package\'s settings of memory, too.')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
 _DEVICE = flags.DEFINE_enum('device', 'cpu', ['cpu', 'gpu'], 'Where all sides work; on a GPU f32 products take TF32.')
 _WORKER = flags.DEFINE_bool('worker', False, 'Internal: this process is a side.')
@@ -65,10 +69,12 @@ def main(_: list[str]) -> None:
 
 
 def _compare_rollouts(folder):
-  workers = {'lm': _side('bench_rlhf', '--worker', f'--model={_MODEL.value}')}
+  sides = {'lm': functools.partial(_side, 'bench_rlhf', '--worker', f'--model={_MODEL.value}')}
   if _PEER.value == 'torch':
     bench.alone('scripts.convert', f'--from={_MODEL.value}', f'--out={folder}')
-    workers['torch'] = _side('bench_decode', '--worker=torch', '--temperature=1', f'--model={folder}')
+    sides['torch'] = functools.partial(_side, 'bench_decode', '--worker=torch', '--temperature=1',
+                                       f'--model={folder}', peer=True)
+  workers = bench.start(sides, _PEER_FIRST.value)
   print(f'{"part":8} {"batch":>5} {"side":6} {"tokens/s":>8} {"least":>7} {"most":>7} {"peak MiB":>8}', flush=True)
   for batch in map(int, _BATCHES.value):
     said = _rounds(workers, batch)
@@ -92,9 +98,12 @@ def _compare_ppo(folder):
   elif _PEER.value == 'torch':
     bench.alone('scripts.convert', f'--from={model}', f'--out={exported}')
   sizes = [f'--batch={batch}', f'--epochs={_EPOCHS.value}', f'--minibatches={_MINIBATCHES.value}']
-  workers = {'lm': _side('bench_ppo', '--side=lm', f'--model={model}', *sizes, *(f'--set={x}' for x in _SET.value))}
+  sides = {'lm': functools.partial(_side, 'bench_ppo', '--side=lm', f'--model={model}', *sizes,
+                                   *(f'--set={x}' for x in _SET.value))}
   if _PEER.value == 'torch':
-    workers['trl'] = _side('bench_ppo', '--side=trl', f'--model={exported}', *sizes, packages=packages)
+    sides['trl'] = functools.partial(_side, 'bench_ppo', '--side=trl', f'--model={exported}', *sizes,
+                                     packages=packages, peer=True)
+  workers = bench.start(sides, _PEER_FIRST.value)
   workers['matmul'] = bench.Side([sys.executable, '-m', 'scripts.bench_train', '--worker=matmul'], None, _DEVICE.value)
   flops, width = workers['lm'].facts['flops'], workers['matmul'].facts['width']
   said = _rounds(workers, 1)
@@ -110,9 +119,10 @@ def _compare_ppo(folder):
   _close(workers)
 
 
-def _side(module, *arguments, packages=None):
-  return bench.Side([sys.executable, '-m', f'scripts.{module}', *arguments, f'--prompt_length={_PROMPT.value}',
-                     f'--max_new={_max_new()}'], packages, _DEVICE.value)
+def _side(module, *arguments, packages=None, peer=False):
+  command = [sys.executable, '-m', f'scripts.{module}', *arguments, f'--prompt_length={_PROMPT.value}',
+             f'--max_new={_max_new()}']
+  return bench.Side(bench.peer(command, _TUNED.value) if peer else command, packages, _DEVICE.value)
 
 
 def _rounds(workers, asked):

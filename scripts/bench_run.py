@@ -5,9 +5,10 @@ r"""Whole runs of nanoGPT's CPU config, here and on PyTorch, in turn on the same
 
 Here it is `shakespeare_char_cpu` of experiments/gpt2.py as anybody runs it, with logs, checkpoints and pictures.
 PyTorch's side is a bare loop of the same model, batches, schedule and AdamW (`lm.bench.torch_gpt`), with random numbers
-of its own. Both train 2,000 steps of 12 x 64 characters in f32 and look at the whole validation split every 250.
-Columns: the loss there at the end, seconds of training, and seconds of it all (here of the process, there from `import
-torch` on); then for each time PyTorch's over ours, the median over the seeds.
+of its own, as installed (--tuned_peer: with this package's settings of memory). Both train 2,000 steps of 12 x 64
+characters in f32 and look at the whole validation split every 250. Columns: the loss there at the end, seconds of
+training, and seconds of it all (here of the process, there from `import torch` on); then for each time PyTorch's over
+ours, the median over the seeds.
 """
 
 import itertools
@@ -28,6 +29,7 @@ from lm.errors import ConfigError, Error
 _CORPUS = flags.DEFINE_string('corpus', '', 'A text; nanoGPT takes tinyshakespeare.txt.')
 _SEEDS = flags.DEFINE_integer('seeds', 1, 'Runs with seeds 0, 1, ...', lower_bound=1)
 _PEER = flags.DEFINE_enum('peer', 'none', ['none', 'torch'], 'Whom to compare with.')
+_TUNED = flags.DEFINE_bool('tuned_peer', False, 'The peer\'s process has this package\'s settings of memory, too.')
 FIELDS = ('loop.eval_every', *(f'optim.{name}' for name in (
     'lr', 'min_lr', 'schedule', 'steps', 'warmup', 'decay_steps', 'b1', 'b2', 'eps', 'clip')))  # what both sides know
 _SET = flags.DEFINE_multi_string('set', [], f'Changes for both sides, of {", ".join(FIELDS)}.')
@@ -78,7 +80,8 @@ def _lm(seed):
 
 
 def _process(seed):
-  out = _done('scripts.bench_run', f'--worker={seed}', f'--corpus={_CORPUS.value}', *(f'--set={x}' for x in _SET.value))
+  command = ['scripts.bench_run', f'--worker={seed}', f'--corpus={_CORPUS.value}', *(f'--set={x}' for x in _SET.value)]
+  out = _done(*bench.peer(command, _TUNED.value))
   return json.loads(out.splitlines()[-1])
 
 

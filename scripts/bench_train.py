@@ -9,8 +9,9 @@ r"""Training speed of the same GPT-2 shapes in this package and in PyTorch, in t
 
 Both sides run whole steps in f32: forward, backward, clip to norm 1, AdamW with decoupled decay, no dropout, random
 ids. Each side lives in a process of its own with all cores; they take turns, a round at a time, so drift of the
-machine's speed hits both. Prints the medians over the rounds: tokens/s, the ratio, peak memory, and the share of the
-machine's own f32 matmul rate (measured between the rounds) that the model's FLOPs amount to.
+machine's speed hits both. The peer runs as installed; with --tuned_peer its process has this package's settings of
+memory, too. Prints the medians over the rounds: tokens/s, the ratio, peak memory, and the share of the machine's own
+f32 matmul rate (measured between the rounds) that the model's FLOPs amount to.
 
 Encoders (--model) take the pretraining step of experiments/{bert,electra,deberta}.py (masking, dropout .1, heads) at
 12 x 768, against the same models of transformers with 15% of the labels set; ELECTRA's is generator, draw and
@@ -25,6 +26,7 @@ both train on its conversations, packed here and padded there; of PEFT with --gr
 --compile PEFT's model is compiled.
 """
 
+import functools
 import statistics
 import sys
 
@@ -46,6 +48,8 @@ _PEFT = flags.DEFINE_enum('peft', 'none', ['none', 'lora'], 'Fine-tune a decoder
 _FULL = flags.DEFINE_bool('full', False, 'With --peft: also in full, on both sides.')
 _GROUPED = flags.DEFINE_bool('grouped', False, 'With --peer=peft and data.corpus: its batches are of like lengths.')
 _COMPILE = flags.DEFINE_bool('compile', False, 'With --peer=peft: its model by torch.compile.')
+_PEER_FIRST = flags.DEFINE_bool('peer_first', False, 'Start the peer first; which memory it gets may change its speed.')
+_TUNED = flags.DEFINE_bool('tuned_peer', False, 'The peer\'s process has this package\'s settings of memory, too.')
 _ROUNDS = flags.DEFINE_integer('rounds', 5, 'Turns of each side.', lower_bound=1)
 _STEPS = flags.DEFINE_integer('steps', 0, 'Steps a turn; 0 = about ten seconds.', lower_bound=0)
 _SET = flags.DEFINE_multi_string('set', [], 'Changes to this package\'s config, e.g. --set model.scan_layers=True; '
@@ -93,7 +97,8 @@ def _compare(shape, tokens=None, flops=None):
   """tokens: of a step. flops: of a training token. None = as the workers count them."""
   sides = ['lm'] + ([_PEER.value] if _PEER.value != 'none' else [])
   sides += [f'{side} full' for side in sides] if _FULL.value else []
-  workers = {side: bench.Side(command(side, shape), device=_DEVICE.value) for side in [*sides, 'matmul']}
+  workers = bench.start({side: functools.partial(bench.Side, command(side, shape), device=_DEVICE.value)
+                         for side in [*sides, 'matmul']}, _PEER_FIRST.value)
   for worker in workers.values():
     worker.ask(2)  # compiles
   steps = _STEPS.value or max(1, round(10 / max(w.ask(1)['seconds'] for s, w in workers.items() if s in sides)))
@@ -125,16 +130,17 @@ def _compare(shape, tokens=None, flops=None):
 def command(side: str, shape: str) -> list[str]:
   """What the process of a side runs; a side is 'matmul', 'lm', a peer, or with ' full' behind it."""
   who, *full = side.split()
-  changes = [f'--set={item}' for item in _SET.value]
-  module = [sys.executable, '-m']
+  ours, changes = who in ('lm', 'matmul'), [f'--set={item}' for item in _SET.value]
   if who != 'matmul' and _PEFT.value != 'none':
-    theirs = [f'--{flag.name}' for flag in (_GROUPED, _COMPILE) if flag.value and who == 'peft']
-    return [*module, 'scripts.bench_peft', f'--side={who}', *(f'--{word}' for word in full), *theirs, *changes]
-  changes = changes if who == 'lm' else []
-  if who != 'matmul' and _MODEL.value != 'gpt':
-    return [*module, 'scripts.bench_encoder', f'--side={who}', f'--model={_MODEL.value}', *changes]
-  shapes = [f'--shapes={shape}'] if shape in SHAPES else []
-  return [*module, 'scripts.bench_train', f'--worker={who}', *shapes, *changes]
+    theirs = [f'--{flag.name}' for flag in (_GROUPED, _COMPILE) if flag.value and not ours]
+    program = ['bench_peft', f'--side={who}', *(f'--{word}' for word in full), *theirs, *changes]
+  elif who != 'matmul' and _MODEL.value != 'gpt':
+    program = ['bench_encoder', f'--side={who}', f'--model={_MODEL.value}', *(changes if ours else [])]
+  else:
+    shapes = [f'--shapes={shape}'] if shape in SHAPES else []
+    program = ['bench_train', f'--worker={who}', *shapes, *(changes if ours else [])]
+  found = [sys.executable, '-m', f'scripts.{program[0]}', *program[1:]]
+  return found if ours else bench.peer(found, _TUNED.value)
 
 
 def _serve_matmul():

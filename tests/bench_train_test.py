@@ -14,25 +14,30 @@ CASES = [  # (flags, part of the error, or for each side the words of its proces
     (['--peft=lora', '--model=minilm'], '--peft=lora: trains SmolLM2'), (['--shapes=9x9'], '--shapes=9x9: unknown'),
     (['--peft=lora', '--peer=peft', '--full', '--set=peft.rank=4'], {
         'lm': 'scripts.bench_peft --side=lm --set=peft.rank=4',
-        'peft': 'scripts.bench_peft --side=peft --set=peft.rank=4',
+        'peft': 'scripts.bench_peft --side=peft --set=peft.rank=4 --nokeep_memory',
         'lm full': 'scripts.bench_peft --side=lm --full --set=peft.rank=4',
-        'peft full': 'scripts.bench_peft --side=peft --full --set=peft.rank=4',
+        'peft full': 'scripts.bench_peft --side=peft --full --set=peft.rank=4 --nokeep_memory',
         'matmul': 'scripts.bench_train --worker=matmul'}),
     (['--grouped'], '--grouped: expected with --peft only'),
     (['--peft=lora', '--peer=peft', '--grouped'], '--grouped: expected with --peer=peft and conversations'),
     (['--peft=lora', '--compile'], '--compile: expected with --peer=peft'),
     (['--peft=lora', '--peer=peft', '--grouped', '--compile', '--set=data.corpus=chat'], {
         'lm': 'scripts.bench_peft --side=lm --set=data.corpus=chat',
-        'peft': 'scripts.bench_peft --side=peft --grouped --compile --set=data.corpus=chat',
+        'peft': 'scripts.bench_peft --side=peft --grouped --compile --set=data.corpus=chat --nokeep_memory',
         'matmul': 'scripts.bench_train --worker=matmul'}),
     (['--peft=lora'], {'lm': 'scripts.bench_peft --side=lm', 'matmul': 'scripts.bench_train --worker=matmul'}),
     (['--model=minilm', '--peer=torch', '--set=data.batch=2'], {
         'lm': 'scripts.bench_encoder --side=lm --model=minilm --set=data.batch=2',
-        'torch': 'scripts.bench_encoder --side=torch --model=minilm', 'matmul': 'scripts.bench_train --worker=matmul'}),
+        'torch': 'scripts.bench_encoder --side=torch --model=minilm --nokeep_memory',
+        'matmul': 'scripts.bench_train --worker=matmul'}),
     (['--shapes=4x128', '--peer=torch', '--set=model.scan_layers=True'], {
         'lm': 'scripts.bench_train --worker=lm --shapes=4x128 --set=model.scan_layers=True',
-        'torch': 'scripts.bench_train --worker=torch --shapes=4x128',
+        'torch': 'scripts.bench_train --worker=torch --shapes=4x128 --nokeep_memory',
         'matmul': 'scripts.bench_train --worker=matmul --shapes=4x128'}),
+    (['--shapes=4x128', '--peer=torch', '--tuned_peer', '--peer_first'], {  # in the order in which they start
+        'matmul': 'scripts.bench_train --worker=matmul --shapes=4x128',
+        'torch': 'scripts.bench_train --worker=torch --shapes=4x128 --keep_memory',
+        'lm': 'scripts.bench_train --worker=lm --shapes=4x128'}),
 ]
 # Workers that take no time: the sides of a comparison are those that it starts.
 DRIVER = """
@@ -105,7 +110,7 @@ def test_each_pair_of_sides_is_compared(lines):
   assert [line.split(':')[0].split(None, 1) for line in lines if ' / ' in line] == [
       ['lora', 'lm / peft'], ['lora', 'lm full / peft full'], ['lora', 'lm'], ['lora', 'peft'],
       ['lora', 'lm / peft'],
-      ['minilm', 'lm / torch'], ['4x128', 'lm / torch']]
+      ['minilm', 'lm / torch'], ['4x128', 'lm / torch'], ['4x128', 'lm / torch']]
 
 
 def test_both_sides_of_lora_train_the_same():
