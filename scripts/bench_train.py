@@ -131,14 +131,15 @@ def command(side: str, shape: str) -> list[str]:
   """What the process of a side runs; a side is 'matmul', 'lm', a peer, or with ' full' behind it."""
   who, *full = side.split()
   ours, changes = who in ('lm', 'matmul'), [f'--set={item}' for item in _SET.value]
+  of_lm = changes if who == 'lm' else []
   if who != 'matmul' and _PEFT.value != 'none':
     theirs = [f'--{flag.name}' for flag in (_GROUPED, _COMPILE) if flag.value and not ours]
     program = ['bench_peft', f'--side={who}', *(f'--{word}' for word in full), *theirs, *changes]
   elif who != 'matmul' and _MODEL.value != 'gpt':
-    program = ['bench_encoder', f'--side={who}', f'--model={_MODEL.value}', *(changes if ours else [])]
+    program = ['bench_encoder', f'--side={who}', f'--model={_MODEL.value}', *of_lm]
   else:
     shapes = [f'--shapes={shape}'] if shape in SHAPES else []
-    program = ['bench_train', f'--worker={who}', *shapes, *(changes if ours else [])]
+    program = ['bench_train', f'--worker={who}', *shapes, *of_lm]
   found = [sys.executable, '-m', f'scripts.{program[0]}', *program[1:]]
   return found if ours else bench.peer(found, _TUNED.value)
 
