@@ -6,7 +6,6 @@ import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from lm import sharding, train
 from lm.errors import ConfigError
@@ -23,17 +22,12 @@ def check(c: Any, task: Any, parts: Any, abstract: train.State, data: Any) -> No
     raise ConfigError(f'checkpoint.metric={c.checkpoint.metric!r}; expected one of {", ".join(sorted(known))}')
 
 
-def make(c: Any, task: Any, parts: Any, abstract: train.State, data: Any
-         ) -> Callable[[train.State], dict[str, float]]:
+def make(c: Any, task: Any, parts: Any, data: Any) -> Callable[[train.State], dict[str, float]]:
   """state -> {'val_loss': ..., ...} of the whole validation split."""
-  sums = _sums(c, task, parts, abstract, data)
-  zero = jax.device_put(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), sums), sharding.replicated(parts.mesh))
   key = _key(c)
 
   def evaluate(state):
-    sums = zero
-    for batch in _batches(c, task, parts, data):
-      sums = parts.evaluate(state, batch, key, sums)
+    sums = train.summed(parts.evaluate(state, batch, key) for batch in _batches(c, task, parts, data))
     return _means(jax.device_get(sums), data)
   return evaluate
 

@@ -174,7 +174,8 @@ def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Par
   step = jit(train.make_step(task.loss, tx, c.optim.microbatches, layout), donate_argnums=0,
              out_shardings=(places, None))
   metrics = train.make_eval(task.eval_loss, layout)
-  evaluate = jit(lambda state, *rest: metrics(train.averaged(state), *rest), out_shardings=sharding.replicated(mesh))
+  evaluate = jit(lambda state, batch, key: metrics(train.averaged(state), batch, key),
+                 out_shardings=sharding.replicated(mesh))
   return Parts(mesh, tx, trainable, places, step, evaluate)
 
 
@@ -223,7 +224,7 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
       data = task.around.data(parts, lambda: start.first(c, task, parts), data, workdir)
     with signals.deferred(), contextlib.ExitStack() as stack:
       _record(c, data, workdir, at, changes)
-      evaluation = evaluate.make(c, task, parts, abstract, data) if task.eval_loss else None
+      evaluation = evaluate.make(c, task, parts, data) if task.eval_loss else None
       log = stack.enter_context(contextlib.closing(logs.Logs(workdir, steps, at)))
       saver = stack.enter_context(checkpoint_lib.Saver(workdir / 'checkpoints', c.checkpoint, at or None, log.say))
       batches = stack.enter_context(contextlib.closing(

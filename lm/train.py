@@ -4,7 +4,8 @@ Shapes: B rows of the global batch, M microbatches. A batch is any tree of array
 a `lm.parallel.Layout` says how rows are spread and sums taken.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+import functools
 from typing import Any
 
 from flax import struct
@@ -151,16 +152,23 @@ def accumulate(loss: Loss, microbatches: int = 1, layout: parallel.Layout = para
 
 
 def make_eval(loss: Loss, layout: parallel.Layout = parallel.ALONE) -> Callable[..., dict[str, Term]]:
-  """evaluate(params, batch, key, sums or None) -> sums of the loss's metrics so far, kept on the device."""
+  """evaluate(params, batch, key) -> sums of the loss's metrics over the batch; those of several: `summed`."""
   def metrics(p, frozen, batch, key, rows_B):
     del frozen
     return layout.total(loss(layout.gather(p), batch, None if key is None else nn.Keys(key, rows_B))[1])
   spread = layout.spread(metrics, gradient=False)
 
-  def evaluate(p, batch, key, sums=None):
-    found = spread(p, None, batch, key)
-    return found if sums is None else jax.tree.map(jnp.add, sums, found)
-  return evaluate
+  return lambda p, batch, key: spread(p, None, batch, key)
+
+
+def summed(parts: Iterable[Any]) -> Any:
+  """The sum of trees of arrays, kept on the device."""
+  return functools.reduce(_added, parts)
+
+
+@jax.jit
+def _added(a, b):
+  return jax.tree.map(jnp.add, a, b)
 
 
 def _means(metrics: dict[str, Term]) -> Metrics:

@@ -75,12 +75,11 @@ def _measured(found, data, part):
   """{metric: value} over a part of the text."""
   c = pretrain.Config(model=found.config, data=data.config)
   step = jax.jit(train.make_eval(pretrain.task(c).eval_loss))
-  place, sums = sharding.batch_sharding(sharding.make_mesh(sharding.Config())), None
+  place = sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
   batches = loader.eval_batches(data, part, data.config.batch, place)
   total = loader.eval_steps(data, part, data.config.batch)
-  for batch in tqdm.tqdm(batches, desc=part, total=total, unit=' batches', disable=None):
-    sums = step(found.params, batch, None, sums)
-  sums = jax.device_get(sums)
+  batches = tqdm.tqdm(batches, desc=part, total=total, unit=' batches', disable=None)
+  sums = jax.device_get(train.summed(step(found.params, batch, None) for batch in batches))
   values = evaluate.means(sums, data, part)
   return values | {'perplexity': math.exp(values['loss']), 'targets': int(sums['loss'].weight),
                    'bytes': data.utf8_bytes(part)}

@@ -128,9 +128,9 @@ def test_it_lives_where_moments_do_and_is_evaluated_on_any_mesh(mesh):
         jax.random.key(0))
     for _ in range(2):
       state, _ = parts.step(state, batch, jax.random.key(1))
-    found = parts.evaluate(state, batch, jax.random.key(2), None)
+    found = parts.evaluate(state, batch, jax.random.key(2))
     raw = parts.evaluate(state.replace(opt_state=state.opt_state._replace(average=state.params)), batch,
-                         jax.random.key(2), None)
+                         jax.random.key(2))
     e = jax.device_get(ema.of(state.opt_state))
   places = jax.tree.map(lambda x: x.sharding, ema.of(state.opt_state))
   assert places == jax.tree.map(lambda x: x.sharding, state.opt_state.inner.mu)

@@ -1,7 +1,6 @@
 """One step is exact: under microbatches, meshes, padding, non-finite gradients and frozen leaves; and compiles once."""
 
 import dataclasses
-import functools
 import time
 
 import jax
@@ -187,7 +186,7 @@ def test_evaluation_sums_over_batches():
   task = pretrain.task(CONFIG)
   p = params.init(task.specs, jax.random.key(0))
   evaluate = jax.jit(train.make_eval(task.eval_loss))
-  sums = functools.reduce(lambda s, seed: evaluate(p, make_batch(seed=seed), None, s), (1, 2), None)
+  sums = train.summed(evaluate(p, make_batch(seed=seed), None) for seed in (1, 2))
   both = jax.tree.map(lambda *xs: jnp.concatenate(xs), make_batch(seed=1), make_batch(seed=2))
   whole = evaluate(p, both, None)
   assert float(sums['loss'].weight) == float(whole['loss'].weight)
