@@ -66,7 +66,7 @@ def peak_flops(device: jax.Device) -> float:
   return PEAK[names[-1]] if names else 0.0
 
 
-def _measured(device, n=2048, tries=3):
+def _measured(device, n=1024, tries=6):
   with jax.set_mesh(jax.make_mesh((1,), ('one',), devices=[device])):  # not the mesh that the caller may be in
     x = jax.device_put(jnp.ones((n, n), jnp.float32), device)
     f = jax.jit(lambda a: a @ a)
