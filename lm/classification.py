@@ -198,9 +198,7 @@ def scorer(c: Config) -> Callable[..., jax.Array]:
 
 def _specs(c):
   """(of the model that training starts from, with the new head)."""
-  base = _FAMILIES[type(c.model)].specs(c.model)
-  base |= {'pooler': heads.pooler_specs(c.model.embed)} if c.pooling == 'pooler' else {}
-  return base, base | {'classify': heads.classify_specs(c.model.embed, c.classes, dense=c.pooling == 'first')}
+  return heads.for_classes(_FAMILIES[type(c.model)].specs(c.model), c.pooling, c.model.embed, c.classes)
 
 
 def pooled(x_BTD: jax.Array, segments_BT: jax.Array, pooling: str, examples: int) -> jax.Array:

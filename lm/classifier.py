@@ -53,14 +53,6 @@ class Classifier:
     return np.concatenate(jax.device_get(out))[:N], cut
 
 
-def of_run(path: str | os.PathLike) -> bool:
-  """Is it the workdir of a classifier?"""
-  try:
-    return {'pooling', 'classes'} <= logs.read_config(path)['config'].keys()
-  except (CheckpointError, KeyError, TypeError, AttributeError):
-    return False
-
-
 def load(path: str | os.PathLike, best: bool = True) -> Classifier:
   """Of a workdir the best checkpoint, or the newest; or a Hugging Face folder of `...ForSequenceClassification`.
 

@@ -253,11 +253,9 @@ def _quiet(c):
 
 def _specs(c):
   """(of the model that training starts from, with the new head in place of the output matrix)."""
-  D, base = c.model.embed, _family(c).specs(c.model)
-  base |= {'pooler': heads.pooler_specs(D)} if c.pooling == 'pooler' else {}
-  head = heads.classify_specs(D, 1, dense=c.pooling == 'first')
-  head |= {'out': dataclasses.replace(head['out'], init=params.Normal((D + 1)**-0.5))}
-  return base, {k: v for k, v in base.items() if k != 'unembed'} | {'classify': head}
+  base, whole = heads.for_classes(_family(c).specs(c.model), c.pooling, c.model.embed, classes=1)
+  out = dataclasses.replace(whole['classify']['out'], init=params.Normal((c.model.embed + 1)**-0.5))
+  return base, {k: v for k, v in whole.items() if k != 'unembed'} | {'classify': whole['classify'] | {'out': out}}
 
 
 def _scorer(c, model, attend=attention.attend):

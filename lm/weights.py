@@ -1,5 +1,6 @@
 """Finds a trained model wherever it lies: a workdir of ours, an HF folder, or a GGUF file."""
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from lm import checkpoint, config, logs, params, peft, seal
 from lm.data import inputs
 from lm.errors import CheckpointError, ConfigError
-from lm.models import decoder, gguf, hf, pretrained
+from lm.models import deberta, decoder, encoder, gguf, heads, hf, pretrained
 from lm.text import tokenizer as tokenizers, tokenizer_files
 
 _MIXERS = ((2654435761, 2246822519), (3266489917, 668265263))  # odd, without a pattern in their bits
@@ -81,10 +82,19 @@ def of_encoder(workdir: str | os.PathLike) -> bool:
     return False
 
 
+def of_classifier(workdir: str | os.PathLike) -> bool:
+  """Is it the workdir of a classifier?"""
+  try:
+    return {'pooling', 'classes'} <= logs.read_config(workdir)['config'].keys()
+  except (CheckpointError, KeyError, TypeError, AttributeError):
+    return False
+
+
 def params_from(path: str | os.PathLike, abstract: params.Tree, partial: bool = False) -> params.Tree:
   """Parameters to start training from; `partial`: heads that the model there has more are left out.
 
-  Of the workdir of an encoder's pretraining, the network that is kept: of a pair, the discriminator.
+  Of the workdir of an encoder's pretraining, the network that is kept: of a pair, the discriminator. Of a classifier's,
+  the model below its head, as fine-tuned (RoBERTa §5.1 starts RTE, STS and MRPC from the one of MNLI).
 
   Raises:
     ConfigError: a leaf is missing, is one too many or has another shape; the message names it.
@@ -105,7 +115,28 @@ def _given(path):
   """All parameters of the model at `path`."""
   if kind_of(path) == 'hf':
     return hf.load(path)[1]
+  if of_classifier(path):
+    return _classified(pathlib.Path(path))
   return (load_encoder if of_encoder(path) else load)(path).params
+
+
+def _classified(workdir):
+  """A classifier's parameters without its head, merged; of the best checkpoint."""
+  saved = logs.read_config(workdir)['config']
+  try:
+    family = next(kind for kind in (encoder, deberta, decoder)
+                  if {field.name for field in dataclasses.fields(kind.Config)} == set(saved['model']))
+    model, method = config.from_json(family.Config, saved['model']), saved['peft']['method']
+    ranked = checkpoint.best(workdir / 'checkpoints', saved['checkpoint']['metric'], saved['checkpoint']['mode'])
+  except (KeyError, TypeError, StopIteration, ConfigError) as error:
+    raise CheckpointError(f'{workdir / "config.json"}: {type(error).__name__}: {error}; expected the config of a '
+                          'classifier; name another model') from error
+  if method not in ('full', 'top', 'lora'):
+    raise ConfigError(f"{workdir}: peft.method={method!r} put parts beside the model's weights; expected a classifier "
+                      'trained in full, in its top or by LoRA; name another model')
+  base, whole = heads.for_classes(family.specs(model), saved['pooling'], model.embed, saved['classes'])
+  p = peft.plain(restore(workdir, whole, ranked, base))
+  return {name: leaf for name, leaf in p.items() if name != 'classify'}
 
 
 def fingerprint(tree: params.Tree) -> str:

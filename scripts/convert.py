@@ -72,7 +72,7 @@ def main(_: list[str]) -> None:
     _adapter(out)
     return
   names = ()
-  if classifier.of_run(_FROM.value):
+  if weights.of_classifier(_FROM.value):
     found = classifier.load(_FROM.value, best=not _NEWEST.value)
     model, names = weights.Model(found.config.model, _plain(found.params), found.tokenizer), found.names
   else:

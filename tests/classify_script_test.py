@@ -185,6 +185,26 @@ def test_what_was_exported_classifies_as_the_run_did(folder, tmp_path):
       classifier.load(tmp_path / 'out')
 
 
+@pytest.mark.parametrize('few, kind, pooling', [
+    (peft.Config('lora', train='^(classify|pooler)/', rank=2, targets='^blocks/attn/[qv]$'), classification.Encoder,
+     'pooler'), slow(peft.Config(), classification.Decoder, 'last')])
+def test_another_task_begins_from_a_classifier(few, kind, pooling, folder, tmp_path):
+  trained(folder, tmp_path / 'first', kind, pooling=pooling, peft=few)
+  want = peft.plain(classifier.load(tmp_path / 'first').params)
+  trained(folder, tmp_path / 'next', kind, pooling=pooling, init_from=str(tmp_path / 'first'), optim__lr=0.0,
+          optim__steps=1, loop__eval_every=1)
+  got = classifier.load(tmp_path / 'next').params
+  assert abs(want['classify']['out'] - got['classify']['out']).max() > 0.01  # a new head
+  rest = [{name: leaf for name, leaf in p.items() if name != 'classify'} for p in (want, got)]
+  jax.tree.map(np.testing.assert_array_equal, *rest)
+
+
+def test_parts_beside_the_weights_are_no_beginning(folder, tmp_path):
+  trained(folder, tmp_path / 'first', peft=peft.Config('houlsby', width=2), optim__steps=1, loop__eval_every=1)
+  with pytest.raises(ConfigError, match='houlsby.*in full'):
+    trained(folder, tmp_path / 'next', init_from=str(tmp_path / 'first'))
+
+
 def test_a_head_that_transformers_has_not_is_not_exported(workdir, tmp_path):
   done = convert(workdir, tmp_path / 'out')  # BERT's with RoBERTa's head
   assert done.returncode == 2 and 'pooling=pooler of BERT' in done.stderr and not (tmp_path / 'out').exists()

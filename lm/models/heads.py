@@ -81,6 +81,12 @@ def classify_specs(embed: int, classes: int, std: float = 0.02, dense: bool = Fa
   return tree
 
 
+def for_classes(body: params.Tree, pooling: str, embed: int, classes: int) -> tuple[params.Tree, params.Tree]:
+  """Specs (of the model that a classifier begins from, with BERT's pooler if that is pooled; with the head too)."""
+  base = body | ({'pooler': pooler_specs(embed)} if pooling == 'pooler' else {})
+  return base, base | {'classify': classify_specs(embed, classes, dense=pooling == 'first')}
+
+
 def classify(p: params.Tree, x_BD: jax.Array, activation: str = 'tanh', rate: float = 0.0,
              key: nn.Key | None = None, dense_rate: float | None = None) -> jax.Array:
   """Logits [B, C] of one vector a row, or [B, M, C] of M: BERT's pooled vector, the first token of ELECTRA
