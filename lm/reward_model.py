@@ -125,7 +125,8 @@ class RewardModel:
     rows, R = self.rows(found), self.config.data.batch * self.config.data.answers
     N = len(rows.ids_BT)
     chosen = [np.minimum(np.arange(i, i + R), N - 1) for i in range(0, N, R)]
-    parts = [self._compiled(self.params, jax.tree.map(lambda x, at=at: x[at], rows)) for at in chosen]
+    with sharding.use(sharding.alone()):  # where its weights are, whatever mesh a policy trains on
+      parts = [self._compiled(self.params, jax.tree.map(lambda x, at=at: x[at], rows)) for at in chosen]
     return np.concatenate(jax.device_get(parts))[:N]
 
   @functools.cached_property

@@ -14,6 +14,7 @@ from flax import linen
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 from lm import params
 from lm.errors import ConfigError
@@ -99,6 +100,12 @@ def make_mesh(c: Config, devices: list[jax.Device] | None = None) -> Mesh:
   # An axis need not be a whole side of a TPU's torus.
   placed = mesh_utils.create_device_mesh(tuple(getattr(c, a) for a in AXES), devices, allow_split_physical_axes=True)
   return Mesh(placed, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def alone() -> Mesh:
+  """This process's first device, for what lies there whole while a program is on another mesh."""
+  device = np.array(jax.local_devices()[:1]).reshape((1,) * len(AXES))
+  return Mesh(device, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from lm import checkpoint, config, logs, optim, params, summary, train, weights
+from lm import checkpoint, config, logs, optim, params, sharding, summary, train, weights
 from lm.data import loader
 from lm.errors import CheckpointError, ConfigError
 
@@ -123,13 +123,14 @@ def first(c: Any, task: Any, parts: Any) -> train.State:
   if not c.init_from:
     make = lambda key: train.init(task.specs, parts.tx, parts.trainable, key, task.around.carry)
     return params.jit_once(make, out_shardings=parts.state)(key)
-  base = task.base
-  given = weights.params_from(c.init_from, params.abstract(base.specs if base else task.specs), partial=bool(base))
-  more = [base.more()] if base and base.more else []
+  base, specs = task.base, task.base.specs if task.base else task.specs
+  with sharding.use(sharding.alone()):  # a workdir's model is read, merged and fingerprinted on one device
+    given = weights.params_from(c.init_from, params.abstract(specs), partial=bool(base))
+    more = [base.more()] if base and base.more else []
+  given = jax.device_put(given, sharding.shardings(specs, parts.mesh, fsdp=c.mesh.zero == 3))
+  more = [jax.device_put(tree, sharding.like(tree, specs, parts.mesh)) for tree in more]
   make = lambda p, key, *more: train.state_of(base.graft(p, task.specs, key, *more) if base else p, parts.tx,
                                               parts.trainable, task.around.carry)
-  if not base:
-    given = jax.device_put(given, params.join(parts.state.params, parts.state.frozen))
   return params.jit_once(make, out_shardings=parts.state)(given, key, *more)
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lm import checkpoint, config, logs, params, peft, seal
+from lm import checkpoint, config, logs, params, peft, seal, sharding
 from lm.data import inputs
 from lm.errors import CheckpointError, ConfigError
 from lm.models import deberta, decoder, encoder, gguf, heads, hf, pretrained
@@ -194,13 +194,17 @@ def restore(workdir: str | os.PathLike, specs: params.Tree, first: int | None = 
   What its run froze is not in its checkpoints and is taken from where the run began; with what `peft` added in place.
   `base`: the part of `specs` that its `init_from` has, where that is not all.
   """
-  workdir = pathlib.Path(workdir)
+  with sharding.use(sharding.alone()):  # whatever mesh the caller is in
+    return _restored(pathlib.Path(workdir), specs, first, base)
+
+
+def _restored(workdir, specs, first, base):
   saved = logs.read_config(workdir)['config']
   few = config.from_json(peft.Config, saved['peft']) if 'peft' in saved else peft.Config()
   whole = peft.specs(few, specs)
   layers = jax.tree.leaves(specs['blocks'])[0].shape[0] if 'blocks' in specs else 0
   frozen = peft.freeze(few, layers) or saved['optim']['freeze']
-  here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   abstract = params.abstract(whole, jax.tree.map(lambda _: here, whole))
   if not frozen:
     return _intact(workdir / 'checkpoints', abstract, first)[0]

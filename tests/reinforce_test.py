@@ -168,16 +168,20 @@ def test_any_mesh_gives_the_curve_of_one_device(kind, changes, meshes, root, tmp
              optim__eps=1e-3, **changes)
     run.run(c, reinforce.task(c, low), tmp_path / str(i))
     curves.append(rows_of(tmp_path / str(i)))
-  for one, other in [pair for curve in curves[1:] for pair in zip(curves[0], curve, strict=True)]:
-    assert one.keys() == other.keys()
+  for curve in curves[1:]:
+    same(curves[0], curve)
+
+
+def same(curve, other):
+  for one, two in zip(curve, other, strict=True):
+    assert one.keys() == two.keys()
     for k in one:
       if k not in ('mfu', 'explained_variance'):  # the latter divides by what is near 0 at the start
-        assert one[k] == pytest.approx(other[k], rel=2e-3, abs=2e-4), k
+        assert one[k] == pytest.approx(two[k], rel=2e-3, abs=2e-4), k
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('method', ['full', 'lora', 'prefix'])
-def test_a_critic_starts_as_the_reward_model_scores(method, root, tmp_path):
+def judge(root, tmp_path, method='full'):
+  """The workdir of a reward model."""
   graded = [{'prompt': '', 'answers': [f'aaa {i}', f'bbb {i}'], 'grades': [1, 0], 'split': 'validation' if i > 9 else
              'train'} for i in range(16)]
   (tmp_path / 'graded.jsonl').write_text('\n'.join(map(json.dumps, graded)))
@@ -187,7 +191,27 @@ def test_a_critic_starts_as_the_reward_model_scores(method, root, tmp_path):
       loop=loop.Config(eval_every=4), checkpoint=checkpoint.Config(every=4, metric='val_accuracy', mode='max'))
   run.run(scored, reward_model.task(scored), tmp_path / 'reward')
   reward_model.finish(scored, tmp_path / 'reward')
-  found = reward_model.load(tmp_path / 'reward')
+  return tmp_path / 'reward'
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method, mesh', [('full', dict(data=8)), ('lora', EVERY)])
+def test_models_of_workdirs_serve_on_any_mesh(method, mesh, root, tmp_path):
+  """Policy, critic and reward model from runs on one device, whose arrays lie there."""
+  rewarding = judge(root, tmp_path, method)
+  first = make(root, optim__steps=2, loop__eval_first=False)
+  run.run(first, reinforce.task(first, low), tmp_path / 'first')
+  for name, where in (('one', {}), ('eight', mesh)):
+    c = make(root, mesh=sharding.Config(**where), value='separate', critic_from=str(rewarding), optim__steps=4,
+             init_from=str(tmp_path / 'first'), optim__lr=1e-3, optim__eps=1e-3)
+    run.run(c, reinforce.task(c, reward_model.reward(rewarding, 'reward_from')), tmp_path / name)
+  same(rows_of(tmp_path / 'one'), rows_of(tmp_path / 'eight'))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['full', 'lora', 'prefix'])
+def test_a_critic_starts_as_the_reward_model_scores(method, root, tmp_path):
+  found = reward_model.load(judge(root, tmp_path, method))
   c = make(root, value='separate', critic_from=str(tmp_path / 'reward'))
   if method == 'prefix':  # a critic has no place for one
     with pytest.raises(ConfigError, match='critic_from=.*parts beside its weights'):
