@@ -39,7 +39,7 @@ def learn(c: Config, attend: Callable[..., jax.Array]) -> Callable[..., tuple[An
   def by_value(p, r, scores_B, carry):
     old_BT, values_BT = said(p, r, apply=valued)
     reference_BT, _ = said(policy.reference(p), r, apply=apply)
-    coef = carry['kl_coef']
+    coef = carry['kl_coef'] if c.loss.kl.target else jnp.float32(c.loss.kl.coef)  # a fixed one may change on resuming
     made, stats = ppo.experience(r.batch, old_BT, reference_BT, values_BT, scores_B, r.ended_B, coef, c.loss)
     del stats['entropy']  # an estimate of what the loss knows exactly
     after = {'kl_coef': ppo.adapt(coef, stats['kl'], c.rows, c.loss.kl)}

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
+import json
 import math
 import os
 import pathlib
@@ -24,6 +25,7 @@ from lm import (
   budget,
   decode,
   experience,
+  hosts,
   logs,
   loop,
   monitor,
@@ -168,7 +170,7 @@ def _iteration(c, parts, data, draw, learn, reward, texts, rate):
     n, skipped, p = int(state.step), int(state.skipped), train.whole(state)
     mixed = texts(n)
     r, seen = draw(p, prompts, jax.random.fold_in(jax.random.fold_in(key, _DRAWN), n), c.rollout.group)
-    scores_B = rewards.checked(reward, [data.records[i] for i in seen.index_B], seen.texts)
+    scores_B = _asked(reward, [data.records[i] for i in seen.index_B], seen.texts)
     made, stats, carry = learn(p, r, scores_B, state.carry)
     state, updates = state.replace(carry=carry), []
     for epoch in range(c.rollout.epochs):
@@ -180,9 +182,20 @@ def _iteration(c, parts, data, draw, learn, reward, texts, rate):
       if c.rollout.stop_kl and float(updates[-1]['approx_kl']) > c.rollout.stop_kl:
         break
     means = {k: sum(m[k] for m in updates) / len(updates) for k in updates[0]}
-    return state, means | stats | {'score_std': scores_B.std(), 'updates': len(updates),
+    return state, means | stats | {'score_std': _penalised(c, scores_B, seen.ended_B).std(), 'updates': len(updates),
                                    'learning_rate': rate(n - skipped), 'skipped': updates[-1]['skipped']}
   return iteration
+
+
+def _asked(reward, records, responses):
+  """Their scores, f32; of several processes the first one's, as a reward may draw numbers, or time out."""
+  scores_B = rewards.checked(reward, records, responses)
+  return np.float32(json.loads(hosts.share(json.dumps(scores_B.tolist()))[0]))
+
+
+def _penalised(c, scores_B, ended_B):
+  """As training counts them."""
+  return np.asarray(c.loss.penalised(scores_B, ended_B)) if isinstance(c, policy.PPO) else scores_B
 
 
 def _evaluation(c, parts, data, draw, judge, reward, held_out):
@@ -199,10 +212,10 @@ def _evaluation(c, parts, data, draw, judge, reward, held_out):
       policy_B, reference_B = jax.device_get(judge(p, r))
       real = [j for j, index in enumerate(seen.index_B) if index >= 0]
       records, said = [data.records[seen.index_B[j]] for j in real], [seen.texts[j] for j in real]
-      row = {'score': rewards.checked(reward, records, said), 'length': seen.lengths_B[real],
+      row = {'score': _penalised(c, _asked(reward, records, said), seen.ended_B[real]), 'length': seen.lengths_B[real],
              'ended': seen.ended_B[real], 'policy': policy_B[real], 'reference': reference_B[real]}
       if held_out:
-        row['held_out'] = rewards.checked(held_out, records, said)
+        row['held_out'] = _asked(held_out, records, said)
       found.append(row)
       some = list(zip(records, said, row['score'], row['ended'], strict=True))[:c.rollout.samples - len(shown)]
       shown.extend({'prompt': record.prompt, 'reply': text, 'score': float(score), 'ended': bool(ended)}

@@ -54,7 +54,8 @@ class Report:
     before, hopeless = self._skipped, None
     for n, metrics in rows:
       before, self._skipped = self._skipped, int(metrics['skipped'])
-      self._in_a_row = self._in_a_row + 1 if self._skipped > before else 0
+      # Of a step of several updates: all of them.
+      self._in_a_row = self._in_a_row + 1 if self._skipped - before >= metrics.get('updates', 1) else 0
       if self._in_a_row == self._c.max_skipped:
         hopeless, targets = n, metrics.get('targets', 1)
     n, metrics = rows[-1]

@@ -1,5 +1,6 @@
 """The host loop on its own: what it logs, when it evaluates, saves, stops; and that it never waits for the device."""
 
+import contextlib
 import dataclasses
 import os
 import signal
@@ -349,6 +350,19 @@ def test_the_count_goes_on_from_what_was_skipped_before_a_restart(monkeypatch):
     w.fit(start=10, max_skipped=2, log_every=1)
   w = world(monkeypatch, steps=20, skipped=7)
   w.fit(start=10, max_skipped=1)
+
+
+@pytest.mark.parametrize('updates, ends', [(1, True), (4, False)])
+def test_a_step_of_several_updates_is_bad_where_all_were_skipped(monkeypatch, updates, ends):
+  w = world(monkeypatch, steps=20, bad={4, 5, 6})  # each skips one update
+  step = w.program.step
+
+  def several(*args):
+    state, metrics = step(*args)
+    return state, metrics | {'updates': updates}
+  w.program = dataclasses.replace(w.program, step=several)
+  with pytest.raises(Diverged, match='step 6') if ends else contextlib.nullcontext():
+    w.fit(max_skipped=3, log_every=1)
 
 
 @pytest.mark.parametrize('number, kind, code', [(signal.SIGTERM, Preempted, 75), (signal.SIGINT, Interrupted, 130)])

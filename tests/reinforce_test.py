@@ -142,6 +142,27 @@ def test_a_run_stopped_in_the_middle_of_an_iteration_goes_on_as_if_it_had_not(ki
   assert kind is not policy.PPO or float(one['kl_coef']) != c.loss.kl.coef  # it has adapted, and went on from there
 
 
+def test_evaluations_count_the_penalty_of_what_did_not_end(root, tmp_path):
+  c = make(root, loss=ppo.Config(missing_eos=1.0, missing_eos_mode='replace'), rollout__end=True, optim__steps=4)
+  run.run(c, reinforce.task(c, lambda records, responses: [0.5] * len(responses)), tmp_path)
+  rows = logs.read(tmp_path)
+  assert any(row['val_ended'] < 1 for row in rows if 'val_ended' in row)
+  for row in rows:
+    for name in {'score', 'val_score'} & row.keys():
+      ended = row[name.replace('score', 'ended')]
+      assert row[name] == pytest.approx(0.5 * ended - (1 - ended), abs=1e-6)
+      assert row[f'{name}_std'] == pytest.approx(1.5 * math.sqrt(ended * (1 - ended)), abs=1e-6)
+
+
+def test_a_fixed_coefficient_may_be_another_after_resuming(root, tmp_path):
+  changes = dict(loss=ppo.Config(kl=ppo.KL(coef=0.02)), loop__eval_first=False, loop__eval_every=0, checkpoint__every=1)
+  c = make(root, optim__steps=2, **changes)
+  run.run(c, reinforce.task(c, low), tmp_path)
+  c = config.replace(c, optim__steps=4, loss__kl__coef=0.5)
+  run.run(c, reinforce.task(c, low), tmp_path, resume_with_changes=True)
+  assert [row['kl_coef'] for row in logs.read(tmp_path)] == [np.float32(0.02), 0.5]
+
+
 @pytest.mark.slow
 def test_a_killed_process_leaves_what_a_new_one_goes_on_from(root, tmp_path):
   """SIGKILL between the rollout and its updates, in the middle of the fifth iteration."""

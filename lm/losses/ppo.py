@@ -99,12 +99,14 @@ class Config:
     if self.missing_eos_mode != 'subtract' and not (self.missing_eos_mode == 'replace' and self.missing_eos):
       raise ConfigError(f"loss.missing_eos_mode={self.missing_eos_mode!r} with loss.missing_eos={self.missing_eos}; "
                         "expected 'subtract', or 'replace' with more than 0")
-    if not 0 < self.clip < 1:
-      raise ConfigError(f'loss.clip={self.clip}; expected 0 < clip < 1')
-    if self.chunk < 1:
-      raise ConfigError(f'loss.chunk={self.chunk}; expected at least 1')
-    if not 0 < self.temperature < math.inf:
-      raise ConfigError(f'loss.temperature={self.temperature}; expected a finite number above 0')
+    for name, right, expected in (('clip', 0 < self.clip < 1, '0 < clip < 1'), ('chunk', self.chunk >= 1, 'at least 1'),
+                                  ('temperature', 0 < self.temperature < math.inf, 'a finite number above 0')):
+      if not right:
+        raise ConfigError(f'loss.{name}={getattr(self, name)}; expected {expected}')
+
+  def penalised(self, scores_B: jax.Array, ended_B: jax.Array) -> jax.Array:
+    """The scores, f32, less what responses without their eos lose."""
+    return jnp.where(ended_B, scores_B, (scores_B if self.missing_eos_mode == 'subtract' else 0) - self.missing_eos)
 
 
 @struct.dataclass
@@ -143,8 +145,7 @@ def experience(batch: Batch, logprobs_BT: jax.Array, reference_BT: jax.Array, va
   mask_BT = batch.mask_BT[:, 1:]
   logprobs_BT, reference_BT, values_BT = (jax.lax.stop_gradient(_inside(name, x_BT, mask_BT)) for name, x_BT in (
       ('logprobs', logprobs_BT), ('reference', reference_BT), ('values', values_BT)))
-  scores_B = scores_B.astype(jnp.float32)
-  scores_B = jnp.where(ended_B, scores_B, (scores_B if c.missing_eos_mode == 'subtract' else 0) - c.missing_eos)
+  scores_B = c.penalised(scores_B.astype(jnp.float32), ended_B)
   rewards_BT = rewards(logprobs_BT, reference_BT, scores_B, mask_BT, coef, c.kl.estimator)
   if c.whiten_rewards:
     rewards_BT = whiten(rewards_BT, mask_BT, shift=False)
