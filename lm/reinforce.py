@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
 import math
 import os
 import pathlib
 import re
+import types
 from typing import Any, NamedTuple
 
 import jax
@@ -84,8 +86,23 @@ def task(c: policy.Config, reward: Callable[..., Any], held_out: Callable[..., A
       tokens=c.rows * (c.data.length + c.rollout.new_tokens),
       metrics=METRICS + (('val_held_out', 'val_held_out_se') if held_out else ()),
       carry={'kl_coef': c.loss.kl.coef} if isinstance(c, policy.PPO) else None)
-  return run.Task(tree, experience.loss(c, tree, attend), None, c.model.vocab, flops, source=prompts, base=base,
+  source = types.SimpleNamespace(prepare=functools.partial(_prepare, c, reward, held_out), check=prompts.check,
+                                 train_batches=prompts.train_batches, eval_batches=prompts.eval_batches)
+  return run.Task(tree, experience.loss(c, tree, attend), None, c.model.vocab, flops, source=source, base=base,
                   around=around)
+
+
+def _prepare(c, reward, held_out, _, folder, seed=0):
+  """The prompts; that they are those of an earlier start takes the same text beside them, and the same judges."""
+  data = prompts.prepare(c.data, folder, seed)
+
+  def beside():
+    said = {name: judge.fingerprint() for name, judge in (('reward', reward), ('held_out', held_out))
+            if hasattr(judge, 'fingerprint')}
+    if text := _text(c, pathlib.Path(folder).parent, data.tokenizer):
+      said['text'] = hashlib.sha256(json.dumps(text.fingerprint, sort_keys=True).encode()).hexdigest()
+    return said
+  return dataclasses.replace(data, beside=beside)
 
 
 def _critic_from(c):
@@ -254,16 +271,24 @@ def _watch(c, workdir, book, shown):
   return watch
 
 
-def _texts(c, parts, tokenizer, workdir, stack):
-  """n -> the batches of text for PPO-ptx from update n on, made once; None without."""
+def _text(c, workdir, tokenizer):
+  """The text of PPO-ptx; None without."""
   text = getattr(c, 'text', None)
   if not (text and text.corpus):
-    return lambda n: None
+    return None
   data = loader.prepare(text, pathlib.Path(workdir) / 'text', seed=c.seed)
   if data.tokenizer.sha256 != tokenizer.sha256:
     raise ConfigError(f'text.tokenizer={text.tokenizer!r} is not data.tokenizer={c.data.tokenizer!r}; expected the '
                       "policy's, whose ids it knows; set it so")
   loader.check(data, c.model.vocab)
+  return data
+
+
+def _texts(c, parts, tokenizer, workdir, stack):
+  """n -> the batches of text for PPO-ptx from update n on, made once; None without."""
+  data = _text(c, workdir, tokenizer)
+  if data is None:
+    return lambda n: None
   rows, made = sharding.batch_sharding(parts.mesh), []
 
   def batches(n):

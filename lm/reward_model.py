@@ -129,6 +129,11 @@ class RewardModel:
       parts = [self._compiled(self.params, jax.tree.map(lambda x, at=at: x[at], rows)) for at in chosen]
     return np.concatenate(jax.device_get(parts))[:N]
 
+  def fingerprint(self) -> str:
+    """Of its weights, and of what brings its scores to their scale."""
+    with sharding.use(sharding.alone()):
+      return f'{weights.fingerprint(self.params)} * {self.normaliser.scale} + {self.normaliser.shift}'
+
   @functools.cached_property
   def _compiled(self):
     return jax.jit(self.score)
@@ -206,7 +211,8 @@ def load(workdir: str | os.PathLike) -> RewardModel:
 
 
 def reward(workdir: str | os.PathLike, field: str) -> Callable[[Sequence[Any], Sequence[str]], np.ndarray]:
-  """The reward function, see `lm.rewards`, that the model in `workdir` is; it is loaded by its `load`, or when asked.
+  """The reward function, see `lm.rewards`, that the model in `workdir` is; it is loaded by its `load`, or when asked,
+  also for its `fingerprint`.
 
   Of records (`lm.data.prompts.Record`) that begin a text, or ask nothing, it scores the text, without a prompt. `field`
   of the config names `workdir`, for errors: those of loading are a ConfigError.
@@ -223,7 +229,7 @@ def reward(workdir: str | os.PathLike, field: str) -> Callable[[Sequence[Any], S
   def scores(records, responses):
     return loaded().scores(((), r.prompt + said) if r.text is not None or not r.prompt else (r.messages, said)
                            for r, said in zip(records, responses, strict=True))
-  scores.load = loaded
+  scores.load, scores.fingerprint = loaded, lambda: loaded().fingerprint()
   return scores
 
 

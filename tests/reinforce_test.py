@@ -259,18 +259,33 @@ def test_a_critic_starts_as_the_reward_model_scores(method, root, tmp_path):
 
 @pytest.mark.slow
 def test_a_mixture_with_text_learns_from_both_and_goes_on(root, tmp_path):
-  text = loader.Config(str(root / 'text.txt'), tokenizer='byte', split='tail', validation_fraction=0.1, length=16,
+  said = (root / 'text.txt').read_text()
+  (tmp_path / 'text.txt').write_text(said)
+  text = loader.Config(str(tmp_path / 'text.txt'), tokenizer='byte', split='tail', validation_fraction=0.1, length=16,
                        batch=4)
   c = make(root, text=text, text_weight=5.0, optim__steps=10, rollout__stop_kl=1e-4, rollout__epochs=2)
   run.run(c, reinforce.task(c, low), tmp_path / 'straight')
   with pytest.raises(Preempted):  # some iterations have ended early by then: texts are counted by updates
     run.run(c, reinforce.task(c, Stop(6, signal.SIGTERM)), tmp_path / 'killed')
+  (tmp_path / 'text.txt').write_text(f'{said}and more')
+  with pytest.raises(ConfigError, match='data differs from the saved run .text: '):
+    run.run(c, reinforce.task(c, low), tmp_path / 'killed')
+  (tmp_path / 'text.txt').write_text(said)
   run.run(c, reinforce.task(c, low), tmp_path / 'killed')
   rows = rows_of(tmp_path / 'straight')
   assert rows[-1]['ptx_loss'] < rows[1]['ptx_loss'] - 0.05 and rows == rows_of(tmp_path / 'killed')
   c = config.replace(c, text__tokenizer='char')
   with pytest.raises(ConfigError, match="text.tokenizer='char' is not data.tokenizer='byte'"):
     run.run(c, reinforce.task(c, low), tmp_path / 'other')
+
+
+def test_a_run_goes_on_under_the_judge_that_it_began_with(root, tmp_path):
+  c, judge, other = make(root), Stop(4, signal.SIGTERM), Stop(99)
+  judge.fingerprint, other.fingerprint = lambda: 'one', lambda: 'another'
+  with pytest.raises(Preempted):
+    run.run(c, reinforce.task(c, judge), tmp_path)
+  with pytest.raises(ConfigError, match="reward: 'one' -> 'another'"):
+    run.run(c, reinforce.task(c, other), tmp_path)
 
 
 def test_no_further_pass_once_the_policy_has_moved_enough(root, tmp_path):

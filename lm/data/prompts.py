@@ -5,7 +5,7 @@ The whole set fits in memory; `prepare`, `check`, `train_batches` and `eval_batc
 Shapes: N prompts of a set, B of a batch, P tokens of a row.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -118,15 +118,19 @@ class Prompts:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Data(memory.Data):
-  """As `memory.Data`; and `records`, of all splits one after another, on the host."""
+  """As `memory.Data`; and `records`, of all splits one after another, on the host.
+
+  `beside` says, json-able, what else decides a run that draws from these: text that it learns, models that judge.
+  """
 
   records: tuple[Record, ...] = ()
+  beside: Callable[[], dict[str, Any]] = dict
 
   @functools.cached_property
   def fingerprint(self) -> dict[str, Any]:
     """All that decides the batches and what rewards can see, json-able."""
     seen = [[r.prompt, [[m.role, m.content] for m in r.messages], r.answer, r.text] for r in self.records]
-    return super().fingerprint | {'records': hashlib.sha256(json.dumps(seen).encode()).hexdigest()}
+    return super().fingerprint | {'records': hashlib.sha256(json.dumps(seen).encode()).hexdigest()} | self.beside()
 
 
 def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> Data:
