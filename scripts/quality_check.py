@@ -246,7 +246,7 @@ def _around(tokenizer: Tokenizer, pair: bool) -> int:
 
 
 def _messages(some):
-  return [{'role': m.role, 'content': m.content} for m in some]
+  return [{'role': m.role, 'content': m.content} | ({'input': m.input} if m.input else {}) for m in some]
 
 
 def _plain(value: Any) -> Any:

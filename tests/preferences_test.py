@@ -142,6 +142,14 @@ def test_files_of_both_kinds_make_one_set(tmp_path, capsys):
   assert next(preferences.train_batches(data, PLACE)).answers.ids_BT.shape == (2, 3, 41)
 
 
+def test_the_input_of_an_instruction_is_written_as_alpacas(tmp_path):
+  path = write(tmp_path / 'a.jsonl', {'instruction': '译', 'input': '好', 'chosen': 'good', 'rejected': 'bad',
+                                      'split': 'train'})
+  data = preferences.prepare(config(corpus=str(path), template='alpaca', length=300), tmp_path)
+  prompt = f'{chat.ALPACA_INPUT}\n\n### Instruction:\n译\n\n### Input:\n好\n\n### Response:'
+  assert rows(data.splits['train'], 0) == [(f'{prompt}good$', 'good$'), (f'{prompt}bad$', 'bad$')]
+
+
 def test_the_split_is_by_the_prompt_or_else_by_the_answers():
   prompts = [graded(f'question {i}', ['a', 'b'], [1, 0]) for i in range(200)]
   parts = preferences.assigned(prompts, 0.25)

@@ -58,6 +58,14 @@ def test_rows_are_prompts_as_the_template_writes_them_in_two_languages(name, tmp
   assert data.records[3].messages[0] == Message('system', 'Be short.') and data.records[1].origin.endswith('jsonl:2')
 
 
+def test_the_input_of_a_turn_is_written_as_alpacas(tmp_path):
+  asked = {'role': 'user', 'content': '译成英文。\n你好', 'input': '你好'}
+  (ids, record), = rows_of(prepare(tmp_path, [{'prompt': [asked], 'split': 'train'}], template='alpaca'))['train']
+  assert FROZEN.decode(ids[1:]) == (
+      f'{chat.ALPACA_INPUT}\n\n### Instruction:\n译成英文。\n\n### Input:\n你好\n\n### Response:')
+  assert record.prompt == '译成英文。\n你好'
+
+
 def test_the_system_turn_of_the_config_is_written(tmp_path):
   records = [{'prompt': 'hi', 'split': 'train'}, {'prompt': 'hi', 'system': 'own', 'split': 'train'}]
   (ids, _), (own, _) = rows_of(prepare(tmp_path, records, system='Be kind.'))['train']

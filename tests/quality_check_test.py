@@ -129,6 +129,14 @@ def test_other_spellings_are_told_by_the_first_record_and_written_in_one(fields,
                                                                                   'rejected'}
 
 
+def test_the_input_of_an_instruction_stays_one(check, tmp_path):
+  path = jsonl(tmp_path / 'in.jsonl', [{'instruction': 'And in this one?', 'input': 'France', 'output': 'The Loire.',
+                                        'history': [['Name a river in Italy.', ANSWER]]}])
+  check(in_=path, clean=tmp_path / 'c.jsonl')
+  (talk,), _ = examples.read(tmp_path / 'c.jsonl', 'chat')
+  assert [m.input for m in talk.messages] == ['', '', 'France', '']
+
+
 BAD = [RECORDS['classification'][0], '{"text": "cut', {'text': GOOD[0][0].upper(), 'label': 'pos'},
        {'text': 'mail zhangwei@163.com for the film, it is a good one', 'label': 'pos'},
        {'text': GOOD[1][0], 'label': 'neg'}, RECORDS['classification'][1], {'text': 'no label here'},

@@ -1,6 +1,7 @@
 """Conversations as rows: what is a target, what a cut takes, and that packing changes no loss."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -138,6 +139,31 @@ def test_cuts_of_many_shapes(messages, width, text):
   for pack in (False, True):
     (ids, _, _), = rows_of(sft.conversations([messages], chat.plain, BYTE, width - 1, pack=pack)[0])
     assert show(ids) == text
+
+
+def test_a_cut_leaves_the_marks_around_an_input():
+  asked = M('user', 'do this\n' + 'i' * 40, 'i' * 40)
+  write = lambda task, input, answer: f'### Instruction:\n{task}\n\n### Input:\n{input}\n\n### Response:{answer}'
+  whole = write('do this', 'i' * 40, 'yes$')
+  template = functools.partial(chat.alpaca, system='')
+  for width, text in ((len(whole), whole), (len(whole) - 2, write(' this', 'i' * 40, 'yes$')),
+                      (len(whole) - 9, write('', 'i' * 38, 'yes$'))):
+    (ids, mask, _), = rows_of(sft.conversations([[asked, M('assistant', 'yes')]], template, BYTE, width - 1)[0])
+    assert show(ids) == text and show(ids[mask]) == 'yes$'
+
+
+def test_alpaca_rows_of_a_file_are_the_published_ones(tmp_path):
+  records = [{'instruction': 'Name it.', 'input': '法国', 'output': 'Paris', 'split': 'train'},
+             {'instruction': '你好', 'input': '', 'output': '好', 'split': 'validation'}]
+  (tmp_path / 'a.json').write_text(json.dumps(records))
+  c = conversations.Config(str(tmp_path / 'a.json'), 'alpaca', tokenizer='byte', length=300)
+  text = lambda ids: show(ids).encode('latin1').decode()
+  found = {part: [(text(ids), text(ids[mask])) for ids, mask, _ in rows_of(rows)]
+           for part, rows in conversations.prepare(c, tmp_path).splits.items()}
+  assert found == {
+      'train': [(f'{chat.ALPACA_INPUT}\n\n### Instruction:\nName it.\n\n### Input:\n法国\n\n### Response:Paris$',
+                 'Paris$')],
+      'validation': [(f'{chat.ALPACA}\n\n### Instruction:\n你好\n\n### Response:好$', '好$')]}
 
 
 @pytest.mark.parametrize('name', TEMPLATES)

@@ -20,15 +20,24 @@ from lm.text.tokenizer import Tokenizer
 
 SMOLLM2 = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'  # what its own template falls back to
 ALPACA = 'Below is an instruction that describes a task. Write a response that appropriately completes the request.'
+ALPACA_INPUT = ('Below is an instruction that describes a task, paired with an input that provides further context. '
+                'Write a response that appropriately completes the request.')
 ROLES = ('system', 'user', 'assistant')
 _CUT = 60  # characters of a message in an error
 
 
 class Message(NamedTuple):
-  """What one side says; `role` is one of `ROLES`. Anything with these two attributes will do."""
+  """What one side says. Anything with these attributes will do.
+
+  Attributes:
+    role: one of `ROLES`.
+    content: all of it.
+    input: the part of `content`, after a line break at its end, that an instruction is about; '' = there is none.
+  """
 
   role: str
   content: str
+  input: str = ''
 
 
 class Piece(NamedTuple):
@@ -55,7 +64,7 @@ class Rendered(NamedTuple):
 
 
 Template = Callable[[Sequence[Message]], list[Piece]]
-_EXAMPLE = tuple(Message(role, 'x') for role in (*ROLES, 'user', 'assistant'))
+_EXAMPLE = (*(Message(role, 'x') for role in ROLES), Message('user', 'x\nx', 'x'), Message('assistant', 'x'))
 
 
 def chatml(messages: Sequence[Message], system: str | None = None) -> list[Piece]:
@@ -95,16 +104,25 @@ def llama2(messages: Sequence[Message]) -> list[Piece]:
   return pieces
 
 
-def alpaca(messages: Sequence[Message], system: str = ALPACA) -> list[Piece]:
-  """'### Instruction:' and '### Response:' after a first paragraph: the system turn, or else `system`."""
+def alpaca(messages: Sequence[Message], system: str | None = None) -> list[Piece]:
+  """A paragraph, '### Instruction:', '### Input:' where there is one, '### Response:' and right behind it the answer.
+
+  So Stanford Alpaca writes an instruction and its answer, with `ALPACA_INPUT` or `ALPACA` as the first paragraph. It
+  has no more than that: here a system turn, or else `system`, is the paragraph instead ('': none), the first user turn
+  decides which of the two is written, and further exchanges follow the end of the one before and a blank line.
+  """
   pieces = [Piece(marks.BEGIN, is_control=True)]
-  if messages[0].role != 'system' and system:
-    pieces.append(Piece(system))
+  if messages[0].role != 'system':
+    first = (ALPACA_INPUT if messages[0].input else ALPACA) if system is None else system
+    pieces += [Piece(first)] if first else []
   for i, m in enumerate(messages):
     if m.role == 'user':
       gap = '\n\n' if len(pieces) > 1 else ''
-      pieces += [Piece(f'{gap}### Instruction:\n', is_control=True), Piece(m.content, message=i),
-                 Piece('\n\n### Response:\n', is_control=True)]
+      task = m.content.removesuffix(f'\n{m.input}') if m.input else m.content
+      pieces += [Piece(f'{gap}### Instruction:\n', is_control=True), Piece(task, message=i)]
+      if m.input:
+        pieces += [Piece('\n\n### Input:\n', is_control=True), Piece(m.input, message=i)]
+      pieces.append(Piece('\n\n### Response:', is_control=True))
     elif m.role == 'assistant':
       pieces += [Piece(m.content, True, message=i), Piece(marks.END, True, True)]
     else:
@@ -125,7 +143,7 @@ def check(messages: Sequence[Message]) -> None:
   """A system turn or none, then user and assistant in turn.
 
   Raises:
-    DataError: another order or role, no message, or content that is no text.
+    DataError: another order or role, no message, content that is no text, or an input that is not its end.
   """
   if not messages:
     raise DataError('conversation: no message; expected a user turn at least; remove it')
@@ -137,6 +155,9 @@ def check(messages: Sequence[Message]) -> None:
                       'the turns')
     if not isinstance(m.content, str):
       raise DataError(f'message {i}: content of type {type(m.content).__name__}; expected text; mend the record')
+    if m.input and not m.content.endswith(f'\n{m.input}'):
+      raise DataError(f'message {i}: its content does not end with a line break and its input; expected both; mend the '
+                      'record')
     before = m.role
   if before == 'system':
     raise DataError('conversation: a system turn alone; expected a user turn after it; remove it')
