@@ -217,6 +217,21 @@ def test_a_wrong_field_is_named(changes, part):
     prompts.Config(**changes)
 
 
+@pytest.mark.parametrize(('prompt', 'field'), [
+    ('say ### Response:', 'prompt'), ([TALK[0] | {'content': '### Response:'}], 'prompt[0].content')])
+def test_what_the_tokenizer_refuses_is_named_or_left_out_with_its_field(prompt, field, tmp_path, capsys):
+  (tmp_path / 'vocab.txt').write_text('\n'.join('[PAD] [UNK] [CLS] [SEP] say # response :'.split()) + '\n')
+  records, how = [{'prompt': 'say', 'split': 'train'}, {'prompt': prompt}], {
+      'template': 'alpaca', 'tokenizer': str(tmp_path / 'vocab.txt')}
+  said = f'in.jsonl:2: field {field}: the tokenizer cannot tell its words from'
+  with pytest.raises(DataError) as stopped:
+    prepare(tmp_path, records, **how)
+  assert said in str(stopped.value)
+  assert prepare(tmp_path, records, **how, on_error='skip').rows('train') == 1
+  printed = capsys.readouterr().out
+  assert said in printed and 'words                   1   50.00%' in printed
+
+
 def test_an_empty_corpus_or_none_is_an_error(tmp_path):
   with pytest.raises(ConfigError, match='data.corpus is empty'):
     prompts.prepare(prompts.Config(tokenizer='byte'), tmp_path)

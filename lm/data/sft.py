@@ -78,6 +78,15 @@ class Report:
             f'{self.dropped} dropped{dropped}; {self.targets} targets of {self.tokens} tokens')
 
 
+class Row(NamedTuple):
+  """An example that fits a row, and what it lost."""
+
+  ids: np.ndarray
+  mask: np.ndarray
+  cut: bool
+  cut_targets: int
+
+
 def conversations(found: Iterable[Sequence[chat.Message]], template: chat.Template, tokenizer: Tokenizer, length: int,
                   *, loss: Literal['assistant', 'last', 'all'] = 'assistant', pack: bool = True, seed: int = 0,
                   names: Sequence[str] = ()) -> tuple[packing.Batch, Report]:
@@ -95,23 +104,31 @@ def conversations(found: Iterable[Sequence[chat.Message]], template: chat.Templa
     DataError: a conversation that `chat.encode` refuses; nothing left.
     ConfigError: length or loss out of range, or a tokenizer without an end of a turn.
   """
-  if loss not in LOSSES:
-    raise ConfigError(f'data.loss={loss!r}; expected one of {", ".join(LOSSES)}')
   tally = _Tally(length, names)
   for messages in found:
-    last = max((i for i, m in enumerate(messages) if m.role == 'assistant'), default=None)
     with tally.naming():
-      chat.check(messages)
-      rows = [] if last is None else fitted(messages[:last], messages[last:last + 1], template, tokenizer, length + 1,
-                                           loss)
+      rows = written(messages, template, tokenizer, length, loss)
     tally.add(rows)
-  rows = [row for row, in tally.kept]
-  if pack:
-    fit = packing.Fit(np.array([len(row.ids) for row in rows]), length, seed)
-    batch = arrange(rows, [fit.row(i) for i in range(fit.rows)], length + 1)
-  else:
-    batch = arrange(rows, None, length + 1)
-  return batch, tally.report([batch])
+  return tally.packed(pack, seed)
+
+
+def written(messages: Sequence[chat.Message], template: chat.Template, tokenizer: Tokenizer, length: int, loss: str
+            ) -> list[Row]:
+  """What `conversations` makes of one before it is packed: its row, or [] where no answer is left."""
+  if loss not in LOSSES:
+    raise ConfigError(f'data.loss={loss!r}; expected one of {", ".join(LOSSES)}')
+  chat.check(messages)
+  last = max((i for i, m in enumerate(messages) if m.role == 'assistant'), default=None)
+  return [] if last is None else fitted(messages[:last], messages[last:last + 1], template, tokenizer, length + 1, loss)
+
+
+def gathered(found: Iterable[Sequence[Row]], length: int, *, pack: bool = True, seed: int = 0,
+             names: Sequence[str] = ()) -> tuple[packing.Batch, Report]:
+  """`conversations` of those that `written` has made rows of."""
+  tally = _Tally(length, names)
+  for rows in found:
+    tally.add(rows)
+  return tally.packed(pack, seed)
 
 
 def pairs(found: Iterable[Preference], template: chat.Template, tokenizer: Tokenizer, length: int
@@ -134,22 +151,13 @@ def pairs(found: Iterable[Preference], template: chat.Template, tokenizer: Token
   return Pair(*batches, *last), tally.report(batches)
 
 
-class Row(NamedTuple):
-  """An example that fits a row, and what it lost."""
-
-  ids: np.ndarray
-  mask: np.ndarray
-  cut: bool
-  cut_targets: int
-
-
 class _Tally:
   """The examples kept, each a list of rows, and the counts of a `Report`."""
 
   def __init__(self, length, names=()):
     if length < 1:
       raise ConfigError(f'data.length={length}; expected at least 1')
-    self.kept, self.dropped_at, self._seen, self._names = [], [], 0, names
+    self.kept, self.dropped_at, self._seen, self._names, self._length = [], [], 0, names, length
 
   def _name(self, i):
     return self._names[i] if self._names else f'example {i}'
@@ -167,6 +175,12 @@ class _Tally:
     else:
       self.dropped_at.append(self._seen)
     self._seen += 1
+
+  def packed(self, pack, seed):
+    rows, length = [row for row, in self.kept], self._length
+    fit = packing.Fit(np.array([len(row.ids) for row in rows]), length, seed) if pack else None
+    batch = arrange(rows, [fit.row(i) for i in range(fit.rows)] if pack else None, length + 1)
+    return batch, self.report([batch])
 
   def report(self, batches):
     rows = [row for rows in self.kept for row in rows]

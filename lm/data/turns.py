@@ -5,7 +5,8 @@ import dataclasses
 from typing import Any
 
 from lm.data.json_io import Fault, Row
-from lm.text import scan
+from lm.errors import DataError
+from lm.text import chat, scan
 
 CONVERSATIONS = ('messages', 'conversation', 'conversations')
 _ROLES = {'system': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant'}
@@ -76,7 +77,8 @@ def turns(row: Row, value: Any, where: str) -> tuple[Message, ...]:
     raise Fault('type', row.origin, f'field {where}: found {describe(value)}; expected a list of turns')
   if not value:
     raise Fault('empty', row.origin, f'field {where}: no turns; expected at least one')
-  if isinstance(value[0], str):
+  alone = isinstance(value[0], str)
+  if alone:
     odd = next((i for i, turn in enumerate(value) if not isinstance(turn, str)), None)
     if odd is not None:
       raise Fault('type', row.origin, f'field {where}[{odd}]: found {describe(value[odd])}; expected a string, as the '
@@ -92,9 +94,10 @@ def turns(row: Row, value: Any, where: str) -> tuple[Message, ...]:
     role = text(row, who, turn, f'{at}.{who}')
     if role not in _ROLES:
       raise Fault('role', row.origin, f'field {at}.{who}: found {role[:20]!r}; expected one of {", ".join(_ROLES)}')
-    said, input = text(row, what, turn, f'{at}.{what}'), turn.get('input')
+    place = at if alone else f'{at}.{what}'
+    said, input = text(row, what, turn, place), turn.get('input')
     input = input if isinstance(input, str) and input and said.endswith(f'\n{input}') else ''
-    out.append(Message(_ROLES[role], said, input, f'{at}.{what}'))
+    out.append(Message(_ROLES[role], said, input, place))
   return tuple(out)
 
 
@@ -112,6 +115,13 @@ def alternate(messages: Sequence[Message], last: str, origin: str, where: str) -
     todo = ("answer it, or cut it with unanswered='cut'",) if last == 'assistant' and len(messages) > first else ()
     raise Fault('order', origin, f'field {where}: ends with {messages[-1].role if messages else "nothing"}; expected '
                 f'{last}', *todo)
+
+
+def refused(error: DataError, origin: str) -> Fault:
+  """The fault of a record whose turns `lm.text.chat` refuses, with the field that says the words."""
+  where = getattr(error.message, 'where', '') if isinstance(error, chat.Refused) else ''
+  what, _, todo = (f'field {where}: {error.why}' if where else str(error)).rpartition('; ')
+  return Fault('words', origin, what, f'{todo}, or remove the record')
 
 
 def text(row: Row, name: str, fields: Mapping[str, Any] | None = None, where: str | None = None,

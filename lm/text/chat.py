@@ -40,6 +40,14 @@ class Message(NamedTuple):
   input: str = ''
 
 
+class Refused(DataError):
+  """Words that a tokenizer or template cannot write; `message` says them, and `why` is the error without its place."""
+
+  def __init__(self, number: int, message: Message, why: str):
+    super().__init__(f'message {number}: {why}')
+    self.message, self.why = message, why
+
+
 class Piece(NamedTuple):
   """A part of a conversation as a template writes it down.
 
@@ -167,7 +175,8 @@ def encode(template: Template, messages: Sequence[Message], tokenizer: Tokenizer
   """The whole conversation.
 
   Raises:
-    DataError: see `check`; or words that the tokenizer cannot tell from a mark of the template.
+    DataError: see `check`.
+    Refused: words that the tokenizer lacks, or cannot tell from a mark of the template.
     ConfigError: a tokenizer without a token that ends a turn.
   """
   found = tokenise(template, messages, tokenizer)
@@ -223,7 +232,10 @@ def tokenise(template: Template, messages: Sequence[Message], tokenizer: Tokeniz
     elif piece.message is None:
       found.append((piece, marks.text_ids(piece.text, tokenizer, inside)))
     else:
-      found.append((piece, _words(piece, guard, tokenizer, inside)))
+      try:
+        found.append((piece, _words(piece.text, guard, tokenizer, inside)))
+      except DataError as error:
+        raise Refused(piece.message, messages[piece.message], str(error)) from error
     inside = ids is None
   return found
 
@@ -236,14 +248,13 @@ def _guard(template: Template, tokenizer: Tokenizer) -> marks.Guard:
   return marks.Guard(tuple(dict.fromkeys(m for m in (*spelled, *seen) if m)))
 
 
-def _words(piece: Piece, guard: marks.Guard, tokenizer: Tokenizer, inside: bool) -> np.ndarray:
+def _words(text: str, guard: marks.Guard, tokenizer: Tokenizer, inside: bool) -> np.ndarray:
   """Ids of a message's words, in which no mark is left even once the tokenizer has normalised them."""
-  text = piece.text
   for _ in range(2):
     ids = marks.text_ids(guard.neutralise(text), tokenizer, inside)
     text = tokenizer.decode(ids) if guard.marks else ''
     bad = [m for m in guard.marks if m in text]
     if not bad:
       return ids
-  raise DataError(f'message {piece.message}: the tokenizer cannot tell its words from {bad[0]!r} of the template; '
-                  'expected one that keeps spaces and case; choose another template or tokenizer')
+  raise DataError(f'the tokenizer cannot tell its words from {bad[0]!r} of the template; expected one that keeps '
+                  'spaces and case; choose another template or tokenizer')
