@@ -78,8 +78,12 @@ def main(_: list[str]) -> None:
   tokenizer = memory.read_tokenizer(_TOKENIZER.value) if _TOKENIZER.value else None
   kind = _KIND.value or kind_of(_IN.value, _ENCODING.value)
   found, reading = examples.read(_IN.value, kind, _ON_ERROR.value, _ENCODING.value, unanswered='cut')
+  tokens = None
+  if tokenizer:
+    files = [(_IN.value, _watched(found), reading)]
+    (_, counted, reading), = conversations.usable(files, lambda e: count(e, tokenizer), _ON_ERROR.value)
+    found, tokens = [w.record for w in counted], [w.rows for w in counted]
   report = quality.check(found, rules, _watched)
-  tokens = [count(e, tokenizer) for e in _watched(found)] if tokenizer else None
   rejected = reasons(report, _DROP.value)
   whole = {'in': _IN.value, 'kind': kind} | summary(found, reading, report, tokens)
   print(text(kind, reading, report, whole))
@@ -133,14 +137,17 @@ def kind_of(path: str, encoding: str) -> str:
 
 
 def count(example: Example, tokenizer: Tokenizer) -> int:
-  """Tokens of the example as training reads it; of a preference, with the longer answer."""
+  """Tokens of the example as training reads it; of a preference, with the longer answer; a Fault if it cannot."""
   if isinstance(example, Labelled):
     found = memory.encoded(example.texts, tokenizer, example.origin)
     return sum(map(len, found)) + _around(tokenizer, example.text_pair is not None)
   talks = (example.as_chats() if isinstance(example, Preference) else
            (example.as_chat() if isinstance(example, Instruction) else example,))
   template = conversations.TEMPLATES[_TEMPLATE.value]
-  masks = [chat.encode(template, talk.messages, tokenizer).mask for talk in talks]
+  try:
+    masks = [chat.encode(template, talk.messages, tokenizer).mask for talk in talks]
+  except DataError as error:
+    raise turns.refused(error, example.origin) from error
   return max(int(np.flatnonzero(mask)[-1]) + 1 for mask in masks)  # what comes behind the last target is left out
 
 
@@ -246,7 +253,7 @@ def _around(tokenizer: Tokenizer, pair: bool) -> int:
 
 
 def _messages(some):
-  return [{'role': m.role, 'content': m.content} for m in some]
+  return [{'role': m.role, 'content': m.content} | ({'input': m.input} if m.input else {}) for m in some]
 
 
 def _plain(value: Any) -> Any:

@@ -22,10 +22,11 @@ import tqdm
 
 from experiments import cli
 from lm import config, decode, disk, metrics, peft, sampler, weights
-from lm.data import conversations, examples
+from lm.data import conversations, examples, turns
 from lm.errors import ConfigError, DataError
 from lm.models import blocks, decoder
 from lm.text import chat, scan
+from lm.text.tokenizer import Tokenizer
 
 _MEANS = {'exact_match': metrics.exact_match, 'rouge_l': lambda *args: metrics.rouge(*args)['rougeL']}
 METRICS = _MEANS | {'bleu': metrics.bleu, 'chrf': lambda *args: metrics.chrf(*args[:2])}
@@ -96,15 +97,15 @@ def _answered(talks: list[examples.Chat], found: weights.Model, template: chat.T
   own = ('en', 'zh') if _LANGUAGE.value == 'auto' else (_LANGUAGE.value, _LANGUAGE.value)
   room = math.inf if model.length is None else model.length - blocks.virtual(found.params['blocks']) - _MAX_NEW.value
   s = sampler.Sampling(_MAX_NEW.value, temperature=0, stop=chat.stop_ids(template, tok))
-  prompts = [[*peft.virtual_tokens(found.params), *chat.prompt(template, e.messages[:-1], tok)] for e in talks]
-  order = [i for i in sorted(range(len(talks)), key=lambda i: len(prompts[i])) if len(prompts[i]) <= room]
-  if len(order) < len(talks):
-    print(f'{len(talks) - len(order)} left out: no room for --max_new={_MAX_NEW.value} after {room} tokens and more')
+  prompts, virtual = _prompts(talks, template, tok), peft.virtual_tokens(found.params)
+  order = [i for i in sorted(prompts, key=lambda i: len(prompts[i])) if len(virtual) + len(prompts[i]) <= room]
+  if len(order) < len(prompts):
+    print(f'{len(prompts) - len(order)} left out: no room for --max_new={_MAX_NEW.value} after {room} tokens and more')
   with tqdm.tqdm(total=len(order), desc='answers', unit=' records', disable=None) as bar:
     for at in range(0, len(order), _BATCH.value):
       some = order[at:at + _BATCH.value]
       full = some + some[:1] * (_BATCH.value - len(some))  # one program for all batches of a width
-      sample = decode.generate(model, p, [prompts[i] for i in full], s)
+      sample = decode.generate(model, p, [[*virtual, *prompts[i]] for i in full], s)
       for i, ids, n in zip(some, np.asarray(sample.tokens_BT), np.asarray(sample.lengths_B), strict=False):
         (reply, ended), (*_, asked, answer) = chat.parse(template, ids[:n], tok), (m.content for m in talks[i].messages)
         rows[i] = {'prompt': asked, 'reply': reply, 'reference': answer, 'ended': ended, 'origin': talks[i].origin,
@@ -113,6 +114,21 @@ def _answered(talks: list[examples.Chat], found: weights.Model, template: chat.T
   if not rows:
     raise DataError(f'{_DATA.value}: none of --split={_SPLIT.value} to answer; expected one; see --split, --max_new')
   return [rows[i] for i in sorted(rows)]
+
+
+def _prompts(talks: list[examples.Chat], template: chat.Template, tok: Tokenizer) -> dict[int, np.ndarray]:
+  """The ids before each last answer; what cannot be written ends it or is left out and said, as --on_error has it."""
+  out, faults = {}, []
+  for i, e in enumerate(talks):
+    try:
+      out[i] = chat.prompt(template, e.messages[:-1], tok)
+    except DataError as error:
+      faults.append(turns.refused(error, e.origin))
+      if _ON_ERROR.value == 'stop':
+        raise faults[0] from error
+  if faults:
+    print(f'{len(faults)} left out; the first: {faults[0]}')
+  return out
 
 
 def _language(asked: str, answer: str) -> str:

@@ -128,6 +128,22 @@ def test_the_spellings_that_users_have(tmp_path, kind, record, expected):
     assert examples.read(write(tmp_path / 'a.parquet', [record]), kind)[0][0] == expected
 
 
+def test_a_turn_knows_its_input_and_where_it_stands(tmp_path):
+  talk = [{'role': 'user', 'content': '译\n好', 'input': '好'}, {'role': 'assistant', 'content': 'good', 'input': 'x'}]
+  records = [{'instruction': '译', 'input': '好', 'output': 'good', 'history': [['q', 'a']], 'system': 's'},
+             {'messages': talk}, {'messages': [talk[0] | {'input': 'else'}, talk[1]]}]
+  (one, two, three), _ = examples.read(write(tmp_path / 'a.jsonl', records), 'chat')
+  assert [(m.content, m.input, m.where) for m in one.messages] == [
+      ('s', '', 'system'), ('q', '', 'history[0][0]'), ('a', '', 'history[0][1]'),
+      ('译\n好', '好', 'instruction or input'), ('good', '', 'output')]
+  assert [(m.content, m.input, m.where) for m in two.messages] == [
+      ('译\n好', '好', 'messages[0].content'), ('good', '', 'messages[1].content')]
+  assert two == three and not any(m.input for m in three.messages)
+  (found,), _ = examples.read(write(tmp_path / 'b.jsonl', [{'instruction': 'q', 'input': 'i', 'chosen': 'a',
+                                                            'rejected': 'b'}]), 'preference')
+  assert found.prompt[0].input == 'i'
+
+
 def test_rename_classes_and_split(tmp_path):
   path = tmp_path / 'a.tsv'
   path.write_text('sentence\tlabel\tsplit\tmovie\nfine\t1\ttrain\t7\n差\t0\t\t8\n', encoding='utf-8')

@@ -1,5 +1,6 @@
 """Prompts and graded answers as rows: what is written, masked, cut, left out, and where it goes."""
 
+import dataclasses
 import json
 
 import jax
@@ -142,6 +143,14 @@ def test_files_of_both_kinds_make_one_set(tmp_path, capsys):
   assert next(preferences.train_batches(data, PLACE)).answers.ids_BT.shape == (2, 3, 41)
 
 
+def test_the_input_of_an_instruction_is_written_as_alpacas(tmp_path):
+  path = write(tmp_path / 'a.jsonl', {'instruction': '译', 'input': '好', 'chosen': 'good', 'rejected': 'bad',
+                                      'split': 'train'})
+  data = preferences.prepare(config(corpus=str(path), template='alpaca', length=300), tmp_path)
+  prompt = f'{chat.ALPACA_INPUT}\n\n### Instruction:\n译\n\n### Input:\n好\n\n### Response:'
+  assert rows(data.splits['train'], 0) == [(f'{prompt}good$', 'good$'), (f'{prompt}bad$', 'bad$')]
+
+
 def test_the_split_is_by_the_prompt_or_else_by_the_answers():
   prompts = [graded(f'question {i}', ['a', 'b'], [1, 0]) for i in range(200)]
   parts = preferences.assigned(prompts, 0.25)
@@ -190,6 +199,39 @@ def test_a_set_without_a_single_preference_has_no_rows(tmp_path):
   assert data.rows('train') == data.rows('validation') == 0
   with pytest.raises(DataError, match='0 training rows'):
     preferences.check(data, BYTE.vocab_size)
+
+
+@pytest.mark.parametrize(('record', 'field'), [
+    ({'prompt': 'say', 'chosen': 'a', 'rejected': 'x ### Response: x'}, 'rejected or answers[1]'),
+    ({'prompt': 'say', 'answers': ['a', '### Response:', 'x'], 'grades': [1, 2, 3]}, 'answers[1]'),
+    ({'prompt': 'say ### Response:', 'answers': ['a', 'x'], 'grades': [1, 2]}, 'prompt[0]'),
+    ({'conversations': [{'from': 'human', 'value': '### Response:'}], 'chosen': 'a', 'rejected': 'x'},
+     'conversations[0].value')])
+def test_what_the_tokenizer_refuses_is_named_or_left_out_with_its_field(record, field, tmp_path, capsys):
+  (tmp_path / 'vocab.txt').write_text('\n'.join('[PAD] [UNK] [CLS] [SEP] say a x # response :'.split()) + '\n')
+  good = [{'prompt': f'say {part}', 'chosen': 'a', 'rejected': 'x', 'split': part} for part in ('train', 'validation')]
+  path = write(tmp_path / 'a.jsonl', *good, record)
+  c = config(corpus=str(path), template='alpaca', length=200, tokenizer=str(tmp_path / 'vocab.txt'))
+  with pytest.raises(DataError) as stopped:
+    preferences.prepare(c, tmp_path)
+  said = f'{path}:3: field {field}: the tokenizer cannot tell its words from'
+  assert str(stopped.value).startswith(said)
+  capsys.readouterr()
+  data = preferences.prepare(dataclasses.replace(c, on_error='skip'), tmp_path)
+  assert [data.rows(part) for part in ('train', 'validation')] == [1, 1]
+  printed = capsys.readouterr().out
+  assert 'words                   1   33.33%' in printed and said in printed
+
+
+def test_running_text_of_many_turns_is_named_or_left_out(tmp_path, capsys):
+  talk = [{'role': role, 'content': 'u'} for role in ('user', 'assistant', 'user')]
+  path = write(tmp_path / 'a.jsonl', {'prompt': talk, 'chosen': 'a', 'rejected': 'b'},
+               {'prompt': 'q', 'chosen': 'a', 'rejected': 'b', 'split': 'train'})
+  c = config(corpus=str(path), template='none')
+  with pytest.raises(DataError, match='a.jsonl:1: a prompt of 3 turns; expected one.*set data.template=chatml'):
+    preferences.prepare(c, tmp_path)
+  assert preferences.prepare(dataclasses.replace(c, on_error='skip'), tmp_path).rows('train') == 1
+  assert 'turns                   1   50.00%' in capsys.readouterr().out
 
 
 def test_a_preference_in_two_splits_is_named_or_left_out(tmp_path, capsys):

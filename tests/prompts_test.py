@@ -58,6 +58,14 @@ def test_rows_are_prompts_as_the_template_writes_them_in_two_languages(name, tmp
   assert data.records[3].messages[0] == Message('system', 'Be short.') and data.records[1].origin.endswith('jsonl:2')
 
 
+def test_the_input_of_a_turn_is_written_as_alpacas(tmp_path):
+  asked = {'role': 'user', 'content': '译成英文。\n你好', 'input': '你好'}
+  (ids, record), = rows_of(prepare(tmp_path, [{'prompt': [asked], 'split': 'train'}], template='alpaca'))['train']
+  assert FROZEN.decode(ids[1:]) == (
+      f'{chat.ALPACA_INPUT}\n\n### Instruction:\n译成英文。\n\n### Input:\n你好\n\n### Response:')
+  assert record.prompt == '译成英文。\n你好'
+
+
 def test_the_system_turn_of_the_config_is_written(tmp_path):
   records = [{'prompt': 'hi', 'split': 'train'}, {'prompt': 'hi', 'system': 'own', 'split': 'train'}]
   (ids, _), (own, _) = rows_of(prepare(tmp_path, records, system='Be kind.'))['train']
@@ -207,6 +215,21 @@ def test_running_text_is_one_turn_and_texts_are_cut(record, changes, part, tmp_p
 def test_a_wrong_field_is_named(changes, part):
   with pytest.raises(ConfigError, match=part):
     prompts.Config(**changes)
+
+
+@pytest.mark.parametrize(('prompt', 'field'), [
+    ('say ### Response:', 'prompt'), ([TALK[0] | {'content': '### Response:'}], 'prompt[0].content')])
+def test_what_the_tokenizer_refuses_is_named_or_left_out_with_its_field(prompt, field, tmp_path, capsys):
+  (tmp_path / 'vocab.txt').write_text('\n'.join('[PAD] [UNK] [CLS] [SEP] say # response :'.split()) + '\n')
+  records, how = [{'prompt': 'say', 'split': 'train'}, {'prompt': prompt}], {
+      'template': 'alpaca', 'tokenizer': str(tmp_path / 'vocab.txt')}
+  said = f'in.jsonl:2: field {field}: the tokenizer cannot tell its words from'
+  with pytest.raises(DataError) as stopped:
+    prepare(tmp_path, records, **how)
+  assert said in str(stopped.value)
+  assert prepare(tmp_path, records, **how, on_error='skip').rows('train') == 1
+  printed = capsys.readouterr().out
+  assert said in printed and 'words                   1   50.00%' in printed
 
 
 def test_an_empty_corpus_or_none_is_an_error(tmp_path):

@@ -129,6 +129,27 @@ def test_other_spellings_are_told_by_the_first_record_and_written_in_one(fields,
                                                                                   'rejected'}
 
 
+def test_what_the_tokenizer_refuses_is_malformed(check, fails, tmp_path):
+  path = jsonl(tmp_path / 'in.jsonl', [{'instruction': 'Name a river.', 'output': ANSWER, 'history': []}, {
+      'instruction': 'Name a river.', 'output': '### Response: the Po', 'history': []}])
+  (tmp_path / 'vocab.txt').write_text('\n'.join('[PAD] [UNK] [CLS] [SEP] # response :'.split()) + '\n')
+  given = {'in_': path, 'tokenizer': tmp_path / 'vocab.txt', 'template': 'alpaca'}
+  printed = check(**given, clean=tmp_path / 'c.jsonl')
+  said = 'in.jsonl:2: field output: the tokenizer cannot tell its words from'
+  assert 'words                   1   50.00%' in printed and said in printed
+  assert '1 of 2 records; rejected: malformed: words 1' in printed
+  code, _, error = fails(**given, on_error='stop')
+  assert code == 3 and said in error
+
+
+def test_the_input_of_an_instruction_stays_one(check, tmp_path):
+  path = jsonl(tmp_path / 'in.jsonl', [{'instruction': 'And in this one?', 'input': 'France', 'output': 'The Loire.',
+                                        'history': [['Name a river in Italy.', ANSWER]]}])
+  check(in_=path, clean=tmp_path / 'c.jsonl')
+  (talk,), _ = examples.read(tmp_path / 'c.jsonl', 'chat')
+  assert [m.input for m in talk.messages] == ['', '', 'France', '']
+
+
 BAD = [RECORDS['classification'][0], '{"text": "cut', {'text': GOOD[0][0].upper(), 'label': 'pos'},
        {'text': 'mail zhangwei@163.com for the film, it is a good one', 'label': 'pos'},
        {'text': GOOD[1][0], 'label': 'neg'}, RECORDS['classification'][1], {'text': 'no label here'},

@@ -100,6 +100,23 @@ def test_a_run_says_how_it_wrote_and_what_it_held_out(root, tmp_path):
   assert (done.returncode, done.stderr.count('\n')) == (2, 1) and 'exists already' in done.stderr
 
 
+@pytest.mark.slow
+def test_what_the_tokenizer_refuses_ends_it_or_is_left_out(tmp_path):
+  (tmp_path / 'vocab.txt').write_text('\n'.join('[PAD] [UNK] [CLS] [SEP] [MASK] say a # response :'.split()) + '\n')
+  tok = tokenizer.load(tmp_path / 'vocab.txt')
+  c = decoder.Config(vocab=tok.vocab_size, length=64, layers=1, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=32)
+  hf.save(tmp_path / 'hf', c, params.init(decoder.specs(c), jax.random.key(0)), tok)
+  write(tmp_path / 'talks.jsonl', [{'instruction': text, 'output': 'a'} for text in ('### Response:', 'say')])
+  given = (f'--model={tmp_path}/hf', f'--data={tmp_path}/talks.jsonl', '--chat=alpaca', '--split=all', '--max_new=2',
+           '--metrics=exact_match', f'--out={tmp_path}/replies.jsonl')
+  said = f'{tmp_path}/talks.jsonl:1: field instruction: the tokenizer cannot tell its words from'
+  done = run(*given)
+  assert (done.returncode, done.stderr.count('\n')) == (3, 1) and said in done.stderr
+  done = run(*given, '--on_error=skip')
+  assert done.returncode == 0 and f'1 left out; the first: {said}' in done.stdout, done.stderr
+  assert [json.loads(line)['prompt'] for line in (tmp_path / 'replies.jsonl').read_text().splitlines()] == ['say']
+
+
 @pytest.mark.parametrize('flags, code, part', [
     (('--model={}/hf', '--data={}/none.jsonl', '--chat=plain'), 3, 'none.jsonl'),
     slow(('--model={}/hf', '--data={}/talks.jsonl', '--chat=plain', '--metrics=blue'), 2, '--metrics=blue: unknown'),

@@ -1,6 +1,7 @@
 """Conversations as rows: what is a target, what a cut takes, and that packing changes no loss."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -22,6 +23,7 @@ BYTE = tokenizers.byte()
 FROZEN = tokenizers.load(make.HERE)
 TEMPLATES = make.TEMPLATES
 GOLDEN = list(make.conversations().values())
+BAD = 'say # # # Response: a'  # of WordPiece, whose text has spaces around punctuation anyway
 
 
 def talk(*words, system=None):
@@ -138,6 +140,31 @@ def test_cuts_of_many_shapes(messages, width, text):
   for pack in (False, True):
     (ids, _, _), = rows_of(sft.conversations([messages], chat.plain, BYTE, width - 1, pack=pack)[0])
     assert show(ids) == text
+
+
+def test_a_cut_leaves_the_marks_around_an_input():
+  asked = M('user', 'do this\n' + 'i' * 40, 'i' * 40)
+  write = lambda task, input, answer: f'### Instruction:\n{task}\n\n### Input:\n{input}\n\n### Response:{answer}'
+  whole = write('do this', 'i' * 40, 'yes$')
+  template = functools.partial(chat.alpaca, system='')
+  for width, text in ((len(whole), whole), (len(whole) - 2, write(' this', 'i' * 40, 'yes$')),
+                      (len(whole) - 9, write('', 'i' * 38, 'yes$'))):
+    (ids, mask, _), = rows_of(sft.conversations([[asked, M('assistant', 'yes')]], template, BYTE, width - 1)[0])
+    assert show(ids) == text and show(ids[mask]) == 'yes$'
+
+
+def test_alpaca_rows_of_a_file_are_the_published_ones(tmp_path):
+  records = [{'instruction': 'Name it.', 'input': '法国', 'output': 'Paris', 'split': 'train'},
+             {'instruction': '你好', 'input': '', 'output': '好', 'split': 'validation'}]
+  (tmp_path / 'a.json').write_text(json.dumps(records))
+  c = conversations.Config(str(tmp_path / 'a.json'), 'alpaca', tokenizer='byte', length=300)
+  text = lambda ids: show(ids).encode('latin1').decode()
+  found = {part: [(text(ids), text(ids[mask])) for ids, mask, _ in rows_of(rows)]
+           for part, rows in conversations.prepare(c, tmp_path).splits.items()}
+  assert found == {
+      'train': [(f'{chat.ALPACA_INPUT}\n\n### Instruction:\nName it.\n\n### Input:\n法国\n\n### Response:Paris$',
+                 'Paris$')],
+      'validation': [(f'{chat.ALPACA}\n\n### Instruction:\n你好\n\n### Response:好$', '好$')]}
 
 
 @pytest.mark.parametrize('name', TEMPLATES)
@@ -265,10 +292,45 @@ def test_what_is_dropped_or_refused_is_named_by_its_line(tmp_path, capsys):
   words = [*'[PAD] [UNK] [CLS] [SEP] say # response : twice instruction'.split(), *(str(i) for i in range(40))]
   (tmp_path / 'vocab.txt').write_text('\n'.join(words) + '\n')
   c = conversations.Config(str(tmp_path / 'a.jsonl'), 'alpaca', tokenizer=str(tmp_path / 'vocab.txt'), length=40)
-  with pytest.raises(DataError, match='a.jsonl:21: message 0: the tokenizer cannot tell its words from'):
+  with pytest.raises(DataError, match='a.jsonl:21: field instruction: the tokenizer cannot tell its words from'):
     conversations.prepare(c, tmp_path)
+  capsys.readouterr()
+  sets = conversations.prepare(dataclasses.replace(c, on_error='skip', pack=False), tmp_path).splits
+  assert sum(len(rows.ids_BT) for rows in sets.values()) == 39
+  table = capsys.readouterr().out
+  assert 'kept                   39   97.50%' in table and 'words                   1    2.50%' in table
+  assert f'{tmp_path}/a.jsonl:21: field instruction: the tokenizer cannot tell its words from' in table
   _, report = sft.conversations([talk('q', 'a'), [M('user', 'q')]], chat.chatml, BYTE, 61, names=['f:1', 'f:2'])
   assert report.dropped == 1 and '1 dropped (the first: f:2)' in str(report)
+
+
+@pytest.mark.parametrize(('record', 'field'), [
+    ({'messages': [{'role': 'user', 'content': 'say'}, {'role': 'assistant', 'content': BAD}]}, 'messages[1].content'),
+    ({'conversations': [{'from': 'human', 'value': BAD}, {'from': 'gpt', 'value': 'a'}]}, 'conversations[0].value'),
+    ({'messages': ['say', 'a'], 'system': BAD}, 'system'), ({'messages': ['say', 'a', BAD, 'a']}, 'messages[2]'),
+    ({'instruction': 'say', 'input': BAD, 'output': 'a'}, 'instruction or input'),
+    ({'instruction': 'say', 'output': BAD}, 'output'),
+    ({'instruction': 'say', 'output': 'a', 'history': [['say', BAD]]}, 'history[0][1]')])
+def test_what_the_tokenizer_refuses_is_named_or_left_out_with_its_field(record, field, tmp_path, capsys):
+  rows = [record, *({'instruction': 'say', 'output': 'a', 'split': part} for part in ('train', 'validation'))]
+  rows[2]['instruction'] = 'a'
+  for name, some in (('a', rows[:2]), ('b', rows[2:]), ('c', [record])):
+    (tmp_path / f'{name}.jsonl').write_text('\n'.join(map(json.dumps, some)))
+  (tmp_path / 'vocab.txt').write_text('\n'.join('[PAD] [UNK] [CLS] [SEP] say a # response :'.split()) + '\n')
+  c = conversations.Config(tuple(str(tmp_path / name) for name in ('a.jsonl', 'b.jsonl')), 'alpaca', length=400,
+                           tokenizer=str(tmp_path / 'vocab.txt'))
+  with pytest.raises(DataError) as stopped:
+    conversations.prepare(c, tmp_path)
+  said = f'{tmp_path}/a.jsonl:1: field {field}: the tokenizer cannot tell its words from'
+  assert str(stopped.value).startswith(said) and '\n' not in str(stopped.value)
+  capsys.readouterr()
+  data = conversations.prepare(dataclasses.replace(c, on_error='skip'), tmp_path)
+  assert data.rows('train') == data.rows('validation') == 1
+  printed = capsys.readouterr().out
+  assert 'words                   1   50.00%' in printed and said in printed and 'b.jsonl' not in printed
+  with pytest.raises(DataError, match='c.jsonl: none of 1 records can be used; the first: .*c.jsonl:1: field'):
+    conversations.prepare(dataclasses.replace(c, corpus=(*c.corpus, str(tmp_path / 'c.jsonl')), on_error='skip'),
+                          tmp_path)
 
 
 def test_a_file_of_one_split_is_divided_though_it_trains_nothing(tmp_path):

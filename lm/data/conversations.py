@@ -4,7 +4,7 @@ Instructions and dialogues become conversations, conversations tokens with a mas
 rows. The whole set fits in memory.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import os
@@ -12,9 +12,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lm.data import assign, examples, memory, packing, sft
+from lm.data import assign, examples, memory, packing, sft, turns
+from lm.data.json_io import Fault
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
-from lm.errors import ConfigError
+from lm.errors import ConfigError, DataError
 from lm.text import chat, scan
 
 TEMPLATES = {'chatml': chat.chatml, 'llama2': chat.llama2, 'alpaca': chat.alpaca, 'plain': chat.plain}
@@ -35,8 +36,8 @@ class Config:
     pack: several conversations in a row, isolated from each other.
     validation_fraction: of conversations that say no split, or of those that say 'train' where none validates; by a
       hash of the first user turn, for every seed the same.
-    on_error: a record that is wrong ends the run ('stop') or is left out and counted ('skip'); of a conversation of
-      which records say two splits, those that train are.
+    on_error: a record that is wrong, or that the tokenizer or template cannot write, ends the run ('stop') or is left
+      out and counted ('skip'); of a conversation of which records say two splits, those that train are.
     threads: batches built ahead, 0 = none.
   """
 
@@ -85,15 +86,16 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> memory.Data:
   del folder
   memory.check_paths(c)
   tokenizer, parts = memory.read_tokenizer(c.tokenizer), {'train': [], 'validation': [], 'test': []}
-  found = divided(c)
+  files = usable(_read(c, 'cut'), lambda e: _rows(e, c, tokenizer), c.on_error)
+  found = _divided(files, c, lambda w: w.record.messages)
   assign.check_parts([part for _, part in found], c.validation_fraction)
-  for example, part in found:
-    parts[part].append(example)
+  for written, part in found:
+    parts[part].append(written)
   sets = {}
-  for part, talks in parts.items():
-    if talks or part != 'test':
-      sets[part], report = sft.conversations([e.messages for e in talks], c.written, tokenizer, c.length, loss=c.loss,
-                                             pack=c.pack, seed=seed, names=[e.origin for e in talks])
+  for part, some in parts.items():
+    if some or part != 'test':
+      sets[part], report = sft.gathered([w.rows for w in some], c.length, pack=c.pack, seed=seed,
+                                        names=[w.origin for w in some])
       print(f'{part}: {report}', flush=True)
   return memory.Data(c, seed, tokenizer, sets, packing.Batch(np.int32(0), np.int32(0), np.int32(0), np.bool_(False)))
 
@@ -107,10 +109,57 @@ def divided(c: Config, unanswered: str = 'cut') -> list[tuple[examples.Chat, str
   Raises:
     ConfigError, DataError: a wrong record, a conversation in two splits, nothing left for a part by chance.
   """
+  return _divided(_read(c, unanswered), c, lambda e: e.messages)
+
+
+def _read(c, unanswered):
   paths = (c.corpus,) if isinstance(c.corpus, str) else c.corpus
-  files = [(path, *examples.read(path, 'chat', c.on_error, unanswered=unanswered)) for path in paths]
-  text = lambda e: scan.duplicate_key(*(m.content for m in e.messages))
-  return assign.divided(files, c, text, lambda e: user_first(e.messages))
+  return [(path, *examples.read(path, 'chat', c.on_error, unanswered=unanswered)) for path in paths]
+
+
+def _divided(files, c, messages):
+  text = lambda e: scan.duplicate_key(*(m.content for m in messages(e)))
+  return assign.divided(files, c, text, lambda e: user_first(messages(e)))
+
+
+def _rows(e, c, tokenizer):
+  try:
+    return sft.written(e.messages, c.written, tokenizer, c.length, c.loss)
+  except DataError as error:
+    raise turns.refused(error, e.origin) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+  """A record and the rows that it becomes, with the `split` and `origin` of a record (`lm.data.assign`)."""
+
+  record: Any
+  rows: Any
+  split: str | None
+  origin: str
+
+
+def usable(files: Sequence[tuple[str, Sequence[Any], examples.Report]], write: Callable[[Any], Any], on_error: str
+           ) -> list[tuple[str, list[Written], examples.Report]]:
+  """The files of `assign.divided` with each record `Written`; one of which `write` raises a Fault is a fault as others.
+
+  Raises:
+    DataError: a Fault, if it is to stop; a file without a record to keep.
+  """
+  out = []
+  for path, found, report in files:
+    kept, faults = [], []
+    for e in found:
+      try:
+        kept.append(Written(e, write(e), e.split, e.origin))
+      except Fault as fault:
+        if on_error == 'stop':
+          raise
+        faults.append(fault)
+    if not kept:
+      raise DataError(f'{path}: none of {report.seen} records can be used; the first: {faults[0]}')
+    out.append((path, kept, assign.reported(report, faults)))
+  return out
 
 
 def user_first(messages: Sequence[chat.Message], default: str = '') -> str:

@@ -10,14 +10,15 @@ The whole set fits in memory; `prepare`, `check`, `train_batches` and `eval_batc
 from collections.abc import Iterable, Sequence
 import dataclasses
 import os
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from flax import struct
 import jax
 import numpy as np
 
-from lm.data import assign, conversations, examples, memory, packing, sft
+from lm.data import assign, conversations, examples, memory, packing, sft, turns
 from lm.data.examples import Graded
+from lm.data.json_io import Fault
 from lm.data.memory import check, eval_batches, train_batches  # noqa: F401, the names of a source
 from lm.errors import ConfigError, DataError
 from lm.text import chat, scan, vocabulary
@@ -46,7 +47,8 @@ class Config:
     batch: prompts of the global batch, each of `answers` rows.
     answers: K, most answers of a prompt; the first that differ are taken, of unequal grades where there are any.
     validation_fraction: of prompts whose file does not say; by a hash of the first user turn, or of the answers.
-    on_error: a record that is wrong ends the run ('stop') or is left out and counted ('skip').
+    on_error: a record that is wrong, or that the tokenizer or template cannot write, ends the run ('stop') or is left
+      out and counted ('skip').
     threads: batches built ahead, 0 = none.
   """
 
@@ -131,13 +133,14 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   tokenizer, parts = memory.read_tokenizer(c.tokenizer), {'train': [], 'validation': [], 'test': []}
   paths = (c.corpus,) if isinstance(c.corpus, str) else c.corpus
   files = [(path, *examples.read(path, 'graded', c.on_error)) for path in paths]
-  text = lambda e: scan.duplicate_key(*(m.content for m in e.prompt), '', *sorted(e.answers))
-  for example, part in assign.divided(files, c, text, _question):
-    parts[part].append(example)
+  files = conversations.usable(files, lambda e: _answered(e, c, tokenizer, encoder), c.on_error)
+  text = lambda w: scan.duplicate_key(*(m.content for m in w.record.prompt), '', *sorted(w.record.answers))
+  for written, part in assign.divided(files, c, text, lambda w: _question(w.record)):
+    parts[part].append(written.rows)
   sets = {}
   for part, chosen in parts.items():
     if chosen or part != 'test':
-      sets[part], report = ranked(chosen, c, tokenizer, encoder)
+      sets[part], report = _gathered(chosen, c)
       print(f'{part}: {report}', flush=True)
   blank = packing.Batch(np.int32(0), np.int32(0), np.int32(0), np.bool_(False))
   return memory.Data(c, seed, tokenizer, sets, Ranked(blank, np.float32(0), np.bool_(False)))
@@ -157,26 +160,41 @@ def _question(e):
 
 def ranked(found: Sequence[Graded], c: Config, tokenizer: Tokenizer, encoder: bool = False) -> tuple[Ranked, Report]:
   """The prompts as a `Ranked` of all that teach something, [N, ...]; N may be 0. Raises what `chat.encode` does."""
-  kept, grades, repeated, surplus, dropped = [], [], 0, 0, []
-  for e in found:
-    grade_of, once = {}, {}  # of two alike the first grade counts
-    for text, grade in zip(e.answers, e.grades, strict=True):
-      grade_of.setdefault(text, grade)
-    texts, rest = [*grade_of][:c.answers], [*grade_of][c.answers:]
-    if len({grade_of[text] for text in texts}) == 1:  # one that differs teaches more than one more of these
-      texts[-1] = next((text for text in rest if grade_of[text] != grade_of[texts[0]]), texts[-1])
-    for text, row in zip(texts, _rows(e, texts, c, tokenizer, encoder), strict=False):
-      once.setdefault(row.ids.tobytes(), (row, grade_of[text]))
-    if len({grade for _, grade in once.values()}) < 2:
-      dropped.append(e.origin)
-      continue
-    surplus += len(grade_of) - len(texts)
-    repeated += len(e.answers) - len(grade_of) + len(texts) - len(once)
-    kept += [row for row, _ in once.values()]
-    grades.append([grade for _, grade in once.values()])
-  report = Report(len(grades), len(kept), sum(row.cut for row in kept), repeated, surplus, len(dropped),
-                  dropped[0] if dropped else '')
-  return _arranged(kept, grades, c), report
+  return _gathered([_answered(e, c, tokenizer, encoder) for e in found], c)
+
+
+class _Answered(NamedTuple):
+  """A prompt with its answers as rows, and how many were left out; without rows where it teaches nothing."""
+
+  origin: str
+  rows: list[sft.Row]
+  grades: list[float]
+  repeated: int = 0
+  surplus: int = 0
+
+
+def _answered(e, c, tokenizer, encoder) -> _Answered:
+  grade_of, once = {}, {}  # of two alike the first grade counts
+  for text, grade in zip(e.answers, e.grades, strict=True):
+    grade_of.setdefault(text, grade)
+  texts, rest = [*grade_of][:c.answers], [*grade_of][c.answers:]
+  if len({grade_of[text] for text in texts}) == 1:  # one that differs teaches more than one more of these
+    texts[-1] = next((text for text in rest if grade_of[text] != grade_of[texts[0]]), texts[-1])
+  for text, row in zip(texts, _rows(e, texts, c, tokenizer, encoder), strict=False):
+    once.setdefault(row.ids.tobytes(), (row, grade_of[text]))
+  if len({grade for _, grade in once.values()}) < 2:
+    return _Answered(e.origin, [], [])
+  repeated = len(e.answers) - len(grade_of) + len(texts) - len(once)
+  rows, grades = map(list, zip(*once.values(), strict=True))
+  return _Answered(e.origin, rows, grades, repeated, len(grade_of) - len(texts))
+
+
+def _gathered(found: Sequence[_Answered], c) -> tuple[Ranked, Report]:
+  taught, dropped = [a for a in found if a.rows], [a.origin for a in found if not a.rows]
+  kept = [row for a in taught for row in a.rows]
+  report = Report(len(taught), len(kept), sum(row.cut for row in kept), sum(a.repeated for a in taught),
+                  sum(a.surplus for a in taught), len(dropped), dropped[0] if dropped else '')
+  return _arranged(kept, [a.grades for a in taught], c), report
 
 
 def rows(found: Iterable[tuple[Sequence[chat.Message], str]], c: Config, tokenizer: Tokenizer, encoder: bool = False
@@ -209,18 +227,24 @@ def _arranged(rows, grades, c):
 
 
 def _rows(e: Graded, texts: Sequence[str], c: Config, tokenizer: Tokenizer, encoder: bool) -> list[sft.Row]:
-  """The prompt with each of the texts; [] where nothing would be left of one."""
-  if encoder:
-    return _encoder_rows('\n'.join(m.content for m in e.prompt), texts, tokenizer, c.length + 1)
-  if c.template == 'none' and len(e.prompt) > 1:
-    raise DataError(f"{e.origin}: a prompt of {len(e.prompt)} turns; expected one, as data.template='none' does not "
-                    'tell turns apart; set data.template=chatml')
-  template = c.written if e.prompt else bare
+  """The prompt with each of the texts; [] where nothing would be left of one; a Fault where they cannot be written."""
+  if c.template == 'none' and len(e.prompt) > 1 and not encoder:
+    raise Fault('turns', e.origin, f"a prompt of {len(e.prompt)} turns; expected one, as data.template='none' does not "
+                'tell turns apart', 'set data.template=chatml, or remove the record')
   try:
-    return sft.fitted(e.prompt or (chat.Message('user', ''),), [chat.Message('assistant', text) for text in texts],
-                      template, tokenizer, c.length + 1, 'last')
+    if encoder:
+      return _encoder_rows('\n'.join(m.content for m in e.prompt), texts, tokenizer, c.length + 1)
+    said = [turns.Message('assistant', text, where=_field(e, text)) for text in texts]
+    return sft.fitted(e.prompt or (chat.Message('user', ''),), said, c.written if e.prompt else bare, tokenizer,
+                      c.length + 1, 'last')
   except DataError as error:
-    raise DataError(f'{e.origin}: {error}') from error
+    raise turns.refused(error, e.origin) from error
+
+
+def _field(e, text):
+  """Where the record says the answer; of two that are graded as a pair is, either spelling may be the record's."""
+  i = e.answers.index(text)
+  return f'{("chosen", "rejected")[i]} or answers[{i}]' if e.grades == (1.0, 0.0) else f'answers[{i}]'
 
 
 def _encoder_rows(prompt: str, texts: Sequence[str], tokenizer: Tokenizer, width: int) -> list[sft.Row]:

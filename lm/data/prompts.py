@@ -202,7 +202,7 @@ def _prompt(row: Row, c: Config, tokenizer: Tokenizer) -> tuple[Record, np.ndarr
     answer = turns.text(row, 'answer')
   if c.cut:
     text = turns.text(row, 'text')
-    ids = _ids(row, [Message('user', text)], preferences.bare, tokenizer)
+    ids = _ids(row, [Message('user', text, where='text')], preferences.bare, tokenizer)
     ids, said = _cut(row, ids, text, c.cut, tokenizer)
     messages = (Message('user', said),)
   else:
@@ -220,7 +220,7 @@ def _prompt(row: Row, c: Config, tokenizer: Tokenizer) -> tuple[Record, np.ndarr
 def _messages(row, c):
   said = row.fields.get('prompt')
   if not isinstance(said, list):
-    messages = turns.system(row) + (Message('user', said if said == '' else turns.text(row, 'prompt')),)
+    messages = turns.system(row) + (Message('user', said if said == '' else turns.text(row, 'prompt'), where='prompt'),)
   else:
     messages = turns.system(row) + turns.turns(row, said, 'prompt')
     turns.alternate(messages, 'user', row.origin, 'prompt')
@@ -234,7 +234,7 @@ def _ids(row, messages, template, tokenizer):
   try:
     ids = chat.prompt(template, messages, tokenizer)
   except DataError as error:
-    raise Fault('words', row.origin, str(error)) from error
+    raise turns.refused(error, row.origin) from error
   begin = tokenizer.bos_id
   if not len(ids) and begin not in (None, tokenizer.control.get('<|im_start|>')):
     return np.array([begin], np.int32)  # it ends documents too, which is why `chat` does not write it

@@ -5,7 +5,8 @@ Shapes: N rows of a set, B rows of a batch, T + 1 tokens a row. Conversations sh
 
 1. the oldest exchanges go, until the rest fits or only the last is left;
 2. then the system turn is cut at its end, the last user turn at its beginning and the answer at its end, in this order
-   of giving way: each keeps all that the others leave free, and at least half of what those before it left;
+   of giving way: each keeps all that the others leave free, and at least half of what those before it left. Only words
+   go, never a mark of the template, such as the one between an instruction and its input;
 3. an answer that is cut loses the end of its turn, so that no model learns to stop there; one of which nothing is left
    is dropped. What was cut or dropped is in the `Report`.
 """
@@ -77,6 +78,15 @@ class Report:
             f'{self.dropped} dropped{dropped}; {self.targets} targets of {self.tokens} tokens')
 
 
+class Row(NamedTuple):
+  """An example that fits a row, and what it lost."""
+
+  ids: np.ndarray
+  mask: np.ndarray
+  cut: bool
+  cut_targets: int
+
+
 def conversations(found: Iterable[Sequence[chat.Message]], template: chat.Template, tokenizer: Tokenizer, length: int,
                   *, loss: Literal['assistant', 'last', 'all'] = 'assistant', pack: bool = True, seed: int = 0,
                   names: Sequence[str] = ()) -> tuple[packing.Batch, Report]:
@@ -94,23 +104,31 @@ def conversations(found: Iterable[Sequence[chat.Message]], template: chat.Templa
     DataError: a conversation that `chat.encode` refuses; nothing left.
     ConfigError: length or loss out of range, or a tokenizer without an end of a turn.
   """
-  if loss not in LOSSES:
-    raise ConfigError(f'data.loss={loss!r}; expected one of {", ".join(LOSSES)}')
   tally = _Tally(length, names)
   for messages in found:
-    last = max((i for i, m in enumerate(messages) if m.role == 'assistant'), default=None)
     with tally.naming():
-      chat.check(messages)
-      rows = [] if last is None else fitted(messages[:last], messages[last:last + 1], template, tokenizer, length + 1,
-                                           loss)
+      rows = written(messages, template, tokenizer, length, loss)
     tally.add(rows)
-  rows = [row for row, in tally.kept]
-  if pack:
-    fit = packing.Fit(np.array([len(row.ids) for row in rows]), length, seed)
-    batch = arrange(rows, [fit.row(i) for i in range(fit.rows)], length + 1)
-  else:
-    batch = arrange(rows, None, length + 1)
-  return batch, tally.report([batch])
+  return tally.packed(pack, seed)
+
+
+def written(messages: Sequence[chat.Message], template: chat.Template, tokenizer: Tokenizer, length: int, loss: str
+            ) -> list[Row]:
+  """What `conversations` makes of one before it is packed: its row, or [] where no answer is left."""
+  if loss not in LOSSES:
+    raise ConfigError(f'data.loss={loss!r}; expected one of {", ".join(LOSSES)}')
+  chat.check(messages)
+  last = max((i for i, m in enumerate(messages) if m.role == 'assistant'), default=None)
+  return [] if last is None else fitted(messages[:last], messages[last:last + 1], template, tokenizer, length + 1, loss)
+
+
+def gathered(found: Iterable[Sequence[Row]], length: int, *, pack: bool = True, seed: int = 0,
+             names: Sequence[str] = ()) -> tuple[packing.Batch, Report]:
+  """`conversations` of those that `written` has made rows of."""
+  tally = _Tally(length, names)
+  for rows in found:
+    tally.add(rows)
+  return tally.packed(pack, seed)
 
 
 def pairs(found: Iterable[Preference], template: chat.Template, tokenizer: Tokenizer, length: int
@@ -133,22 +151,13 @@ def pairs(found: Iterable[Preference], template: chat.Template, tokenizer: Token
   return Pair(*batches, *last), tally.report(batches)
 
 
-class Row(NamedTuple):
-  """An example that fits a row, and what it lost."""
-
-  ids: np.ndarray
-  mask: np.ndarray
-  cut: bool
-  cut_targets: int
-
-
 class _Tally:
   """The examples kept, each a list of rows, and the counts of a `Report`."""
 
   def __init__(self, length, names=()):
     if length < 1:
       raise ConfigError(f'data.length={length}; expected at least 1')
-    self.kept, self.dropped_at, self._seen, self._names = [], [], 0, names
+    self.kept, self.dropped_at, self._seen, self._names, self._length = [], [], 0, names, length
 
   def _name(self, i):
     return self._names[i] if self._names else f'example {i}'
@@ -166,6 +175,12 @@ class _Tally:
     else:
       self.dropped_at.append(self._seen)
     self._seen += 1
+
+  def packed(self, pack, seed):
+    rows, length = [row for row, in self.kept], self._length
+    fit = packing.Fit(np.array([len(row.ids) for row in rows]), length, seed) if pack else None
+    batch = arrange(rows, [fit.row(i) for i in range(fit.rows)] if pack else None, length + 1)
+    return batch, self.report([batch])
 
   def report(self, batches):
     rows = [row for rows in self.kept for row in rows]
@@ -189,12 +204,12 @@ def arrange(rows: Sequence[Row], plan: Sequence[np.ndarray] | None, width: int) 
 
 
 class _Written(NamedTuple):
-  """A conversation as ids; where the words of the system turn, of the last user turn and the whole answer stand."""
+  """A conversation as ids; the places of the words of the system turn and of the last user turn; the answer's begin."""
 
   ids: np.ndarray
   mask: np.ndarray
-  system: tuple[int, int]
-  user: tuple[int, int]
+  system: np.ndarray
+  user: np.ndarray
   answer: int  # up to the end: its words and the end of its turn
 
 
@@ -203,14 +218,15 @@ def _write(messages, template, tokenizer, loss) -> _Written:
   while not found[-1][0].is_target:
     found.pop()
   lengths = [len(ids) for _, ids in found]
-  words = {piece.message: (int(end) - n, int(end))
-           for (piece, _), n, end in zip(found, lengths, np.cumsum(lengths), strict=True)}
-  answer, last = words[len(messages) - 1][0], len(messages) - 2
+  of_T = np.repeat([-1 if piece.message is None else piece.message for piece, _ in found], lengths)
+  last = len(messages) - 1
+  answer = sum(lengths[:next(i for i, (piece, _) in enumerate(found) if piece.message == last)])
   mask = np.repeat([piece.is_target or loss == 'all' for piece, _ in found], lengths)
   if loss == 'last':
     mask[:answer] = False
-  system = words[0] if messages[0].role == 'system' else (0, 0)
-  return _Written(np.concatenate([ids for _, ids in found]), mask, system, words.get(last, (0, 0)), answer)
+  system = np.flatnonzero(of_T == 0) if messages[0].role == 'system' else np.zeros(0, int)
+  user = np.flatnonzero(of_T == last - 1) if last else np.zeros(0, int)
+  return _Written(np.concatenate([ids for _, ids in found]), mask, system, user, answer)
 
 
 def fitted(before: Sequence[chat.Message], answers: Sequence[chat.Message], template: chat.Template,
@@ -221,7 +237,7 @@ def fitted(before: Sequence[chat.Message], answers: Sequence[chat.Message], temp
       _write([*before[:first], *before[first + 2 * exchanges:], answer], template, tokenizer, loss)
       for answer in answers])
   fits = lambda exchanges: max(len(w.ids) for w in write(exchanges)) <= width
-  found = write(bisect.bisect_left(range((len(before) - first) // 2), True, key=fits))
+  found = write(0 if fits(0) else bisect.bisect_left(range((len(before) - first) // 2), True, key=fits))
   prompt, room = _prompt(found[0], width, max(len(w.ids) - w.answer for w in found), tokenizer)
   rows = []
   for whole, w in zip(write(0), found, strict=True):
@@ -236,12 +252,13 @@ def fitted(before: Sequence[chat.Message], answers: Sequence[chat.Message], temp
 
 def _prompt(w: _Written, width: int, answer: int, tokenizer: Tokenizer) -> tuple[np.ndarray, int]:
   """(places of the prompt's tokens that stay, room for an answer), the longest of which has `answer` tokens."""
-  (a, b), (c, d) = w.system, w.user
-  room = max(0, width - (w.answer - (b - a) - (d - c)))
-  system = kept_whole(w.ids[a:b], max(room - (d - c) - answer, room // 2), tokenizer)
+  room = max(0, width - (w.answer - len(w.system) - len(w.user)))
+  system = kept_whole(w.ids[w.system], max(room - len(w.user) - answer, room // 2), tokenizer)
   room -= system
-  user = kept_whole(w.ids[c:d], max(room - answer, room // 2), tokenizer, tail=True)
-  return np.concatenate([np.arange(a + system), np.arange(b, c), np.arange(d - user, w.answer)]), room - user
+  user = kept_whole(w.ids[w.user], max(room - answer, room // 2), tokenizer, tail=True)
+  keep = np.ones(w.answer, bool)
+  keep[w.system[system:]] = keep[w.user[:len(w.user) - user]] = False
+  return np.flatnonzero(keep), room - user
 
 
 def kept_whole(ids: np.ndarray, most: int, tokenizer: Tokenizer, tail: bool = False) -> int:

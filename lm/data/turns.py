@@ -5,7 +5,8 @@ import dataclasses
 from typing import Any
 
 from lm.data.json_io import Fault, Row
-from lm.text import scan
+from lm.errors import DataError
+from lm.text import chat, scan
 
 CONVERSATIONS = ('messages', 'conversation', 'conversations')
 _ROLES = {'system': 'system', 'user': 'user', 'human': 'user', 'assistant': 'assistant', 'gpt': 'assistant'}
@@ -13,10 +14,19 @@ _ROLES = {'system': 'system', 'user': 'user', 'human': 'user', 'assistant': 'ass
 
 @dataclasses.dataclass(frozen=True)
 class Message:
-  """One turn; `role` is 'system', 'user' or 'assistant'."""
+  """One turn, as `lm.text.chat.Message`.
+
+  Attributes:
+    role: 'system', 'user' or 'assistant'.
+    content: all that is said.
+    input: the part of it, after a line break at its end, that an instruction is about; '' = there is none.
+    where: the field or fields of the record that say it, for errors.
+  """
 
   role: str
   content: str
+  input: str = dataclasses.field(default='', compare=False)  # the text is the same, however it is divided
+  where: str = dataclasses.field(default='', compare=False)
 
 
 def conversation(row: Row, answered: bool) -> tuple[str, tuple[Message, ...]]:
@@ -34,28 +44,41 @@ def conversation(row: Row, answered: bool) -> tuple[str, tuple[Message, ...]]:
   history = row.fields.get('history') or []
   if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
     raise Fault('type', row.origin, 'field history: found something else; expected a list of pairs of strings')
-  asked = question(text(row, 'instruction'), text(row, 'input', empty=True))
-  said = [*(turn for pair in history for turn in pair), asked, *([text(row, 'output')] if answered else ())]
-  return 'history', system(row) + turns(row, said, 'history')
+  said = [text(row, 'turn', {'turn': turn}, f'history[{i}][{j}]') for i, pair in enumerate(history)
+          for j, turn in enumerate(pair)]
+  before = [Message(('user', 'assistant')[i % 2], turn, where=f'history[{i // 2}][{i % 2}]')
+            for i, turn in enumerate(said)]
+  asked = instruction(text(row, 'instruction'), text(row, 'input', empty=True))
+  answer = (Message('assistant', text(row, 'output'), where='output'),) if answered else ()
+  return 'history', (*system(row), *before, asked, *answer)
 
 
 def system(row: Row) -> tuple[Message, ...]:
   """The turn that a field called system stands for."""
-  return (Message('system', row.fields['system']),) if text(row, 'system', empty=True) else ()
+  return (Message('system', row.fields['system'], where='system'),) if text(row, 'system', empty=True) else ()
+
+
+def instruction(task: str, input: str) -> Message:
+  """The user's turn of an instruction."""
+  return Message('user', question(task, input), input, 'instruction or input' if input else 'instruction')
 
 
 def question(instruction: str, input: str) -> str:
-  """The user's turn of an instruction: its input on a line of its own."""
+  """What it says: the input on a line of its own."""
   return f'{instruction}\n{input}' if input else instruction
 
 
 def turns(row: Row, value: Any, where: str) -> tuple[Message, ...]:
-  """Messages of a list of objects, or of strings that user and assistant say by turns; their order is not checked."""
+  """Messages of a list of objects, or of strings that user and assistant say by turns; their order is not checked.
+
+  An object may say in `input` which end of its content is one (`Message`); any other `input` is not looked at.
+  """
   if not isinstance(value, list):
     raise Fault('type', row.origin, f'field {where}: found {describe(value)}; expected a list of turns')
   if not value:
     raise Fault('empty', row.origin, f'field {where}: no turns; expected at least one')
-  if isinstance(value[0], str):
+  alone = isinstance(value[0], str)
+  if alone:
     odd = next((i for i, turn in enumerate(value) if not isinstance(turn, str)), None)
     if odd is not None:
       raise Fault('type', row.origin, f'field {where}[{odd}]: found {describe(value[odd])}; expected a string, as the '
@@ -71,7 +94,10 @@ def turns(row: Row, value: Any, where: str) -> tuple[Message, ...]:
     role = text(row, who, turn, f'{at}.{who}')
     if role not in _ROLES:
       raise Fault('role', row.origin, f'field {at}.{who}: found {role[:20]!r}; expected one of {", ".join(_ROLES)}')
-    out.append(Message(_ROLES[role], text(row, what, turn, f'{at}.{what}')))
+    place = at if alone else f'{at}.{what}'
+    said, input = text(row, what, turn, place), turn.get('input')
+    input = input if isinstance(input, str) and input and said.endswith(f'\n{input}') else ''
+    out.append(Message(_ROLES[role], said, input, place))
   return tuple(out)
 
 
@@ -89,6 +115,13 @@ def alternate(messages: Sequence[Message], last: str, origin: str, where: str) -
     todo = ("answer it, or cut it with unanswered='cut'",) if last == 'assistant' and len(messages) > first else ()
     raise Fault('order', origin, f'field {where}: ends with {messages[-1].role if messages else "nothing"}; expected '
                 f'{last}', *todo)
+
+
+def refused(error: DataError, origin: str) -> Fault:
+  """The fault of a record whose turns `lm.text.chat` refuses, with the field that says the words."""
+  where = getattr(error.message, 'where', '') if isinstance(error, chat.Refused) else ''
+  what, _, todo = (f'field {where}: {error.why}' if where else str(error)).rpartition('; ')
+  return Fault('words', origin, what, f'{todo}, or remove the record')
 
 
 def text(row: Row, name: str, fields: Mapping[str, Any] | None = None, where: str | None = None,

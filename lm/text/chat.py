@@ -9,31 +9,43 @@ own is spelled as text; the same characters in a message then get a space after 
 """
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import functools
-import re
 from typing import NamedTuple
 
 import numpy as np
 
-from lm.errors import ConfigError, DataError
-from lm.text import vocabulary
+from lm.errors import DataError
+from lm.text import marks
 from lm.text.tokenizer import Tokenizer
 
 SMOLLM2 = 'You are a helpful AI assistant named SmolLM, trained by Hugging Face'  # what its own template falls back to
 ALPACA = 'Below is an instruction that describes a task. Write a response that appropriately completes the request.'
+ALPACA_INPUT = ('Below is an instruction that describes a task, paired with an input that provides further context. '
+                'Write a response that appropriately completes the request.')
 ROLES = ('system', 'user', 'assistant')
-_BEGIN, _END = '<s>', '</s>'  # of a document, whatever the tokenizer calls them
-_ENDS = (_END, '<|im_end|>')
-_ANCHORS = ('\n', '.', 'a')
 _CUT = 60  # characters of a message in an error
 
 
 class Message(NamedTuple):
-  """What one side says; `role` is one of `ROLES`. Anything with these two attributes will do."""
+  """What one side says. Anything with these attributes will do.
+
+  Attributes:
+    role: one of `ROLES`.
+    content: all of it.
+    input: the part of `content`, after a line break at its end, that an instruction is about; '' = there is none.
+  """
 
   role: str
   content: str
+  input: str = ''
+
+
+class Refused(DataError):
+  """Words that a tokenizer or template cannot write; `message` says them, and `why` is the error without its place."""
+
+  def __init__(self, number: int, message: Message, why: str):
+    super().__init__(f'message {number}: {why}')
+    self.message, self.why = message, why
 
 
 class Piece(NamedTuple):
@@ -60,7 +72,7 @@ class Rendered(NamedTuple):
 
 
 Template = Callable[[Sequence[Message]], list[Piece]]
-_EXAMPLE = tuple(Message(role, 'x') for role in (*ROLES, 'user', 'assistant'))
+_EXAMPLE = (*(Message(role, 'x') for role in ROLES), Message('user', 'x\nx', 'x'), Message('assistant', 'x'))
 
 
 def chatml(messages: Sequence[Message], system: str | None = None) -> list[Piece]:
@@ -87,11 +99,11 @@ def llama2(messages: Sequence[Message]) -> list[Piece]:
   for i, m in enumerate(messages):
     words = m.content.strip()
     if m.role == 'assistant':
-      pieces += [Piece(f' {words} ', True, message=i), Piece(_END, True, True)]
+      pieces += [Piece(f' {words} ', True, message=i), Piece(marks.END, True, True)]
       continue
     after = i > 0 and messages[i - 1].role == 'system'
     if not after:
-      pieces += [Piece(_BEGIN, is_control=True), Piece('[INST]', is_control=True)]
+      pieces += [Piece(marks.BEGIN, is_control=True), Piece('[INST]', is_control=True)]
     if m.role == 'system':
       pieces += [Piece(' <<SYS>>\n', is_control=True), Piece(words, message=i),
                  Piece('\n<</SYS>>\n\n', is_control=True)]
@@ -100,18 +112,27 @@ def llama2(messages: Sequence[Message]) -> list[Piece]:
   return pieces
 
 
-def alpaca(messages: Sequence[Message], system: str = ALPACA) -> list[Piece]:
-  """'### Instruction:' and '### Response:' after a first paragraph: the system turn, or else `system`."""
-  pieces = [Piece(_BEGIN, is_control=True)]
-  if messages[0].role != 'system' and system:
-    pieces.append(Piece(system))
+def alpaca(messages: Sequence[Message], system: str | None = None) -> list[Piece]:
+  """A paragraph, '### Instruction:', '### Input:' where there is one, '### Response:' and right behind it the answer.
+
+  So Stanford Alpaca writes an instruction and its answer, with `ALPACA_INPUT` or `ALPACA` as the first paragraph. It
+  has no more than that: here a system turn, or else `system`, is the paragraph instead ('': none), the first user turn
+  decides which of the two is written, and further exchanges follow the end of the one before and a blank line.
+  """
+  pieces = [Piece(marks.BEGIN, is_control=True)]
+  if messages[0].role != 'system':
+    first = (ALPACA_INPUT if messages[0].input else ALPACA) if system is None else system
+    pieces += [Piece(first)] if first else []
   for i, m in enumerate(messages):
     if m.role == 'user':
       gap = '\n\n' if len(pieces) > 1 else ''
-      pieces += [Piece(f'{gap}### Instruction:\n', is_control=True), Piece(m.content, message=i),
-                 Piece('\n\n### Response:\n', is_control=True)]
+      task = m.content.removesuffix(f'\n{m.input}') if m.input else m.content
+      pieces += [Piece(f'{gap}### Instruction:\n', is_control=True), Piece(task, message=i)]
+      if m.input:
+        pieces += [Piece('\n\n### Input:\n', is_control=True), Piece(m.input, message=i)]
+      pieces.append(Piece('\n\n### Response:', is_control=True))
     elif m.role == 'assistant':
-      pieces += [Piece(m.content, True, message=i), Piece(_END, True, True)]
+      pieces += [Piece(m.content, True, message=i), Piece(marks.END, True, True)]
     else:
       pieces.append(Piece(m.content, message=i))
   return pieces
@@ -119,10 +140,10 @@ def alpaca(messages: Sequence[Message], system: str = ALPACA) -> list[Piece]:
 
 def plain(messages: Sequence[Message], between: str = '\n') -> list[Piece]:
   """The words alone, `between` after each turn that is not the assistant's; its turns end as documents do."""
-  pieces = [Piece(_BEGIN, is_control=True)]
+  pieces = [Piece(marks.BEGIN, is_control=True)]
   for i, m in enumerate(messages):
     own = m.role == 'assistant'
-    pieces += [Piece(m.content, own, message=i), Piece(_END, True, True) if own else Piece(between)]
+    pieces += [Piece(m.content, own, message=i), Piece(marks.END, True, True) if own else Piece(between)]
   return pieces
 
 
@@ -130,7 +151,7 @@ def check(messages: Sequence[Message]) -> None:
   """A system turn or none, then user and assistant in turn.
 
   Raises:
-    DataError: another order or role, no message, or content that is no text.
+    DataError: another order or role, no message, content that is no text, or an input that is not its end.
   """
   if not messages:
     raise DataError('conversation: no message; expected a user turn at least; remove it')
@@ -142,6 +163,9 @@ def check(messages: Sequence[Message]) -> None:
                       'the turns')
     if not isinstance(m.content, str):
       raise DataError(f'message {i}: content of type {type(m.content).__name__}; expected text; mend the record')
+    if m.input and not m.content.endswith(f'\n{m.input}'):
+      raise DataError(f'message {i}: its content does not end with a line break and its input; expected both; mend the '
+                      'record')
     before = m.role
   if before == 'system':
     raise DataError('conversation: a system turn alone; expected a user turn after it; remove it')
@@ -151,7 +175,8 @@ def encode(template: Template, messages: Sequence[Message], tokenizer: Tokenizer
   """The whole conversation.
 
   Raises:
-    DataError: see `check`; or words that the tokenizer cannot tell from a mark of the template.
+    DataError: see `check`.
+    Refused: words that the tokenizer lacks, or cannot tell from a mark of the template.
     ConfigError: a tokenizer without a token that ends a turn.
   """
   found = tokenise(template, messages, tokenizer)
@@ -175,7 +200,7 @@ def prompt(template: Template, messages: Sequence[Message], tokenizer: Tokenizer
 
 def stop_ids(template: Template, tokenizer: Tokenizer) -> tuple[int, ...]:
   """The ids that end the assistant's turn (and eos): for `sampler.Sampling.stop`."""
-  ends = [_control(piece.text, tokenizer)[0] for piece in template(_EXAMPLE) if piece.is_target and piece.is_control]
+  ends = [marks.ids(piece.text, tokenizer)[0] for piece in template(_EXAMPLE) if piece.is_target and piece.is_control]
   return tuple(dict.fromkeys(i for i in (*ends, tokenizer.eos_id) if i is not None))
 
 
@@ -191,9 +216,9 @@ def parse(template: Template, ids: Sequence[int] | np.ndarray, tokenizer: Tokeni
 
 def continued(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer) -> str:
   """The text of `ids` as it stands behind other text: of ids alone, some tokenizers drop the space at the start."""
-  if not _adds_space(tokenizer):
+  if not marks.adds_space(tokenizer):
     return tokenizer.decode(ids)
-  return tokenizer.decode([*tokenizer.encode(_ANCHORS[0]), *ids]).removeprefix(_ANCHORS[0])
+  return tokenizer.decode([*tokenizer.encode(marks.ANCHORS[0]), *ids]).removeprefix(marks.ANCHORS[0])
 
 
 def tokenise(template: Template, messages: Sequence[Message], tokenizer: Tokenizer) -> list[tuple[Piece, np.ndarray]]:
@@ -201,98 +226,35 @@ def tokenise(template: Template, messages: Sequence[Message], tokenizer: Tokeniz
   check(messages)
   guard, found, inside = _guard(template, tokenizer), [], False
   for piece in template(messages):
-    ids = _control(piece.text, tokenizer) if piece.is_control else None
+    ids = marks.ids(piece.text, tokenizer) if piece.is_control else None
     if ids is not None:
       found.append((piece, np.array(ids, np.int32)))
     elif piece.message is None:
-      found.append((piece, _text(piece.text, tokenizer, inside)))
+      found.append((piece, marks.text_ids(piece.text, tokenizer, inside)))
     else:
-      found.append((piece, _words(piece, guard, tokenizer, inside)))
+      try:
+        found.append((piece, _words(piece.text, guard, tokenizer, inside)))
+      except DataError as error:
+        raise Refused(piece.message, messages[piece.message], str(error)) from error
     inside = ids is None
   return found
 
 
-@dataclasses.dataclass(frozen=True)
-class _Guard:
-  """The marks that a tokenizer spells as text, and how to keep them out of other text."""
-
-  marks: tuple[str, ...]
-
-  def neutralise(self, text: str) -> str:
-    return self._change(r'(?<={})(?= *{})', ' ', text)
-
-  def restore(self, text: str) -> str:
-    return self._change(r'(?<={}) (?= *{})', '', text)
-
-  def _change(self, pattern, by, text):
-    if not self.marks:
-      return text
-    return re.sub('|'.join(pattern.format(re.escape(m[0]), re.escape(m[1:])) for m in self.marks), by, text)
-
-
 @functools.lru_cache(maxsize=64)
-def _guard(template: Template, tokenizer: Tokenizer) -> _Guard:
-  marks = [name for piece in template(_EXAMPLE) if piece.is_control and (name := piece.text.strip()) and (
-      _control(name, tokenizer) is None or _word(name, tokenizer))]
-  seen = [tokenizer.decode(tokenizer.encode(m)).strip() for m in marks]  # other letters, where it normalises text
-  return _Guard(tuple(dict.fromkeys(m for m in (*marks, *seen) if m)))
+def _guard(template: Template, tokenizer: Tokenizer) -> marks.Guard:
+  spelled = [name for piece in template(_EXAMPLE) if piece.is_control and (name := piece.text.strip()) and (
+      marks.ids(name, tokenizer) is None or marks.is_word(name, tokenizer))]
+  seen = [tokenizer.decode(tokenizer.encode(m)).strip() for m in spelled]  # other letters, where it normalises text
+  return marks.Guard(tuple(dict.fromkeys(m for m in (*spelled, *seen) if m)))
 
 
-def _words(piece: Piece, guard: _Guard, tokenizer: Tokenizer, inside: bool) -> np.ndarray:
+def _words(text: str, guard: marks.Guard, tokenizer: Tokenizer, inside: bool) -> np.ndarray:
   """Ids of a message's words, in which no mark is left even once the tokenizer has normalised them."""
-  text = piece.text
   for _ in range(2):
-    ids = _text(guard.neutralise(text), tokenizer, inside)
+    ids = marks.text_ids(guard.neutralise(text), tokenizer, inside)
     text = tokenizer.decode(ids) if guard.marks else ''
     bad = [m for m in guard.marks if m in text]
     if not bad:
       return ids
-  raise DataError(f'message {piece.message}: the tokenizer cannot tell its words from {bad[0]!r} of the template; '
-                  'expected one that keeps spaces and case; choose another template or tokenizer')
-
-
-def _control(text: str, tokenizer: Tokenizer) -> list[int] | None:
-  """Ids of a mark; none for a beginning that the tokenizer does not have, None where the mark is spelled as text."""
-  name = text.strip()
-  if name in tokenizer.control:
-    return [tokenizer.control[name]]
-  if _word(name, tokenizer):
-    return _text(name, tokenizer, True).tolist()
-  if name == _BEGIN:  # as documents begin
-    return tokenizer.begin
-  if name not in _ENDS:
-    return None
-  if tokenizer.eos_id is None:
-    raise ConfigError(f'data.tokenizer: no {name} and no other end token among its control tokens; expected one that '
-                      f"ends a turn; train one with python -m scripts.train_tokenizer --control_symbols='{name}'")
-  return [tokenizer.eos_id]
-
-
-def _word(name: str, tokenizer: Tokenizer) -> bool:
-  """Is it a mark in angles or brackets that the tokenizer has as one plain word? Any text may spell that."""
-  if name in tokenizer.control or not re.fullmatch(r'<.+>|\[.+\]', name):
-    return False
-  try:
-    return len(_text(name, tokenizer, True)) == 1
-  except DataError:  # a character that it lacks
-    return False
-
-
-def _text(text: str, tokenizer: Tokenizer, inside: bool) -> np.ndarray:
-  """Ids of a text; `inside`: it goes on after other text, so a tokenizer that begins each text by a space must not."""
-  if not text:
-    return np.zeros(0, np.int32)
-  for anchor in _ANCHORS if inside and _adds_space(tokenizer) else ():
-    first, ids = tokenizer.encode(anchor), tokenizer.encode(anchor + text)
-    if np.array_equal(ids[:len(first)], first):
-      return ids[len(first):]
-  return tokenizer.encode(text)
-
-
-@functools.lru_cache(maxsize=64)
-def _adds_space(tokenizer: Tokenizer) -> bool:
-  """Whether it encodes a text as if a space stood before, as SentencePiece does."""
-  if tokenizer.kind not in ('sentencepiece', 'hf'):
-    return False
-  first = tokenizer.encode('a')[:1]
-  return bool(len(first)) and vocabulary.pieces(tokenizer)[first[0]].startswith(b' ')
+  raise DataError(f'the tokenizer cannot tell its words from {bad[0]!r} of the template; expected one that keeps '
+                  'spaces and case; choose another template or tokenizer')
