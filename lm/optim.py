@@ -9,6 +9,7 @@ L is the leading axis of stacked layers.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 import re
 from typing import Any, Literal
@@ -45,7 +46,8 @@ class Config:
     multipliers: (pattern, factor) of the learning rate, first match wins; a factor may be a tuple of one per layer.
     freeze: leaves that do not train; '' = none.
     thaw: (pattern, step): leaves that do not change before that update, first match wins; of stacked layers a tuple of
-      one step a layer (gradual unfreezing, arXiv:1801.06146 §3.3). Their moments stay 0 until then.
+      one step a layer (gradual unfreezing, arXiv:1801.06146 §3.3). Until then their moments stay 0, and their
+      gradients are in no norm.
     microbatches: parts in which a step takes its batch.
     ema: decay a step of the average of the parameters that evaluation, sampling and export then use, see `lm.ema`;
       0 = no average.
@@ -184,7 +186,7 @@ def make(c: Config, specs: params.Tree) -> optax.GradientTransformationExtraArgs
     warnings.warn('optim.lr: 0; no parameter will change; expected a positive rate', stacklevel=2)
   leaves = params.flatten(specs)
   factors = {path: _of_layers('multipliers', c.multipliers, 1.0, path, leaf.shape) for path, leaf in leaves.items()}
-  thaws = {path: _of_layers('thaw', c.thaw, 0, path, leaf.shape) for path, leaf in leaves.items()}
+  thaws = _thaws(c, leaves)
   for name, pattern in _patterns(c):
     if not any(re.search(pattern, path) for path in leaves):
       raise ConfigError(f'optim.{name}: {pattern!r} matches no parameter; expected part of a path such as '
@@ -197,6 +199,17 @@ def make(c: Config, specs: params.Tree) -> optax.GradientTransformationExtraArgs
   if c.spike_sigma:
     tx = spikes.wrap(tx, c.spike_sigma, c.spike_window)
   return ema.wrap(tx, c.ema) if c.ema else tx
+
+
+def gradient_norm(c: Config, specs: params.Tree) -> Callable[[params.Tree, Any], jax.Array]:
+  """of(grads, opt_state): the global norm of the gradients of what the next update of `make(c, specs)` may move."""
+  thaws = _thaws(c, params.flatten(specs))
+
+  def of(grads, opt_state):
+    while hasattr(opt_state, 'inner'):
+      opt_state = opt_state.inner
+    return _norm_awake(thaws, opt_state.count, params.flatten(grads))
+  return of if c.thaw else lambda grads, _: optax.tree.norm(grads)
 
 
 def _check(name, value, right, expected):
@@ -220,19 +233,35 @@ def _of_layers(name, pairs, default, path, shape):
   return np.asarray(value, np.float32).reshape(-1, *(1,) * (len(shape) - 1))
 
 
+def _thaws(c, leaves):
+  return {path: _of_layers('thaw', c.thaw, 0, path, leaf.shape) for path, leaf in leaves.items()}
+
+
+def _norm(grads):
+  return optax.tree.norm(list(grads.values()))
+
+
+def _norm_awake(thaws, count, grads):
+  """`_norm` of what moves after `count` updates; masks sums, not gradients, of which a copy would be stored."""
+  def square(path, g):
+    sums = jnp.sum(jnp.square(g), axis=tuple(range(min(np.ndim(thaws[path]), 1), g.ndim)), keepdims=True)
+    return jnp.sum(jnp.where(count >= thaws[path], sums, 0))
+  return jnp.sqrt(sum(square(path, g) for path, g in grads.items()))
+
+
 def _decay(c, path):
   return 0.0 if re.search(c.no_decay, path) else c.weight_decay
 
 
-def _clip(c, grads, norm):
+def _clip(c, grads, norm, norm_of=_norm):
   """path -> what to multiply the gradient by so that its network's norm is at most `c.clip`."""
   if not c.clip:
     return lambda path: 1.0
   network = lambda path: next((pattern for pattern in c.networks if re.search(pattern, path)), '')
   groups = {}
   for path, g in params.flatten(grads).items():
-    groups.setdefault(network(path), []).append(g)
-  norms = {name: optax.tree.norm(group) for name, group in groups.items()} if c.networks or norm is None else {'': norm}
+    groups.setdefault(network(path), {})[path] = g
+  norms = {name: norm_of(group) for name, group in groups.items()} if c.networks or norm is None else {'': norm}
   factors = {name: jnp.minimum(1.0, c.clip / n) for name, n in norms.items()}
   return lambda path: factors[network(path)]
 
@@ -247,7 +276,8 @@ def _adam(c: Config, factors: dict[str, Any], thaws: dict[str, Any]) -> optax.Gr
 
   def update(grads, state, tree, *, norm=None, ok=None):
     keep = lambda new, old: new if ok is None else jnp.where(ok, new, old)
-    clip, rate, count = _clip(c, grads, norm), rate_at(state.count), state.count + 1
+    clip = _clip(c, grads, norm, functools.partial(_norm_awake, thaws, state.count) if c.thaw else _norm)
+    rate, count = rate_at(state.count), state.count + 1
     # Scalars: the loops below then multiply once for clipping and once for bias correction.
     def corrections(path):  # a leaf's moments begin when it thaws
       age = jnp.maximum(count - thaws[path], 1) if c.thaw else count

@@ -101,12 +101,12 @@ def _rows(c, p):
 
 def _lora(p, few, rows):
   nodes = {path: node for path, node in _nodes(p) if isinstance(node, Lora)}
-  tensors, modules, alphas = {}, set(), {}
+  tensors, modules, alphas = {}, [], {}
   for row in rows:
     mine = [nodes.get(path) for path in row.paths]
     if not any(mine):
       continue
-    modules.add(row.name.removesuffix('.weight').split('.')[-1])
+    modules.append(row.name.removesuffix('.weight'))
     scale = max(n.scale for n in mine if n is not None)  # one for a tensor: of several of ours, b takes the rest
     for layer in range(next(n for n in mine if n is not None).w.shape[0]):
       a, b = _side_by_side([None if n is None else _matrices(jax.tree.map(lambda x, i=layer: x[i], n), scale)
@@ -122,9 +122,16 @@ def _lora(p, few, rows):
   patterns = {re.escape(module): found for module, found in alphas.items()}
   return tensors, {
       'peft_type': 'LORA', 'r': rank, 'lora_alpha': keep, 'lora_dropout': few.rate, 'bias': 'none',
-      'target_modules': sorted(modules), 'fan_in_fan_out': fused, 'use_rslora': few.rank_stabilised,
+      'target_modules': _targets(modules), 'fan_in_fan_out': fused, 'use_rslora': few.rank_stabilised,
       'rank_pattern': {name: r for name, (r, _) in patterns.items() if r != rank},
       'alpha_pattern': {name: alpha for name, (_, alpha) in patterns.items() if alpha != keep}}
+
+
+def _targets(modules):
+  """A pattern that PEFT matches with whole names: a last name, such as dense, others may have that have no LoRA."""
+  stem = modules[0].partition('{}')[0]  # of all: they are of the blocks
+  kinds = '|'.join(re.escape(module.removeprefix(f'{stem}{{}}.')) for module in modules)
+  return rf'{re.escape(stem)}\d+\.({kinds})'
 
 
 def _nodes(p):

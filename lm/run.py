@@ -171,7 +171,8 @@ def build(c: Config, task: Task, devices: list[jax.Device] | None = None) -> Par
   layout = parallel.layout(mesh, c.mesh, task.specs, trainable)
   options = host.compiler_options(mesh.devices.flat[0].platform, params.count(task.specs))
   jit = functools.partial(jax.jit, compiler_options=options)
-  step = jit(train.make_step(task.loss, tx, c.optim.microbatches, layout), donate_argnums=0,
+  norm = optim_lib.gradient_norm(c.optim, task.specs)
+  step = jit(train.make_step(task.loss, tx, c.optim.microbatches, layout, norm), donate_argnums=0,
              out_shardings=(places, None))
   metrics = train.make_eval(task.eval_loss, layout)
   evaluate = jit(lambda state, batch, key: metrics(train.averaged(state), batch, key),

@@ -19,6 +19,7 @@ from lm.losses import Term
 
 Loss = Callable[[params.Tree, Any, nn.Key | None], tuple[dict[str, Term], dict[str, Term]]]
 Metrics = dict[str, jax.Array]
+Norm = Callable[[params.Tree, Any], jax.Array]  # of the gradients, given the optimizer's state
 
 
 @struct.dataclass
@@ -82,13 +83,15 @@ def objective(terms: dict[str, Term], weights: dict[str, jax.Array]) -> jax.Arra
 
 
 def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, microbatches: int = 1,
-              layout: parallel.Layout = parallel.ALONE) -> Callable[[State, Any, jax.Array], tuple[State, Metrics]]:
+              layout: parallel.Layout = parallel.ALONE, norm_of: Norm = lambda grads, _: optax.tree.norm(grads)
+              ) -> Callable[[State, Any, jax.Array], tuple[State, Metrics]]:
   """step(state, batch, key) -> (state, metrics), to be jitted with the state donated.
 
   The key is folded with the step, and for each row with its number in the batch: a resumed run draws what the straight
   run drew, and neither microbatches nor the mesh change it. A step whose objective or gradient is not finite, or a
   spike where `tx` looks for them (`lm.spikes`), or whose batch has nothing to learn from leaves parameters and
-  optimizer as they were; `tx` sees to that (`optim.make`): it is told the gradient's norm and whether the step counts.
+  optimizer as they were; `tx` sees to that (`optim.make`): it is told the gradient's norm and whether the step
+  counts. `norm_of` gives that norm, see `optim.gradient_norm`.
 
   Metrics, f32 scalars: the loss's own (mean over the global batch), 'targets' (the weights of its terms, added),
   'objective', 'grad_norm', 'skipped'.
@@ -98,7 +101,7 @@ def make_step(loss: Loss, tx: optax.GradientTransformationExtraArgs, microbatche
   def step(state: State, batch: Any, key: jax.Array) -> tuple[State, Metrics]:
     key = jax.random.fold_in(key, state.step)
     grads, value, metrics = gradient(state.params, batch, key, state.frozen)
-    norm = optax.tree.norm(grads)
+    norm = norm_of(grads, state.opt_state)
     some = metrics['targets'] > 0
     ok = some & jnp.isfinite(value) & jnp.isfinite(norm) & spikes.usual(state.opt_state, value, norm)
     updates, opt_state = tx.update(grads, state.opt_state, state.params, norm=norm, ok=ok)

@@ -256,14 +256,15 @@ def test_a_mesh_gives_the_same_update(name):
   assert_close(state, want[1], rtol=1e-4)
 
 
-def test_the_update_stores_no_copy_of_the_tree():
+@pytest.mark.parametrize('thaw', [(), (('big', (3, 2, 1, 0)), ('more', 2))])
+def test_the_update_stores_no_copy_of_the_tree(thaw):
   """Clipping, masks, the learning rate and a refused step all fold into the loops that write p, m and v."""
-  c = optim.Config(multipliers=(('big', 0.5),))
+  c = optim.Config(multipliers=(('big', 0.5),), thaw=thaw)
   tree = {'big': jnp.zeros((4, 256, 256)), 'more': jnp.zeros((4, 256, 256))}
-  tx = optim.make(c, tree)
+  tx, norm_of = optim.make(c, tree), optim.gradient_norm(c, tree)
 
   def step(tree, state, grads):
-    norm = optax.tree.norm(grads)
+    norm = norm_of(grads, state)
     updates, state = tx.update(grads, state, tree, norm=norm, ok=jnp.isfinite(norm))
     return optax.apply_updates(tree, updates), state, norm
   compiled = jax.jit(step, donate_argnums=(0, 1)).lower(tree, tx.init(tree), tree).compile()
@@ -410,3 +411,35 @@ def test_leaves_thaw_one_after_the_other():
                         ((('^a$', 10),), 'optim.thaw'), ((('^blocks/', (0, -1)),), 'optim.thaw')):
     with pytest.raises(ConfigError, match=message):
       optim.make(dataclasses.replace(c, thaw=thaw), specs)
+
+
+def test_what_sleeps_is_in_no_norm():
+  """The norm and the clipped update are those under `freeze`, bit for bit; of a stack the layers that sleep are out."""
+  specs = {'a': params.Spec((2,), (None,)), 'b': params.Spec((4,), (None,)),
+           'blocks': params.Spec((2, 2), ('layers', None))}
+  c = optim.Config(lr=0.1, schedule='constant', eps=0.1, clip=1.0, thaw=(('^b$', 5), ('^blocks', (5, 3))), ema=0.5)
+  tree = {'a': jnp.ones(2), 'b': jnp.ones(4), 'blocks': jnp.ones((2, 2))}
+  grads = {'a': jnp.array([0.3, 0.4]), 'b': jnp.full(4, 50.0), 'blocks': jnp.array([[jnp.nan, jnp.inf], [0.0, 1.2]])}
+  tx, norm = optim.make(c, specs), optim.gradient_norm(c, specs)
+
+  def step(grads, state, tree):
+    found = norm(grads, state)
+    return found, tx.update(grads, state, tree, norm=found, ok=jnp.isfinite(found))
+  frozen = dataclasses.replace(c, thaw=(), freeze='^b')
+  kept, _ = params.split(tree, optim.trainable_mask(frozen, specs))
+  kept_grads, _ = params.split(grads, optim.trainable_mask(frozen, specs))
+  under = optim.make(frozen, specs)
+  state, other, found = tx.init(tree), under.init(kept), []
+  for _ in range(4):
+    without, _ = jax.jit(tx.update)(grads, state, tree)
+    size, (updates, state) = jax.jit(step)(grads, state, tree)
+    want, other = jax.jit(under.update)(kept_grads, other, kept)
+    jax.tree.map(np.testing.assert_array_equal, without, updates)
+    found.append((float(size), bool((updates['a'] == want['a']).all())))
+    assert not updates['b'].any() and not updates['blocks'][0].any()
+  assert found == [(0.5, True), (0.5, True), (0.5, True), (pytest.approx(1.3), False)]
+  assert optim.gradient_norm(frozen, specs)(kept_grads, other) == 0.5
+  own = optim.make(dataclasses.replace(c, networks=('^(a|b)$', '^blocks')), specs)
+  updates, _ = jax.jit(own.update)(grads, own.init(tree), tree)
+  want, _ = jax.jit(under.update)(kept_grads, under.init(kept), kept)
+  np.testing.assert_array_equal(updates['a'], want['a'])

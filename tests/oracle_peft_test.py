@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from lm import params, peft, peft_hf
+from lm import classification, params, peft, peft_hf
 from lm.errors import CheckpointError, ConfigError
-from lm.models import deberta, decoder, encoder, hf
+from lm.models import deberta, decoder, encoder, heads, hf
 
 torch = pytest.importorskip('torch')
 transformers = pytest.importorskip('transformers')
@@ -32,6 +32,8 @@ QV = {'gpt2': ['c_attn'], 'llama': ['q_proj', 'v_proj'], 'bert': ['query', 'valu
 EVERY = {'gpt2': ['c_attn', 'c_proj', 'c_fc'], 'llama': ['q_proj', 'k_proj', 'v_proj', 'o_proj', 'up_proj', 'gate_proj',
                                                          'down_proj'],
          'bert': ['query', 'key', 'value', 'dense']}
+PATTERN = {'gpt2': r'.*\.attn\.c_(attn|proj)', 'llama': r'.*self_attn\.[qo]_proj',
+           'bert': r'.*attention\.(self\.key|output\.dense)'}
 
 
 @pytest.fixture(params=MODELS)
@@ -65,8 +67,16 @@ def moved(tree):
   return params.map_with_path(shift, tree)
 
 
+def assert_exact(loaded, folder):
+  """Their model has LoRA where we exported it and nowhere else: it lacks no tensor of the file, and made none up."""
+  want = load_file(folder / 'adapter_model.safetensors')
+  got = theirs.get_peft_model_state_dict(loaded)
+  assert {name: tuple(x.shape) for name, x in got.items()} == {name: x.shape for name, x in want.items()}
+
+
 @pytest.mark.parametrize('stabilised', [False, True])
-@pytest.mark.parametrize('targets', [r'attn/[qv]$', r'^blocks/(attn/[qkvo]|mlp/(up|gate|down))$'])
+@pytest.mark.parametrize('targets', [r'attn/[qv]$', r'^blocks/(attn/[qkvo]|mlp/(up|gate|down))$', 'attn/[qkvo]$',
+                                     'attn/o$', 'mlp/down$'])
 def test_exported_lora_loads_there(pair, targets, stabilised, tmp_path):
   kind, model, c, p = pair
   few = peft.Config('lora', train='', rank=3, alpha=7, targets=targets, rank_stabilised=stabilised)
@@ -77,12 +87,13 @@ def test_exported_lora_loads_there(pair, targets, stabilised, tmp_path):
                task=None if kind == 'bert' else 'CAUSAL_LM')
   loaded = theirs.PeftModel.from_pretrained(model, tmp_path / 'lora').eval()
   np.testing.assert_allclose(hidden(c, tree), logits(kind, loaded), atol=1e-4)
+  assert_exact(loaded, tmp_path / 'lora')
   few_again, again = peft_hf.load(tmp_path / 'lora', c, p)
   assert few_again.scale == pytest.approx(few.scale) or kind == 'gpt2'
   np.testing.assert_allclose(hidden(c, again), hidden(c, tree), atol=1e-5)
 
 
-@pytest.mark.parametrize('modules', [QV, EVERY], ids=['qv', 'every'])
+@pytest.mark.parametrize('modules', [QV, EVERY, PATTERN], ids=['qv', 'every', 'pattern'])
 @pytest.mark.parametrize('stabilised', [False, True])
 def test_lora_made_there_loads_here(pair, modules, stabilised, tmp_path):
   kind, model, c, p = pair
@@ -181,6 +192,50 @@ def test_a_prompt_made_there_loads_here(kind, tmp_path):
   peft_hf.save(tmp_path / 'again', c, tree, few)
   _, again = peft_hf.load(tmp_path / 'again', c, p)
   np.testing.assert_array_equal(again['embed']['tokens'].prompt, tree['embed']['tokens'].prompt)
+
+
+@pytest.mark.parametrize('kind', ['gpt2', 'llama'])
+def test_an_exported_prompt_loads_there(kind, tmp_path):
+  torch.manual_seed(0)
+  model = getattr(transformers, MODELS[kind][0])(MODELS[kind][1]).eval()
+  model.save_pretrained(tmp_path / 'base')
+  c, p = hf.load(tmp_path / 'base')
+  few = peft.Config('prompt', train='', length=3)
+  specs = peft.specs(few, decoder.specs(c))
+  tree = jax.jit(lambda p, key: peft.graft(p, specs, key))(p, jax.random.key(0))
+  tree = params.map_with_path(lambda path, x: 20 * x if path.endswith('/prompt') else x, tree)  # to be felt
+  peft_hf.save(tmp_path / 'prompt', c, tree, few)
+  loaded = theirs.PeftModel.from_pretrained(model, tmp_path / 'prompt').eval()
+  assert_exact(loaded, tmp_path / 'prompt')
+  with torch.no_grad():
+    want = loaded(torch.from_numpy(IDS_BT)).logits.numpy()[:, -IDS_BT.shape[1]:]
+    without = loaded.get_base_model()(torch.from_numpy(IDS_BT)).logits.numpy()
+  ids_BT = np.concatenate([np.tile(np.arange(V, V + 3), (2, 1)), IDS_BT], axis=1)
+  got = np.asarray(decoder.logits(p, c, jnp.asarray(hidden(c, tree, ids_BT))))[:, 3:]
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  assert np.abs(want - without).max() > 1e-2
+
+
+def test_lora_of_a_classifier_loads_there_beside_its_head(tmp_path):
+  """The head is not in PEFT's files: the model that they are loaded beside has it."""
+  c = encoder.Config(vocab=V, length=24, layers=2, embed=32, heads=4, head_dim=8, mlp=48)
+  base = encoder.specs(c) | {'pooler': heads.pooler_specs(c.embed), 'classify': heads.classify_specs(c.embed, 3)}
+  few = peft.Config('lora', train='^(classify|pooler)/', rank=3, alpha=7, targets='^blocks/attn/[qkvo]$')
+  rng = np.random.default_rng(0)
+  tree = jax.tree.map(lambda s: (0.3 * rng.normal(size=s.shape)).astype(np.float32), peft.specs(few, base))
+  hf.save(tmp_path / 'base', c, peft.without(tree), classes=['a', 'b', 'c'])
+  peft_hf.save(tmp_path / 'lora', c, tree, few, task=None)
+  model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / 'base').eval()
+  ids = torch.from_numpy(IDS_BT)
+  with torch.no_grad():
+    without = model(ids).logits.numpy()
+    loaded = theirs.PeftModel.from_pretrained(model, tmp_path / 'lora').eval()
+    want = loaded(ids).logits.numpy()
+  assert_exact(loaded, tmp_path / 'lora')
+  got = classification.head(tree, encoder.apply(tree, c, jnp.asarray(IDS_BT)), jnp.ones(IDS_BT.shape, jnp.int32), None,
+                            model=c, pooling='pooler', examples=0)
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  assert np.abs(want - without).max() > 1e-2
 
 
 def test_what_cannot_be_read_is_refused(pair, tmp_path):

@@ -191,3 +191,14 @@ def test_evaluation_sums_over_batches():
   whole = evaluate(p, both, None)
   assert float(sums['loss'].weight) == float(whole['loss'].weight)
   assert float(sums['loss'].total) == pytest.approx(float(whole['loss'].total), rel=1e-6)
+
+
+def test_until_it_thaws_a_leaf_is_as_if_frozen():
+  """What moves, its clip and the norm that is reported, with the embedding, whose gradient is the largest, asleep."""
+  small = config.replace(CONFIG, optim__clip=0.01)
+  thawing, frozen = config.replace(small, optim__thaw=(('embed', 3),)), config.replace(small, optim__freeze='embed')
+  (_, _, norms, _), (_, _, want, _) = steps(thawing, 4), steps(frozen, 4)
+  assert norms[:3] == pytest.approx(want[:3], rel=1e-6) and norms[3] > 1.1 * want[3]
+  got, want = (params.flatten(steps(c, 3)[0].params) for c in (thawing, frozen))
+  for path, x in want.items():
+    np.testing.assert_allclose(got[path], x, rtol=1e-5, atol=1e-6, err_msg=path)

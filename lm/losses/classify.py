@@ -23,7 +23,9 @@ def loss(logits: Callable[[nn.Key | None], jax.Array], labels_B: jax.Array, key:
     labels_B: int32.
     smoothing: the target is 1 - smoothing of the label and smoothing of the uniform distribution.
     consistency: R-Drop's alpha (arXiv:2106.14448 eq. 4): each row goes through twice with other dropout; nll is the
-      mean of both, and alpha times the mean of both divergences between them is added. Without a key, one pass.
+      mean of both, and alpha times the mean of both divergences between them is added, as in the README of the authors'
+      code, which leaves sum or mean over the batch open (here the mean; their code for GLUE sums, and so has smaller
+      alphas). Their eq. 3 adds both nll up: twice this objective, at an alpha twice this one. Without a key, one pass.
   """
   logits_BC = logits(key)
   weights_B = (labels_B >= 0).astype(jnp.float32)
