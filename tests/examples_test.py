@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from lm.data import examples
-from lm.data.examples import Chat, Instruction, Labelled, Message, Preference
+from lm.data.examples import Chat, Instruction, Labelled, Preference
 from lm.data.json_io import Limits
+from lm.data.turns import Message
 from lm.errors import ConfigError, DataError
 
 SECRET = 'my address is 5 Elm Street and my doctor says '  # stands in every bad text, must stand in no message

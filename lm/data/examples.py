@@ -1,4 +1,4 @@
-"""Examples to fine-tune on, as values: classes, instructions, conversations, preferences; read record by record.
+"""Examples to fine-tune on (`lm.data.values`): classes, instructions, conversations, preferences; record by record.
 
 The keys are the textbook's, and what others write: 'messages' and 'conversations', ShareGPT's from and value, Alpaca's
 instruction, input and output, preferences as TRL and LLaMA-Factory have them. Other keys are not looked at, but for a
@@ -8,104 +8,15 @@ classification, whose keys are text, label and perhaps text_pair, they go to the
 from collections.abc import Mapping, Sequence
 import dataclasses
 import os
-from typing import Any
 
 from lm.data import tables_io, turns
 from lm.data.json_io import Fault, Limits, Row
-from lm.data.turns import Message
+from lm.data.values import Chat, Graded, Instruction, Labelled, Preference
 from lm.errors import ConfigError, DataError
 
 SPLITS = ('train', 'validation', 'test')
 MOST = 1e30  # below it a grade is a finite f32, and so is a difference of two
 SHOWN = 3  # messages that a report keeps of each kind of fault
-
-
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-  """A text of one class, or two texts of which one class is said: a premise and a hypothesis, two questions.
-
-  Attributes (split and origin are those of all examples):
-    metadata: whatever else the record had, by name: a domain, a group, a time.
-    split: 'train', 'validation', 'test', another name that a saved dataset has, or None: not said.
-    origin: 'file:line' or 'file, row N'; no part of the value.
-    text_pair: the second text, None where there is one text only.
-  """
-
-  text: str
-  label: str | None
-  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-  split: str | None = None
-  origin: str = dataclasses.field(default='', compare=False)
-  text_pair: str | None = None
-
-  @property
-  def texts(self) -> tuple[str, ...]:
-    """The text, or both in order."""
-    return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chat:
-  """A system turn or none, then user and assistant by turns, the last from the assistant."""
-
-  messages: tuple[Message, ...]
-  split: str | None = None
-  origin: str = dataclasses.field(default='', compare=False)
-
-  def __post_init__(self):
-    turns.alternate(self.messages, 'assistant', self.origin, 'messages')
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-  """A task, what it is to be done on ('' where the task says all), and the answer."""
-
-  instruction: str
-  input: str
-  output: str
-  task_type: str = ''
-  split: str | None = None
-  origin: str = dataclasses.field(default='', compare=False)
-
-  def as_chat(self) -> Chat:
-    """One user turn, the input on a line of its own, and one assistant turn."""
-    question = Message('user', turns.question(self.instruction, self.input))
-    return Chat((question, Message('assistant', self.output)), self.split, self.origin)
-
-
-@dataclasses.dataclass(frozen=True)
-class Preference:
-  """Two answers to a conversation that ends with the user's turn."""
-
-  prompt: tuple[Message, ...]
-  chosen: str
-  rejected: str
-  split: str | None = None
-  origin: str = dataclasses.field(default='', compare=False)
-
-  def __post_init__(self):
-    turns.alternate(self.prompt, 'user', self.origin, 'prompt')
-    if self.chosen.strip() == self.rejected.strip():
-      raise Fault('same', self.origin, 'fields chosen and rejected are the same; expected two answers')
-
-  def as_chats(self) -> tuple[Chat, Chat]:
-    """(the conversation with the chosen answer, that with the rejected one)."""
-    chosen, rejected = (Chat((*self.prompt, Message('assistant', answer)), self.split, self.origin)
-                        for answer in (self.chosen, self.rejected))
-    return chosen, rejected
-
-
-@dataclasses.dataclass(frozen=True)
-class Graded:
-  """Answers to a conversation that ends with the user's turn, or to none (prompt ()); a higher grade is better."""
-
-  prompt: tuple[Message, ...]
-  answers: tuple[str, ...]
-  grades: tuple[float, ...]
-  split: str | None = None
-  origin: str = dataclasses.field(default='', compare=False)
-
-
 Example = Labelled | Instruction | Chat | Preference | Graded
 
 

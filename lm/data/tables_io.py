@@ -5,27 +5,21 @@ as a whole is raised: damaged Parquet, a broken JSON list, two header cells alik
 """
 
 from collections.abc import Iterator
-import csv
 import dataclasses
 import functools
 import importlib
-import itertools
 import json
 import os
 import pathlib
 import re
 
-from lm.data import corpora, json_io
+from lm.data import corpora, csv_io, json_io
 from lm.data.json_io import Fault, Limits, Row
 from lm.errors import ConfigError, DataError
 
 _BATCH = 1024  # rows of Parquet that are Python objects at a time
 _SPLITS = {'valid': 'validation', 'val': 'validation', 'dev': 'validation'}
 _SPLIT_NAME = re.compile(r'(?i)(train|validation|valid|val|dev|test)(?:_(?:sft|gen|prefs))?(?:-\d+-of-\d+(?:-\w+)?)?')
-_QUOTED = re.compile('"(?:[^"]|"")*"')
-_LISTED = ('messages', 'conversation', 'conversations', 'metadata', 'history', 'answers', 'grades')
-_NESTED = dict.fromkeys(_LISTED, re.compile(r'\s*[\[{]')) | dict.fromkeys(  # when a CSV cell holds JSON
-    ('prompt', 'chosen', 'rejected'), re.compile(r"""\s*\[?\s*\{\s*["'](?:role|content|from|value)["']"""))
 
 
 def rows(path: str | os.PathLike, encoding: str = 'utf-8', limits: Limits | None = None) -> Iterator[Row | Fault]:
@@ -113,78 +107,6 @@ def _library(name, format):
     return importlib.import_module(name)
   except ImportError as error:
     raise ConfigError(f"{format}: {name} is not installed; expected it; pip install -e '.[finetune]'") from error
-
-
-class _Long(Exception):
-  pass
-
-
-class _Texts:
-  """Lines for `csv`; a byte that is not of the encoding becomes a lone surrogate. A generator would end at `_Long`."""
-
-  def __init__(self, path, encoding, size):
-    self.lines, self.encoding, self.number, self.room = json_io.lines(path, size), encoding, 0, size
-
-  def __iter__(self):
-    return self
-
-  def __next__(self):
-    self.number, line, _ = next(self.lines)
-    self.room -= len(line or b'')
-    if line is None or self.room < -2:  # the end of the row's last line does not count
-      raise _Long
-    return line.decode(self.encoding, 'surrogateescape')
-
-
-def _cells(path, encoding, size, delimiter):
-  """(origin of the line where it begins, cells or Fault) of each row."""
-  texts, columns = _Texts(path, encoding, size), 0
-  while True:
-    origin, texts.room = f'{path}:{texts.number + 1}', size
-    before = csv.field_size_limit(size)  # one for all readers of the process: it is put back
-    try:
-      line = next(texts)
-      found = line.rstrip('\r\n').split('\t') if delimiter == '\t' else ()
-      if columns and len(found) == columns:  # most TSV has no quotes that mean more than quotes
-        found = [cell[1:-1].replace('""', '"') if _QUOTED.fullmatch(cell) else cell for cell in found]
-      else:
-        found = next(csv.reader(itertools.chain([line], texts), delimiter=delimiter, strict=True))
-      columns = columns or len(found)
-    except StopIteration:
-      return
-    except (csv.Error, _Long) as error:
-      if isinstance(error, _Long) or 'larger than' in str(error):
-        found = Fault('too long', origin, f'row of more than {size} bytes; expected a shorter one, or its quote closed')
-      else:
-        kind = 'truncated' if 'unexpected end' in str(error) else 'csv'
-        found = Fault(kind, origin, f'{error}; expected cells quoted as RFC 4180 has it')
-    finally:
-      csv.field_size_limit(before)
-    yield origin, found
-
-
-def _csv(path, encoding, limits, delimiter):
-  parser, header = json_io.Parser(), None
-  for origin, cells in _cells(path, encoding, limits.size, delimiter):
-    if isinstance(cells, Fault):
-      if header is None:
-        raise cells
-      yield cells
-    elif header is None and cells:
-      header = [name.strip() for name in cells]
-      header[0] = header[0] or 'index'  # pandas writes its index so
-      if len(set(header)) < len(header) or '' in header:
-        raise Fault('header', origin, 'a field name twice, or empty; expected distinct names', 'rename the columns')
-    elif cells and len(cells) != len(header):
-      yield Fault('cells', origin, f'{len(cells)} cells; expected {len(header)}: {", ".join(header)[:60]}',
-                  'quote a cell that holds the delimiter or a newline')
-    elif cells:
-      fields, fault = dict(zip(header, cells, strict=True)), None
-      for name, begins in _NESTED.items():
-        if begins.match(fields.get(name, '')):
-          item = parser.record(fields[name].strip(), f'{origin}: field {name}')
-          fields[name], fault = (None, item) if isinstance(item, Fault) else (item.fields, fault)
-      yield fault or Row(origin, fields)
 
 
 def _parquet(path, encoding, limits):
@@ -296,5 +218,6 @@ def _yaml(path, encoding, limits):
 
 
 _READERS = {'.jsonl': json_io.read_lines, '.ndjson': json_io.read_lines, '.json': json_io.read_list,
-            '.csv': functools.partial(_csv, delimiter=','), '.tsv': functools.partial(_csv, delimiter='\t'),
+            '.csv': functools.partial(csv_io.read, delimiter=','),
+            '.tsv': functools.partial(csv_io.read, delimiter='\t'),
             '.parquet': _parquet, '.yml': _yaml, '.yaml': _yaml}
