@@ -15,7 +15,7 @@ class Labelled:
 
   Attributes (split and origin are those of all examples):
     metadata: whatever else the record had, by name: a domain, a group, a time.
-    split: 'train', 'validation', 'test', another name that a saved dataset has, or None: not said.
+    split: 'train', 'validation', 'test', or None: not said.
     origin: 'file:line' or 'file, row N'; no part of the value.
     text_pair: the second text, None where there is one text only.
   """
