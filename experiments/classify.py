@@ -8,8 +8,13 @@ r"""Fine-tuning to one label a text: the recipes of BERT, RoBERTa, ELECTRA and D
   python -m experiments.classify --config=minilm_top ...       # only the last two blocks train
   python -m experiments.classify --config=smollm2 ...          # a decoder; init_from, tokenizer: experiments/sft.py
   python -m experiments.classify --config=roberta_base --describe
+  python -m experiments.classify --config=bert_base --set data.corpus=mnli --set data.on_error=skip \
+      --set "data.rename=(('premise', 'text'), ('hypothesis', 'text_pair'))" ...
 
-A record is {text, label, split}, or {text, text_pair, label, split} for pairs (MNLI, QQP, RTE).
+A record is {text, label, split}, or {text, text_pair, label, split} for pairs (MNLI, QQP, RTE). A GLUE task is what
+datasets.load_dataset('nyu-mll/glue', 'mnli').save_to_disk('mnli') leaves. Its test split has no labels and is left out;
+of MNLI the matched parts are used, and scripts.classify --corpus=mnli/validation_mismatched scores the other. The text
+of SST-2 is its sentence: --set "data.rename=(('sentence', 'text'),)".
 Those that say no split go by a hash of their text; set data.split=grouped and data.by=author so that no author is on
 both sides, data.split=time and data.by=date to train on the past, data.folds=5 for cross-validation by either.
 `optim.steps` is epochs x (training rows // data.batch): set it with other data (the paper configs have MNLI's; 759 is 3

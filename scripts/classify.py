@@ -7,15 +7,14 @@ r"""Classifies texts with a model of experiments.classify, or of transformers, o
 
 --model is a workdir (its best checkpoint), or a Hugging Face folder of a class ...ForSequenceClassification of BERT,
 RoBERTa or DeBERTa. --corpus takes records {text} or {text, text_pair}, in the formats that the experiment reads (JSON,
-JSON lines, CSV, TSV, Parquet, a folder of them); records that have a label as well are scored. A line of JSON is
-written for each text, in order: text, text_pair and label as given, the likeliest class as `predicted`, and the
-probability of each class. Scores go to stderr: accuracy, macro F1, Matthews' correlation, and a table of the classes. A
-text too long loses its end, as in training; it is said how many.
+JSON lines, CSV, TSV, Parquet, a folder of them), read as the run read its own (data.rename, data.encoding); records
+that have a label as well are scored. A line of JSON is written for each text, in order: text, text_pair and label as
+given, the likeliest class as `predicted`, and the probability of each class. Scores go to stderr: accuracy, macro F1,
+Matthews' correlation, and a table of the classes. A text too long loses its end, as in training; it is said how many.
 
 Exit status: 0 done, 2 a flag is wrong, 3 a record, a text or the tokenizer, 4 the weights.
 """
 
-from collections.abc import Mapping
 import contextlib
 import json
 import sys
@@ -25,7 +24,7 @@ import numpy as np
 
 from experiments import cli
 from lm import classification, classifier, disk, host, metrics, weights
-from lm.data import tables_io, turns
+from lm.data import examples, labelled, tables_io, turns
 from lm.data.json_io import Fault, Row
 from lm.errors import ConfigError, DataError
 
@@ -52,7 +51,7 @@ def main(_: list[str]) -> None:
   if _SPLIT.value:
     report(*classification.predictions(found.config, _MODEL.value, _SPLIT.value))
     return
-  records = list(_given())
+  records = list(_given(found.config.data))
   pairs = {'text_pair' in r for r in records}
   if len(pairs) != 1:
     raise DataError(f'{_CORPUS.value or "stdin"}: {"texts and pairs" if pairs else "no texts"}; expected '
@@ -80,24 +79,25 @@ def report(labels_N: np.ndarray, classes_N: np.ndarray, names: tuple[str, ...]) 
   print(f'{len(labels_N)} texts: {scores}\n{table}', file=sys.stderr, flush=True)
 
 
-def _given():
+def _given(c: labelled.Config):
   """{text, text_pair, label} of each text, the latter two where there are any."""
   if not _CORPUS.value:
     lines = _TEXT.value or _lines()
     yield from (_checked(Row(f'{"--text" if _TEXT.value else "stdin"}:{i}', {'text': text}))
                 for i, text in enumerate(lines, 1))
     return
-  for row in tables_io.rows(_CORPUS.value):
+  if left := tables_io.left_alone(_CORPUS.value):
+    print(f'{_CORPUS.value}: not read: {", ".join(left)}', file=sys.stderr, flush=True)
+  for row in tables_io.rows(_CORPUS.value, c.encoding):
     if isinstance(row, Fault):
       raise row
-    yield _checked(row)
+    yield _checked(examples.renamed(row, dict(c.rename)))
 
 
 def _checked(row):
-  if not isinstance(row.fields, Mapping):
-    raise Fault('type', row.origin, f'found {turns.describe(row.fields)}; expected an object with fields')
-  names = [name for name in ('text_pair', 'label') if row.fields.get(name) is not None]
-  return {name: turns.text(row, name) for name in ('text', *names)}
+  has = lambda name: row.fields.get(name) is not None
+  pair = {'text_pair': turns.text(row, 'text_pair')} if has('text_pair') else {}
+  return {'text': turns.text(row, 'text')} | pair | ({'label': examples.label_of(row)} if has('label') else {})
 
 
 def _lines():

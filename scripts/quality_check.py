@@ -3,6 +3,7 @@ r"""Tells what is wrong with fine-tuning data before a model learns it, and writ
   python -m scripts.quality_check --in=reviews.jsonl
   python -m scripts.quality_check --in=chat.parquet --tokenizer=MODEL.gguf --length=512 --out=report.json
   python -m scripts.quality_check --in=评论.csv --encoding=gb18030 --picture=report.png --clean=clean.jsonl
+  python -m scripts.quality_check --in=glue_sst2 --rename=sentence=text
   python -m scripts.quality_check --in=saved_dataset --strict --set near=0.9 --set "classes=('pos', 'neg')"
 
 --in is a file or folder of JSON lines, JSON, CSV, TSV, Parquet, YAML or a saved Hugging Face dataset, in English,
@@ -56,6 +57,8 @@ _KIND = flags.DEFINE_enum('kind', None, ['classification', 'instruction', 'chat'
 _ON_ERROR = flags.DEFINE_enum('on_error', 'skip', ['skip', 'stop'], 'A malformed record is left out and counted, or '
                               'ends the check.')
 _ENCODING = flags.DEFINE_string('encoding', 'utf-8', 'Of text files; older Chinese ones are often gb18030.')
+_RENAME = flags.DEFINE_list('rename', [], 'What the records call a field, and its name above: premise=text,'
+                            'hypothesis=text_pair. As data.rename of the training to come.')
 _SET = flags.DEFINE_multi_string('set', [], 'Changes to the rules, typed and checked: ' + ', '.join(
     f'{name}={value!r}' for name, value in config.flatten(quality.Rules()).items() if name != 'boilerplate') +
     ', boilerplate=(phrases). near=None looks for no near duplicates.')
@@ -76,8 +79,11 @@ def main(_: list[str]) -> None:
   rules = config.override(quality.Rules(), *_SET.value)
   quality.keep([], quality.check([], rules), _DROP.value)  # a wrong flag is told before the long part
   tokenizer = memory.read_tokenizer(_TOKENIZER.value) if _TOKENIZER.value else None
-  kind = _KIND.value or kind_of(_IN.value, _ENCODING.value)
-  found, reading = examples.read(_IN.value, kind, _ON_ERROR.value, _ENCODING.value, unanswered='cut')
+  names = tuple(tuple(item.split('=')) for item in _RENAME.value)
+  memory.check_rename(names, '--rename')
+  kind = _KIND.value or kind_of(_IN.value, _ENCODING.value, dict(names))
+  found, reading = examples.read(_IN.value, kind, _ON_ERROR.value, _ENCODING.value, rename=dict(names),
+                                 unanswered='cut')
   tokens = None
   if tokenizer:
     files = [(_IN.value, _watched(found), reading)]
@@ -123,11 +129,12 @@ def check_flags() -> None:
       raise ConfigError(f'--{flag}={value}: no such folder; expected one to write to; make it')
 
 
-def kind_of(path: str, encoding: str) -> str:
+def kind_of(path: str, encoding: str, names: Mapping[str, str]) -> str:
   """What `examples.read` is to take the records for, by the fields of the first that can be read at all."""
   known = {'text', 'label', 'instruction', 'prompt', 'chosen', *turns.CONVERSATIONS}
-  fields = next((item.fields for item in tables_io.rows(path, encoding) if isinstance(item, Row) and
-                 isinstance(item.fields, Mapping) and known & set(item.fields)), {})
+  own = ({names.get(name, name) for name in item.fields} for item in tables_io.rows(path, encoding)
+         if isinstance(item, Row) and isinstance(item.fields, Mapping))
+  fields = next((fields for fields in own if known & fields), ())
   if 'chosen' in fields:
     return 'preference'
   if any(name in fields for name in turns.CONVERSATIONS) or 'instruction' in fields and (
@@ -156,6 +163,7 @@ def summary(found: Sequence[Example], reading: examples.Report, report: quality.
   """All that was found, as JSON takes it."""
   percentiles = lambda values: dict(zip(map(str, quality.PERCENTILES), values, strict=True))
   out = {'records': {'seen': reading.seen, 'read': reading.kept, 'last turn cut': reading.cut,
+                     'not read': list(reading.left),
                      'malformed': dict(reading.faults), 'first malformed': {k: list(v) for k, v in
                                                                             reading.messages.items()}},
          'languages': dict(report.languages), 'labels': dict(report.classes),
@@ -175,7 +183,7 @@ def summary(found: Sequence[Example], reading: examples.Report, report: quality.
 def text(kind: str, reading: examples.Report, report: quality.Report, whole: Mapping[str, Any]) -> str:
   """For people."""
   out = [f'{_IN.value}: {kind}']
-  if reading.kept < reading.seen or reading.cut:
+  if not reading.complete:
     out += [reading.table(), '']
   out.append(report.text())
   if 'tokens' in whole:

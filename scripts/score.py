@@ -4,9 +4,10 @@ r"""Scores what a model answers to the last user turn of each conversation, agai
   python -m scripts.score --model=SmolLM2-135M-Instruct.Q4_1.gguf --chat=chatml --data=test.jsonl --split=all
 
 --model is what scripts.sample takes; it answers greedily. --data is what experiments.sft takes: conversations or
-instructions, in JSON lines, JSON, CSV, Parquet or YAML. Of --split are the records that say so, or that training holds
-out of a file which does not say. Prints each score with its 95% bootstrap interval (BLEU and chrF: of all records as
-one text), and writes --out, a line a record: prompt, reply, reference, whether the reply had ended, language, origin.
+instructions, in JSON lines, JSON, CSV, Parquet or YAML, read as the run read its own. Of --split are the records that
+say so, or that training holds out of a file which does not say. Prints each score with its 95% bootstrap interval (BLEU
+and chrF: of all records as one text), and writes --out, a line a record: prompt, reply, reference, whether the reply
+had ended, language, origin.
 
 Exit status: 0 done, 2 a flag is wrong or a package missing, 3 the data or the tokenizer, 4 the weights.
 """
@@ -76,7 +77,7 @@ def _written() -> conversations.Config:
 
 def _records(c: conversations.Config) -> list[examples.Chat]:
   if _SPLIT.value == 'all':
-    found, report = examples.read(_DATA.value, 'chat', _ON_ERROR.value)
+    found, report = examples.read(_DATA.value, 'chat', _ON_ERROR.value, c.encoding, rename=dict(c.rename))
     print(report.table())
   else:
     c = config.replace(c, corpus=_DATA.value, on_error=_ON_ERROR.value)

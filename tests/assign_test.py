@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from lm import config
-from lm.data import assign, labelled, splits
+from lm.data import assign, examples, labelled, splits
 from lm.data.examples import Labelled
+from lm.data.json_io import Fault
 from lm.errors import ConfigError, DataError
 from lm.text import scan
 
@@ -23,6 +24,17 @@ def test_a_pair_is_one_text_of_the_splits(c):
   assert c.split != 'hash' or c.folds or labelled.assigned(turned, c) != parts
   key = scan.duplicate_key('\0'.join(('a b', 'c')))
   assert key != scan.duplicate_key('\0'.join(('a', 'b c')))
+
+
+@pytest.mark.parametrize('left', [(), ('extra',)])
+def test_a_file_of_which_nothing_is_left_out_is_not_reported_but_splits_that_were_not_read_are(left, capsys):
+  found = [example(f'{i}', ('train', 'validation')[i % 2]) for i in range(4)]
+  report = examples.Report(4, 4, 0, {}, {}, left)
+  parts = assign.divided([('a.jsonl', found, report)], labelled.Config(), lambda e: e.text, lambda e: e.text)
+  assert [part for _, part in parts] == ['train', 'validation'] * 2
+  assert capsys.readouterr().out == ('' if not left else f'a.jsonl:\n{report.table()}\n')
+  one = report.without([Fault('split', 'a.jsonl:1', 'x'), Fault('split', 'a.jsonl:2', 'y')])
+  assert (one.seen, one.kept, one.faults, one.left) == (4, 2, {'split': 2}, left) and len(one.messages['split']) == 2
 
 
 def example(text, split=None, label='x', at='', **metadata):

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -94,6 +95,24 @@ def test_a_line_of_json_for_each_text(folder, workdir, tmp_path):
   assert done.stdout == '' and f'80 texts: accuracy {share:.4f}' in done.stderr and '| not, 不 |' in done.stderr
   lines = script(f'--model={workdir}', input='\n'.join(row['text'] for row in given[:3])).stdout.splitlines()
   assert [json.loads(line) for line in lines] == [{k: v for k, v in row.items() if k != 'label'} for row in rows[:3]]
+
+
+def test_texts_are_read_as_the_run_read_its_own(folder, workdir, tmp_path):
+  shutil.copytree(workdir, tmp_path / 'run')
+  record = logs.read_config(workdir)
+  data = record['config']['data'] | {'rename': [['sentence', 'text'], ['kind', 'label']], 'encoding': 'gb18030'}
+  (tmp_path / 'run' / 'config.json').write_text(json.dumps(record | {
+      'config': record['config'] | {'data': data}, 'classes': ['0', '1']}))
+  texts = ['good film', '坏 film 2']
+  for name in ('train', 'dev_mismatched'):
+    (tmp_path / 'new').mkdir(exist_ok=True)
+    (tmp_path / 'new' / f'{name}.jsonl').write_bytes(''.join(json.dumps(
+        {'sentence': text, 'kind': i}, ensure_ascii=False) + '\n' for i, text in enumerate(texts)).encode('gb18030'))
+  done = script(f'--model={tmp_path}/run', f'--corpus={tmp_path}/new')
+  assert done.returncode == 0 and '2 texts: accuracy' in done.stderr, done.stderr
+  assert 'new: not read: dev_mismatched' in done.stderr
+  rows = [json.loads(line) for line in done.stdout.splitlines()]
+  assert [(row['text'], row['label']) for row in rows] == list(zip(texts, '01', strict=True))
 
 
 @pytest.mark.slow

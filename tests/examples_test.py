@@ -11,8 +11,9 @@ import pyarrow.parquet
 import pytest
 
 from lm.data import examples
-from lm.data.examples import Chat, Instruction, Labelled, Message, Preference
+from lm.data.examples import Chat, Instruction, Labelled, Preference
 from lm.data.json_io import Limits
+from lm.data.turns import Message
 from lm.errors import ConfigError, DataError
 
 SECRET = 'my address is 5 Elm Street and my doctor says '  # stands in every bad text, must stand in no message
@@ -165,13 +166,19 @@ MALFORMED = [
     ('classification', {'text': None, 'label': 'pos'}, 'missing', 'field text: null; expected a string'),
     ('classification', {'text': 17, 'label': 'pos'}, 'type', 'field text: found the number 17; expected a string'),
     ('classification', {'text': [SECRET], 'label': 'pos'}, 'type', 'field text: found a list; expected a string'),
-    ('classification', {'text': SECRET, 'label': 1}, 'type', 'field label: found the number 1; expected a string'),
-    ('classification', {'text': SECRET, 'label': True}, 'type', 'field label: found true; expected a string'),
+    ('classification', {'text': SECRET, 'label': 1}, 'label', "field label: found '1'; expected one of pos, neg"),
+    ('classification', {'text': SECRET, 'label': 0.5}, 'type', 'field label: found the number 0.5; expected a string'),
+    ('classification', {'text': SECRET, 'label': 1.0}, 'type', 'found the number 1.0; expected a string or an integer'),
+    ('classification', {'text': SECRET, 'label': True}, 'type', 'field label: found true; expected a string or an int'),
+    ('classification', {'text': SECRET, 'label': ['pos']}, 'type', 'field label: found a list; expected a string or'),
+    ('classification', {'text': SECRET, 'label': None}, 'missing', 'field label: null; expected a string'),
+    ('classification', {'text': SECRET, 'label': -1, 'split': 'dev'}, 'label', "field label: found '-1'; expected one"),
     ('classification', {'text': SECRET, 'label': 'neutral'}, 'label', "found 'neutral'; expected one of pos, neg"),
     ('classification', {'text': SECRET, 'label': 'NaN'}, 'nan', "field label: found 'NaN'"),
     ('classification', {'text': ' \u3000\n', 'label': 'pos'}, 'empty', 'field text: nothing but space; expected text'),
     ('classification', {'text': SECRET, 'label': 'pos', 'metadata': SECRET}, 'type', 'field metadata: found a string'),
     ('classification', {'text': SECRET, 'label': 'pos', 'split': 'trian'}, 'split', 'expected one of train, valid'),
+    ('classification', {'text': SECRET, 'label': 'pos', 'split': 'test_mismatched'}, 'split', 'expected one of train,'),
     ('classification', {'text': SECRET, 'label': 'pos', 'split': 1}, 'split', 'field split: found the number 1'),
     ('classification', {'text': SECRET + '\0', 'label': 'pos'}, 'nul', 'field text: NUL at character 46'),
     ('classification', {'text': SECRET + '\ud800', 'label': 'pos'}, 'encoding', 'lone surrogate; expected Unicode'),
@@ -420,10 +427,93 @@ def test_a_saved_dataset_and_a_dictionary_of_them(tmp_path):
   assert [e.split for e in examples.read(tmp_path / 'all', 'classification')[0]] == ['train', 'validation', 'test']
 
 
+@pytest.mark.parametrize('suffix', ['.jsonl', '.json', '.csv', '.tsv', '.parquet'])
+def test_integers_are_labels_by_their_digits(tmp_path, suffix):
+  labels = [0, 1, -1, 12, 1]
+  path = write(tmp_path / f'a{suffix}', [{'text': 't', 'label': label} for label in labels])
+  assert [e.label for e in examples.read(path, 'classification')[0]] == list(map(str, labels))
+  assert examples.read(path, 'classification', classes=('0', '1', '12', '-1'))[1].complete
+
+
+@pytest.mark.parametrize('said, split', [
+    ('dev', 'validation'), ('val', 'validation'), ('valid', 'validation'), ('Test', 'test'), ('train_sft', 'train'),
+    ('validation_matched', 'validation'), ('test_matched', 'test'), ('', None)])
+def test_a_record_says_its_split_by_any_name_that_a_file_has(tmp_path, said, split):
+  records = [{'text': 't', 'label': 'x', 'split': said}, {'text': 't', 'label': 'x', 'where': said}]
+  for i, rename in enumerate(({}, {'where': 'split'})):
+    path = write(tmp_path / 'a.jsonl', records[i:i + 1])
+    assert [e.split for e in examples.read(path, 'classification', rename=rename)[0]] == [split]
+  write(tmp_path / 'train.jsonl', records[:1])
+  assert [e.split for e in examples.read(tmp_path / 'train.jsonl', 'classification')[0]] == [split or 'train']
+
+
+def test_what_a_test_split_leaves_unlabelled_is_left_out_and_counted(tmp_path):
+  train = [{'text': f'{label}', 'label': label, 'split': 'train'} for label in (0, 1)]
+  none = [{'text': 'a', 'split': 'test'}, *({'text': 'b', 'label': x, 'split': 'test'} for x in (None, '', -1, '-1'))]
+  path = write(tmp_path / 'a.jsonl', [*train, *none, {'text': 'c', 'label': 1, 'split': 'test'}])
+  for classes in ((), ('0', '1')):
+    found, report = examples.read(path, 'classification', classes=classes)
+    assert [(e.text, e.label) for e in found] == [('0', '0'), ('1', '1'), ('c', '1')]
+    assert (report.seen, report.kept, report.faults, len(report.messages['unlabelled'])) == (8, 3, {'unlabelled': 5}, 3)
+    assert f'{path}:3: field label: none, of the test split' in report.table()
+  path = write(tmp_path / 'a.csv', [{'text': 'a', 'label': 1, 'split': 'train'}, {'text': 'b', 'split': 'test'}])
+  assert examples.read(path, 'classification')[1].faults == {'unlabelled': 1}
+  for part in ('train', 'validation', None):
+    path = write(tmp_path / 'b.jsonl', [*train, {'text': 'a', 'split': part}])
+    with pytest.raises(DataError, match='b.jsonl:3: no field label'):
+      examples.read(path, 'classification')
+
+
+def test_minus_one_is_a_class_where_other_records_or_the_classes_have_it(tmp_path):
+  tests = [{'text': str(i), 'label': i, 'split': 'test'} for i in (-1, 0, 1)]
+  path = write(tmp_path / 'a.jsonl', [*tests, {'text': 'a', 'label': -1, 'split': 'train'}])
+  assert examples.read(path, 'classification')[1].complete
+  path = write(tmp_path / 'a.jsonl', [*tests, {'text': 'a', 'label': 1, 'split': 'train'}])
+  assert examples.read(path, 'classification')[1].faults == {'unlabelled': 1}
+  assert examples.read(path, 'classification', classes=('-1', '0', '1'))[1].complete
+  assert examples.read(write(tmp_path / 'b.jsonl', tests), 'classification')[1].complete  # nothing tells
+
+
+def test_splits_of_other_names_are_not_read_but_named(tmp_path):
+  names = ['train', 'validation_matched', 'validation_mismatched', 'test_matched', 'unsupervised']
+  (tmp_path / 'all').mkdir()
+  (tmp_path / 'all' / 'dataset_dict.json').write_text(json.dumps({'splits': names}))
+  for name in names:
+    save_to_disk(tmp_path / 'all' / name, [{'text': [name], 'label': [1]}])
+  (tmp_path / 'all' / 'unsupervised' / 'data-00000-of-00001.arrow').write_bytes(b'not read, so not damaged either')
+  found, report = examples.read(tmp_path / 'all', 'classification')
+  assert [(e.text, e.split) for e in found] == [
+      ('train', 'train'), ('validation_matched', 'validation'), ('test_matched', 'test')]
+  assert report.left == ('validation_mismatched', 'unsupervised') and report.seen == 3 and not report.complete
+  assert report.table().endswith('\nnot read        validation_mismatched, unsupervised; to read one, name its own '
+                                 'folder or file')
+  (found,), report = examples.read(tmp_path / 'all' / 'validation_mismatched', 'classification')
+  assert (found.text, found.split, report.complete) == ('validation_mismatched', None, True)
+  (tmp_path / 'all' / 'dataset_dict.json').write_text(json.dumps({'splits': names[4:]}))
+  with pytest.raises(DataError, match='all: unsupervised; expected a split called train, validation or test; name one'):
+    examples.read(tmp_path / 'all', 'classification')
+
+
+def test_mismatched_files_of_a_folder_are_not_read_but_named(tmp_path):
+  record = {'text': 't', 'label': 'x'}
+  for name in ('train-00000-of-00001', 'dev_matched', 'dev_mismatched', 'validation_mismatched-00000-of-00002',
+               'validation_mismatched-00001-of-00002', 'mismatched'):
+    write(tmp_path / f'{name}.jsonl', [record | {'text': name}])
+  (tmp_path / 'test_mismatched').mkdir()
+  write(tmp_path / 'test_mismatched' / 'a.jsonl', [record])
+  found, report = examples.read(tmp_path, 'classification')
+  assert {e.text: e.split for e in found} == {
+      'train-00000-of-00001': 'train', 'dev_matched': 'validation', 'mismatched': None}
+  assert report.left == ('dev_mismatched', 'test_mismatched', 'validation_mismatched')
+  (found,), _ = examples.read(tmp_path / 'dev_mismatched.jsonl', 'classification')
+  assert found.split is None
+
+
 def test_a_number_that_is_no_class_is_no_label(tmp_path):
   save_to_disk(tmp_path / 'one', [{'text': ['a', 'b', 'c', 'd'], 'label': [1, -1, 2, None]}])
   found, report = examples.read(tmp_path / 'one', 'classification', 'skip')
-  assert found == [Labelled('a', 'good')] and report.faults == {'missing': 2, 'type': 1}
+  assert found == [Labelled('a', 'good')] and report.faults == {'missing': 2, 'label': 1}
+  assert 'row 3: field label: found the number 2; expected one of its 2 classes' in report.messages['label'][0]
 
 
 @pytest.mark.parametrize('damage, part', [
@@ -590,8 +680,42 @@ def test_what_the_datasets_library_saves(tmp_path):
   assert [(e.text, e.split) for e in found[:3]] == [('c', 'train'), ('a', 'train'), ('a', 'test')]
 
 
+@pytest.mark.oracle
+def test_glue_as_the_datasets_library_saves_it(tmp_path):
+  datasets = pytest.importorskip('datasets')
+
+  def saved(name, classes, splits):
+    features = datasets.Features({'label': datasets.ClassLabel(names=classes), 'idx': datasets.Value('int32')} | {
+        field: datasets.Value('string') for field in next(iter(splits.values())) if field != 'label'})
+    datasets.DatasetDict({split: datasets.Dataset.from_dict(columns | {'idx': list(range(len(columns['label'])))},
+                                                            features) for split, columns in splits.items()}
+                         ).save_to_disk(tmp_path / name)
+    return tmp_path / name
+
+  pair = lambda split, *labels: {'premise': [f'{split} {i}' for i in range(len(labels))],
+                                 'hypothesis': ['和'] * len(labels), 'label': list(labels)}
+  mnli = saved('mnli', ['entailment', 'neutral', 'contradiction'], {
+      'train': pair('train', 2, 0, 1), 'validation_matched': pair('near', 1), 'validation_mismatched': pair('far', 0),
+      'test_matched': pair('test', -1, -1), 'test_mismatched': pair('other', -1)})
+  found, report = examples.read(mnli, 'classification', rename={'premise': 'text', 'hypothesis': 'text_pair'})
+  assert found[-1] == Labelled('near 0', 'neutral', {'idx': 0}, 'validation', text_pair='和')
+  assert [(e.label, e.split) for e in found[:3]] == [
+      (label, 'train') for label in ('contradiction', 'entailment', 'neutral')] and len(found) == 4
+  assert report.faults == {'unlabelled': 2} and report.left == ('validation_mismatched', 'test_mismatched')
+  assert 'mnli/test_matched/data-00000-of-00001.arrow, row 1: ' in report.messages['unlabelled'][0]
+
+  texts = lambda split, *labels: {'sentence': [f'{split} {i}' for i in range(len(labels))], 'label': list(labels)}
+  sst2 = saved('sst2', ['negative', 'positive'], {'train': texts('train', 0, 1), 'validation': texts('held', 1),
+                                                  'test': texts('test', -1, -1, -1)})
+  found, report = examples.read(sst2, 'classification', rename={'sentence': 'text'}, classes=('negative', 'positive'))
+  assert [(e.text, e.label, e.split) for e in found] == [
+      ('train 0', 'negative', 'train'), ('train 1', 'positive', 'train'), ('held 0', 'positive', 'validation')]
+  assert report.faults == {'unlabelled': 3} and report.left == ()
+
+
 @pytest.mark.parametrize('place, split', [
-    ('test.jsonl', 'test'), ('Dev.jsonl', 'validation'), ('test_sft-00000-of-00001.jsonl', 'test'),
+    ('dev_matched.jsonl', 'validation'), ('validation_mismatched.jsonl', None), ('test.jsonl', 'test'),
+    ('Dev.jsonl', 'validation'), ('test_sft-00000-of-00001.jsonl', 'test'),
     ('tests.jsonl', None), ('test_drive.jsonl', None), ('test/a.jsonl', None)])
 def test_a_file_that_is_named_is_of_the_split_that_its_name_says(tmp_path, place, split):
   (tmp_path / place).parent.mkdir(exist_ok=True)

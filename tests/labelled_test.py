@@ -308,6 +308,71 @@ def test_what_time_leaves_out_is_told(root, capsys):
   assert 'times.jsonl: 3 records left out; this fold ends before them' in capsys.readouterr().out
 
 
+def test_fields_by_other_names_in_another_encoding(root):
+  rows = [f'{"好" if i % 2 else "坏"}电影 {i},{i % 2},{"dev" if i % 5 == 0 else "train"}' for i in range(20)]
+  (root / 'gb.csv').write_bytes('\n'.join(['sentence,label,part', *rows]).encode('gb18030'))
+  c = labelled.Config(str(root / 'gb.csv'), tokenizer='byte', length=24, encoding='gb18030',
+                      rename=(('sentence', 'text'), ('part', 'split')))
+  assert config.from_json(labelled.Config, json.loads(json.dumps(config.to_json(c)))) == c
+  assert config.override(c, "rename=(('sentence', 'text'), ('part', 'split'))") == c
+  data = labelled.prepare(c, '', encoder=False)
+  assert texts_of(data, data.splits['validation']) == [row.split(',')[0] for row in rows[::5]]
+  assert data.names == ('0', '1') and data.splits['validation'].labels_B.tolist() == [0, 1, 0, 1]
+  with pytest.raises(DataError, match='gb.csv:2: field sentence: character 0 is not of the encoding'):
+    labelled.prepare(dataclasses.replace(c, encoding='utf-8'), '', encoder=False)
+  with pytest.raises(DataError, match=r'gb.csv:2: no field text \(fields: sentence, label'):
+    labelled.prepare(dataclasses.replace(c, rename=(('part', 'split'),)), '', encoder=False)
+
+
+@pytest.mark.parametrize('pairs', [False, True])
+def test_a_text_that_the_tokenizer_refuses_ends_the_run_or_is_counted(root, capsys, pairs):
+  row = lambda text, *rest: ('ab', text, *rest) if pairs else (text, *rest)
+  rows = [row('ab', 'x', 'train'), row('ba', 'y', 'train'), row('abc', 'z', 'train'), row('b a', 'x', 'validation'),
+          row('b', 'x', 'validation')]
+  tokenizers.char('ab\n').save(root / 'ab')
+  said = f'rows.jsonl:3: field {"text_pair" if pairs else "text"}: character 2: U\\+0063 is not among the 3 characters'
+  with pytest.raises(DataError, match=said):
+    prepared(root, rows, tokenizer='ab', encoder=False)
+  capsys.readouterr()
+  data = prepared(root, rows, tokenizer='ab', encoder=False, on_error='skip')
+  assert (data.rows('train'), data.rows('validation'), data.names) == (2, 1, ('x', 'y'))
+  printed = capsys.readouterr().out
+  assert 'words                   2   40.00%' in printed and 'rows.jsonl:4: field text' in printed
+  with pytest.raises(DataError, match='none of 1 records can be used; the first left out: .*rows.jsonl:1: field text'):
+    prepared(root, [row('c', 'x', 'train')], tokenizer='ab', encoder=False, on_error='skip', classes=('x', 'y'))
+
+
+def test_a_test_split_without_labels_is_left_out_and_splits_not_read_are_named(root, capsys, tmp_path):
+  rows = [*films(8), *films(4, 'dev'), ('a test', None, 'test'), ('another', None, 'test')]
+  data = prepared(root, rows)
+  assert sorted(data.splits) == ['train', 'validation'] and data.rows('validation') == 4
+  assert 'unlabelled              2   14.29%' in capsys.readouterr().out
+  for name in ('train', 'dev_mismatched', 'dev_matched'):
+    (tmp_path / f'{name}.jsonl').write_text(''.join(
+        json.dumps({'text': f'{name} {i}', 'label': i % 2}) + '\n' for i in range(4)))
+  labelled.prepare(labelled.Config(str(tmp_path), tokenizer='byte'), '', encoder=False)
+  assert 'not read        dev_mismatched; to read one' in capsys.readouterr().out
+
+
+@pytest.mark.oracle
+def test_glue_as_the_datasets_library_saves_it_is_learned_from(tmp_path, capsys):
+  datasets = pytest.importorskip('datasets')
+  features = datasets.Features({'premise': datasets.Value('string'), 'hypothesis': datasets.Value('string'),
+                                'label': datasets.ClassLabel(names=['entailment', 'neutral', 'contradiction'])})
+  made = {split: datasets.Dataset.from_dict({'premise': [f'{split} {i}' for i in range(6)], 'hypothesis': ['so'] * 6,
+                                             'label': [-1] * 6 if 'test' in split else [i % 3 for i in range(6)]},
+                                            features)
+          for split in ('train', 'validation_matched', 'validation_mismatched', 'test_matched', 'test_mismatched')}
+  datasets.DatasetDict(made).save_to_disk(tmp_path / 'mnli')
+  c = labelled.Config(str(tmp_path / 'mnli'), tokenizer='byte', length=40, batch=2,
+                      rename=(('premise', 'text'), ('hypothesis', 'text_pair')))
+  data = labelled.prepare(c, '', encoder=False)
+  assert data.names == ('contradiction', 'entailment', 'neutral') and sorted(data.splits) == ['train', 'validation']
+  assert texts_of(data, data.splits['validation']) == [f'validation_matched {i}\nso' for i in range(6)]
+  printed = capsys.readouterr().out
+  assert 'unlabelled              6 ' in printed and 'not read        validation_mismatched, test_mismatched' in printed
+
+
 def test_the_seed_of_a_run_moves_no_text(root):
   rows = [(f'{"good" if i % 2 else "bad"} film {i}', 'xy'[i % 2], None) for i in range(40)]
   for split in ('hash', 'stratified'):
@@ -453,6 +518,13 @@ def test_the_fingerprint_knows_the_wordings(root):
     (dict(split='time'), "data.by='', data.split='time'; expected the name of a field"),
     (dict(by='author'), "data.by='author', data.split='hash'; expected"),
     (dict(by='author', split='stratified'), "data.by='author', data.split='stratified'; expected"),
+    (dict(rename=('sentence', 'text')), r"data.rename=\('sentence', 'text'\); expected pairs of what the file calls"),
+    (dict(rename={'sentence': 'text'}), "data.rename={'sentence': 'text'}; expected pairs"),
+    (dict(rename=(('sentence', ''),)), 'expected pairs'), (dict(rename=(('a', 'b', 'c'),)), 'expected pairs'),
+    (dict(rename=(('a', 'text'), ('b', 'text'))), "data.rename=.*: 'text' twice; expected each field once"),
+    (dict(rename=(('a', 'text'), ('a', 'label'))), "data.rename=.*: 'a' twice"),
+    (dict(encoding='utf-9'), "data.encoding='utf-9': unknown encoding"),
+    (dict(encoding='utf-16'), "data.encoding='utf-16': not every ASCII character"),
     (dict(threads=-1), 'data.threads=-1; expected at least 0')], ids=str)
 def test_mistakes_in_a_config(change, message):
   with pytest.raises(ConfigError, match=message):

@@ -174,7 +174,7 @@ def test_the_split_is_by_the_prompt_or_else_by_the_answers():
     ({'grades': [1, 10**400]}, r'field grades\[1\]'),
     ({'prompt': None}, 'no field prompt'), ({'prompt': ' '}, 'field prompt: nothing but space'),
     ({'prompt': [{'role': 'assistant', 'content': 'a'}]}, r'prompt\[0\]: found assistant'),
-    ({'split': 'dev'}, 'field split'),
+    ({'split': 'extra'}, 'field split'),
 ])
 def test_a_wrong_record_is_named(fields, part, tmp_path):
   good = {'prompt': 'p', 'answers': ['a', 'b'], 'grades': [1, 2]}

@@ -183,7 +183,7 @@ def test_the_fingerprint_knows_what_rewards_see(tmp_path):
     ({'prompt': []}, 'field prompt: no turns'),
     ({'prompt': TALK[:2]}, 'field prompt: ends with assistant; expected user'),
     ({'prompt': 'a', 'answer': 25}, 'field answer: found the number 25'),
-    ({'prompt': 'a', 'split': 'dev'}, 'field split: found a string'),
+    ({'prompt': 'a', 'split': 'extra'}, "field split: found a string, 'extra'"),
     ([1], 'found a list; expected an object'),
     ('no json', 'found a string'),
 ])

@@ -161,7 +161,8 @@ def test_what_is_wrong_is_named_counted_and_left_out(check, tmp_path):
   printed = check(in_=path, clean=tmp_path / 'clean.jsonl', out=tmp_path / 'r.json')
   report = json.loads((tmp_path / 'r.json').read_text(encoding='utf-8'))
   assert report['records'] | {'first malformed': 0} == {
-      'seen': 8, 'read': 6, 'last turn cut': 0, 'malformed': {'json': 1, 'missing': 1}, 'first malformed': 0}
+      'seen': 8, 'read': 6, 'last turn cut': 0, 'not read': [], 'malformed': {'json': 1, 'missing': 1},
+      'first malformed': 0}
   assert 'in.jsonl:2: broken JSON' in printed and 'in.jsonl:7: no field label' in printed
   assert report['labels'] == {'pos': 4, 'neg': 2} and report['imbalance'] == 2 and 'largest/smallest 2.00' in printed
   assert report['findings'] == {'label contradictory': 2, 'duplicate': 2, 'personal data': 1}
@@ -239,6 +240,19 @@ def test_chinese_csv_of_another_encoding_and_splits_by_folder(check, tmp_path):
   assert 'zh 2 (100.0%)' in printed
   assert [(e.text, e.label, e.split) for e in examples.read(tmp_path / 'c.jsonl', 'classification')[0]] == [
       (GOOD[1][0], 'pos', 'train'), (GOOD[3][0], 'neg', 'train')]
+
+
+def test_fields_by_other_names(check, fails, tmp_path):
+  path = jsonl(tmp_path / 'in.jsonl', [{'premise': text, 'hypothesis': '是的', 'label': i % 2}
+                                       for i, (text, _) in enumerate(GOOD)])
+  names = 'premise=text,hypothesis=text_pair'
+  printed = check(in_=path, rename=names, clean=tmp_path / 'c.jsonl', drop='label')
+  assert 'classification' in printed
+  found = examples.read(tmp_path / 'c.jsonl', 'classification')[0]
+  assert [(e.texts, e.label) for e in found] == [((text, '是的'), '01'[i % 2]) for i, (text, _) in enumerate(GOOD)]
+  for wrong, part in (('premise', 'expected pairs of what the file calls'), ('a=text,b=text', "'text' twice")):
+    code, _, error = fails(in_=path, rename=wrong)
+    assert code == 2 and error.startswith('--rename=') and part in error
 
 
 def test_parquet_values_that_json_has_not(check, tmp_path):

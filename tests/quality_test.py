@@ -6,8 +6,9 @@ import sys
 import pytest
 
 from lm.data import quality
-from lm.data.examples import Chat, Instruction, Labelled, Message, Preference
+from lm.data.examples import Chat, Instruction, Labelled, Preference
 from lm.data.quality import Rules
+from lm.data.turns import Message
 from lm.errors import ConfigError
 from lm.text import scan
 

@@ -233,6 +233,17 @@ def prepared(folder, *files, **fields):
   return conversations.prepare(c, folder)
 
 
+def test_fields_by_other_names_in_another_encoding(tmp_path):
+  rows = [{'dialog': ['问', f'答 {i}'], 'part': ('train', 'dev')[i % 2]} for i in range(4)]
+  (tmp_path / 'gb.jsonl').write_bytes('\n'.join(json.dumps(row, ensure_ascii=False) for row in rows).encode('gb18030'))
+  c = conversations.Config(str(tmp_path / 'gb.jsonl'), encoding='gb18030', rename=(
+      ('dialog', 'messages'), ('part', 'split')))
+  assert [(e.messages[1].content, part) for e, part in conversations.divided(c)] == [
+      (f'答 {i}', ('train', 'validation')[i % 2]) for i in range(4)]
+  with pytest.raises(ConfigError, match="data.encoding='utf-9'"):
+    conversations.Config(encoding='utf-9')
+
+
 def said(data):
   return {name: [show(ids) for ids, _, _ in rows_of(rows)] for name, rows in data.splits.items()}
 

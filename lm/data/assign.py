@@ -33,8 +33,8 @@ def divided(files: Sequence[tuple[str, Sequence[Any], examples.Report]], c: Any,
   wrong_N = conflicts(found, keys_N) if c.on_error == 'skip' else [None] * len(found)
   at = iter(wrong_N)
   for path, some, report in files:
-    report = reported(report, [fault for fault in itertools.islice(at, len(some)) if fault])
-    if report.kept < report.seen or report.cut:
+    report = report.without([fault for fault in itertools.islice(at, len(some)) if fault])
+    if not report.complete:
       print(f'{path}:\n{report.table()}', flush=True)
   kept = [i for i, fault in enumerate(wrong_N) if fault is None]
   found = [found[i] for i in kept]
@@ -101,15 +101,6 @@ def _clash(e, other, by):
     same, todo = f'text or {by}, or a chain of them,', "take out the field split, or set data.on_error='skip'"
   return Fault('split', e.origin, f'split {e.split!r}, but the same {same} at {other.origin} has split '
                f'{other.split!r}; expected one split for each {by or "text"}, or what is held out is trained on', todo)
-
-
-def reported(report: examples.Report, faults: Sequence[Fault]) -> examples.Report:
-  """The report of a file of which these records are left out too."""
-  counts, messages = dict(report.faults), dict(report.messages)
-  for fault in faults:
-    counts[fault.kind] = counts.get(fault.kind, 0) + 1
-    messages[fault.kind] = (*messages.get(fault.kind, ()), str(fault))[:examples.SHOWN]
-  return dataclasses.replace(report, kept=report.kept - len(faults), faults=counts, messages=messages)
 
 
 def assigned(found: Sequence[Any], texts: Sequence[str], validation_fraction: float) -> list[str]:

@@ -36,6 +36,8 @@ class Config:
     pack: several conversations in a row, isolated from each other.
     validation_fraction: of conversations that say no split, or of those that say 'train' where none validates; by a
       hash of the first user turn, for every seed the same.
+    rename: (('dialog', 'messages'),): pairs of what the records call a field, and what it is called here.
+    encoding: of text files.
     on_error: a record that is wrong, or that the tokenizer or template cannot write, ends the run ('stop') or is left
       out and counted ('skip'); of a conversation of which records say two splits, those that train are.
     threads: batches built ahead, 0 = none.
@@ -50,11 +52,14 @@ class Config:
   loss: Literal['assistant', 'last', 'all'] = 'assistant'
   pack: bool = True
   validation_fraction: float = 0.1
+  rename: tuple[tuple[str, str], ...] = ()
+  encoding: str = 'utf-8'
   on_error: Literal['stop', 'skip'] = 'stop'
   threads: int = 2
 
   def __post_init__(self):
     memory.check_config(self, shortest=1)
+    memory.check_reading(self)
     check_template(self, TEMPLATES)
 
   @property
@@ -114,7 +119,8 @@ def divided(c: Config, unanswered: str = 'cut') -> list[tuple[examples.Chat, str
 
 def _read(c, unanswered):
   paths = (c.corpus,) if isinstance(c.corpus, str) else c.corpus
-  return [(path, *examples.read(path, 'chat', c.on_error, unanswered=unanswered)) for path in paths]
+  return [(path, *examples.read(path, 'chat', c.on_error, c.encoding, rename=dict(c.rename), unanswered=unanswered))
+          for path in paths]
 
 
 def _divided(files, c, messages):

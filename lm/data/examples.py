@@ -1,111 +1,24 @@
-"""Examples to fine-tune on, as values: classes, instructions, conversations, preferences; read record by record.
+"""Examples to fine-tune on (`lm.data.values`): classes, instructions, conversations, preferences; record by record.
 
 The keys are the textbook's, and what others write: 'messages' and 'conversations', ShareGPT's from and value, Alpaca's
 instruction, input and output, preferences as TRL and LLaMA-Factory have them. Other keys are not looked at, but for a
-classification, whose keys are text, label and perhaps text_pair, they go to the metadata.
+classification, whose keys are text, label and perhaps text_pair, they go to the metadata. A label is a string, or an
+integer, which is read as its digits.
 """
 
 from collections.abc import Mapping, Sequence
 import dataclasses
 import os
-from typing import Any
 
 from lm.data import tables_io, turns
 from lm.data.json_io import Fault, Limits, Row
-from lm.data.turns import Message
+from lm.data.values import Chat, Graded, Instruction, Labelled, Preference
 from lm.errors import ConfigError, DataError
 
 SPLITS = ('train', 'validation', 'test')
 MOST = 1e30  # below it a grade is a finite f32, and so is a difference of two
 SHOWN = 3  # messages that a report keeps of each kind of fault
-
-
-@dataclasses.dataclass(frozen=True)
-class Labelled:
-  """A text of one class, or two texts of which one class is said: a premise and a hypothesis, two questions.
-
-  Attributes (split and origin are those of all examples):
-    metadata: whatever else the record had, by name: a domain, a group, a time.
-    split: 'train', 'validation', 'test', another name that a saved dataset has, or None: not said.
-    origin: 'file:line' or 'file, row N'; no part of the value.
-    text_pair: the second text, None where there is one text only.
-  """
-
-  text: str
-  label: str | None
-  metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
-  split: str | None = None
-  origin: str = dataclasses.field(default='', compare=False)
-  text_pair: str | None = None
-
-  @property
-  def texts(self) -> tuple[str, ...]:
-    """The text, or both in order."""
-    return (self.text,) if self.text_pair is None else (self.text, self.text_pair)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chat:
-  """A system turn or none, then user and assistant by turns, the last from the assistant."""
-
-  messages: tuple[Message, ...]
-  split: str | None = None
-  origin: str = dataclasses.field(default='', compare=False)
-
-  def __post_init__(self):
-    turns.alternate(self.messages, 'assistant', self.origin, 'messages')
-
-
-@dataclasses.dataclass(frozen=True)
-class Instruction:
-  """A task, what it is to be done on ('' where the task says all), and the answer."""
-
-  instruction: str
-  input: str
-  output: str
-  task_type: str = ''
-  split: str | None = None
-  origin: str = dataclasses.field(default='', compare=False)
-
-  def as_chat(self) -> Chat:
-    """One user turn, the input on a line of its own, and one assistant turn."""
-    question = Message('user', turns.question(self.instruction, self.input))
-    return Chat((question, Message('assistant', self.output)), self.split, self.origin)
-
-
-@dataclasses.dataclass(frozen=True)
-class Preference:
-  """Two answers to a conversation that ends with the user's turn."""
-
-  prompt: tuple[Message, ...]
-  chosen: str
-  rejected: str
-  split: str | None = None
-  origin: str = dataclasses.field(default='', compare=False)
-
-  def __post_init__(self):
-    turns.alternate(self.prompt, 'user', self.origin, 'prompt')
-    if self.chosen.strip() == self.rejected.strip():
-      raise Fault('same', self.origin, 'fields chosen and rejected are the same; expected two answers')
-
-  def as_chats(self) -> tuple[Chat, Chat]:
-    """(the conversation with the chosen answer, that with the rejected one)."""
-    chosen, rejected = (Chat((*self.prompt, Message('assistant', answer)), self.split, self.origin)
-                        for answer in (self.chosen, self.rejected))
-    return chosen, rejected
-
-
-@dataclasses.dataclass(frozen=True)
-class Graded:
-  """Answers to a conversation that ends with the user's turn, or to none (prompt ()); a higher grade is better."""
-
-  prompt: tuple[Message, ...]
-  answers: tuple[str, ...]
-  grades: tuple[float, ...]
-  split: str | None = None
-  origin: str = dataclasses.field(default='', compare=False)
-
-
+LEFT_OUT = ('unlabelled',)  # kinds of records that never end a run: they are counted
 Example = Labelled | Instruction | Chat | Preference | Graded
 
 
@@ -118,6 +31,7 @@ class Report:
     cut: examples that lost a last turn, which nobody answered.
     faults: number of records by the kind of their first fault.
     messages: the first few messages of each kind: file, line or row, field, what was found and expected.
+    left: names of splits that were not read, see `tables_io.rows`.
   """
 
   seen: int
@@ -125,15 +39,31 @@ class Report:
   cut: int
   faults: Mapping[str, int]
   messages: Mapping[str, tuple[str, ...]]
+  left: tuple[str, ...] = ()
+
+  @property
+  def complete(self) -> bool:
+    """Is every record in use, as it was?"""
+    return self.kept == self.seen and not self.cut and not self.left
+
+  def without(self, faults: Sequence[Fault]) -> 'Report':
+    """The report of a file of which these records are left out too."""
+    counts, messages = dict(self.faults), dict(self.messages)
+    for fault in faults:
+      counts[fault.kind] = counts.get(fault.kind, 0) + 1
+      messages[fault.kind] = (*messages.get(fault.kind, ()), str(fault))[:SHOWN]
+    return dataclasses.replace(self, kept=self.kept - len(faults), faults=counts, messages=messages)
 
   def table(self) -> str:
-    """Counts and shares, one kind a line, the most frequent first, with the messages below."""
+    """Counts and shares, one kind a line, the most frequent first, with the messages below; then what was not read."""
     counts = [('records', self.seen), ('kept', self.kept), *([('last turn cut', self.cut)] if self.cut else []),
               *sorted(self.faults.items(), key=lambda item: (-item[1], item[0]))]
     out = []
     for name, count in counts:
       out.append(f'{name:<16}{count:>9}  {count / max(self.seen, 1):7.2%}')
       out += [f'  {message}' for message in self.messages.get(name, ())]
+    if self.left:
+      out.append(f'not read        {", ".join(self.left)}; to read one, name its own folder or file')
     return '\n'.join(out)
 
 
@@ -145,7 +75,8 @@ def read(path: str | os.PathLike, kind: str, on_error: str = 'stop', encoding: s
   Args:
     kind: 'classification', 'instruction', 'chat' (which takes instructions too), 'preference', or 'graded' (which takes
       preferences too: grades 1 and 0).
-    on_error: 'stop' raises at the first fault, 'skip' leaves the record out and counts it.
+    on_error: 'stop' raises at the first fault, 'skip' leaves the record out and counts it. Records of a test split that
+      have no label (none, null, '', or -1 where no other record has it) are left out and counted in any case.
     encoding: of text files.
     classes: the labels there are; None takes any.
     rename: {'sentence': 'text'}: what the file calls a field, and what it is called here.
@@ -167,18 +98,22 @@ def read(path: str | os.PathLike, kind: str, on_error: str = 'stop', encoding: s
     try:
       if isinstance(item, Fault):
         raise item
-      found.append(_PARSERS[kind](_renamed(item, rename or {}), options))
+      found.append(_PARSERS[kind](_with_split(renamed(item, rename or {})), options))
     except Fault as fault:
-      if on_error == 'stop':
+      if on_error == 'stop' and fault.kind not in LEFT_OUT:
         raise
       faults[fault.kind] = faults.get(fault.kind, 0) + 1
       messages[fault.kind] = (*messages.get(fault.kind, ()), str(fault))[:SHOWN]
   if not seen:
     raise DataError(f'{os.fspath(path)}: no records; expected at least one; check that it is the right file')
+  report = Report(seen, len(found), len(cut), faults, messages, tables_io.left_alone(path))
+  if kind == 'classification':
+    found, none = _told(found, classes)
+    report = report.without(none)
   if not found:
-    first = next(iter(messages.values()))[0]
+    first = next(iter(report.messages.values()))[0]
     raise DataError(f'{os.fspath(path)}: none of {seen} records can be used; the first: {first}')
-  return found, Report(seen, len(found), len(cut), faults, messages)
+  return found, report
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,26 +122,38 @@ class _Options:
   cut: list[str] | None  # takes the origins of chats that lose a last turn; None: such a chat is a fault
 
 
-def _renamed(row: Row, names: Mapping[str, str]) -> Row:
-  """The row with our names of fields and with its split."""
+def renamed(row: Row, names: Mapping[str, str]) -> Row:
+  """The row with our names of fields; a Fault where it has none, or two by one name."""
   if not isinstance(row.fields, Mapping):
     raise Fault('type', row.origin, f'found {turns.describe(row.fields)}; expected an object with fields')
   fields = {names.get(name, name): value for name, value in row.fields.items()}
   if len(fields) < len(row.fields):
     raise Fault('duplicate key', row.origin, 'two fields are renamed to one; expected distinct names')
-  split = fields.pop('split', None) or row.split
-  if split not in (None, *SPLITS):
-    found = f'a string, {split[:40]!r}' if isinstance(split, str) else turns.describe(split)
+  return dataclasses.replace(row, fields=fields)
+
+
+def split_of(row: Row) -> str | None:
+  """The split that a record says, else that of its file; a Fault where it says another one."""
+  said = row.fields.get('split')
+  split = tables_io.split_of(said) if isinstance(said, str) else None
+  if said and not split:
+    found = f'a string, {said[:40]!r}' if isinstance(said, str) else turns.describe(said)
     raise Fault('split', row.origin, f'field split: found {found}; expected one of {", ".join(SPLITS)}')
-  return Row(row.origin, fields, split)
+  return split or row.split
+
+
+def _with_split(row):
+  return Row(row.origin, {k: v for k, v in row.fields.items() if k != 'split'}, split_of(row))
 
 
 def _labelled(row, options):
   label = row.fields.get('label')
+  if row.split == 'test' and label in (None, ''):
+    raise _no_label(row.origin)
   if isinstance(label, str) and label.lower() == 'nan' and label not in options.classes:
     raise Fault('nan', row.origin, f'field label: found {label!r}, a value that got lost; expected a label')
-  label, metadata = turns.text(row, 'label'), row.fields.get('metadata') or {}
-  if options.classes and label not in options.classes:
+  label, metadata = label_of(row), row.fields.get('metadata') or {}
+  if options.classes and label not in options.classes and (row.split, label) != ('test', '-1'):
     raise Fault('label', row.origin, f'field label: found {label[:40]!r}; expected one of '
                 f'{", ".join(options.classes)[:200]}')
   if not isinstance(metadata, Mapping):
@@ -214,6 +161,31 @@ def _labelled(row, options):
   others = {k: v for k, v in row.fields.items() if k not in ('text', 'text_pair', 'label', 'metadata')}
   pair = turns.text(row, 'text_pair') if row.fields.get('text_pair') is not None else None
   return Labelled(turns.text(row, 'text'), label, others | dict(metadata), row.split, row.origin, pair)
+
+
+def label_of(row: Row) -> str:
+  """The label of a record, an integer as its digits."""
+  label = row.fields.get('label')
+  if label is None or isinstance(label, str):
+    return turns.text(row, 'label')
+  if type(label) is not int:  # nor a bool, which is one
+    raise Fault('nan' if label != label else 'type', row.origin, f'field label: found {turns.describe(label)}; '
+                'expected a string or an integer')
+  return str(label)
+
+
+def _told(found, classes):
+  """(the records, faults of others) of which the test split says -1, GLUE's word for no label, where it is no class."""
+  known, none = set(classes or [e.label for e in found if e.split != 'test']), ('test', '-1')
+  if not known or '-1' in known:
+    return found, []
+  return ([e for e in found if (e.split, e.label) != none],
+          [_no_label(e.origin) for e in found if (e.split, e.label) == none])
+
+
+def _no_label(origin):
+  return Fault('unlabelled', origin, 'field label: none, of the test split; expected a label to score by',
+               'it is left out')
 
 
 def _instruction(row, options):

@@ -47,8 +47,11 @@ class Config:
     augment: other wordings of training texts, each as `scripts.augment --methods` names it: ('typos:0.05',
       'clauses+homophones'). One of them, by chance, changes a row; every epoch draws anew.
     augment_share: of the rows of an epoch, how many are changed, in expectation.
-    on_error: a record that is wrong ends the run ('stop') or is left out and counted ('skip'); of a text, or group, of
-      which records say two splits, those that train are.
+    rename: (('sentence', 'text'),): pairs of what the records call a field, and what it is called here.
+    encoding: of text files.
+    on_error: a record that is wrong, or that the tokenizer cannot write, ends the run ('stop') or is left out and
+      counted ('skip'); of a text, or group, of which records say two splits, those that train are. Of the test split
+      those without a label are left out and counted in any case.
     threads: batches built ahead, 0 = none.
   """
 
@@ -66,11 +69,14 @@ class Config:
   fold: int = 0
   augment: tuple[str, ...] = ()
   augment_share: float = 0.5
+  rename: tuple[tuple[str, str], ...] = ()
+  encoding: str = 'utf-8'
   on_error: Literal['stop', 'skip'] = 'stop'
   threads: int = 2
 
   def __post_init__(self):
     memory.check_config(self, shortest=3)
+    memory.check_reading(self)
     if self.folds == 1 or not 0 <= self.fold < max(self.folds, 1):
       raise ConfigError(f'data.folds={self.folds}, data.fold={self.fold}; expected 0 folds, or at least 2 and one of '
                         'them')
@@ -105,15 +111,16 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   """
   del folder
   memory.check_paths(c)
-  found, names = _read(c)
-  tokenizer, pairs = memory.read_tokenizer(c.tokenizer), found[0].text_pair is not None
+  tokenizer = memory.read_tokenizer(c.tokenizer)
+  found, ids, names = _read(c, tokenizer)
+  pairs = found[0].text_pair is not None
   frame = framing.frame_of(tokenizer, encoder, pairs)
   least = frame.around + 1 + pairs
   if c.room < least:
     raise ConfigError(f'data.length={c.room}; expected at least {least}, so that a token of each text fits')
   parts = {'train': [], 'validation': [], 'test': [], None: []}
-  for example, part in zip(found, assigned(found, c), strict=True):
-    parts[part].append(example)
+  for example, own, part in zip(found, ids, assigned(found, c), strict=True):
+    parts[part].append((example, own))
   if rest := parts.pop(None):
     why = ('records left out; this fold ends before them, or another split has their texts' if c.split == 'time' else
            'copies left out; their originals, or texts, do not train')
@@ -121,8 +128,8 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   sets, again, by = {}, None, ''
   for part, chosen in parts.items():
     if chosen or part != 'test':
-      ids_N = [memory.encoded(e.texts, tokenizer, e.origin) for e in chosen]
-      labels_N = np.array([names.index(e.label) for e in chosen], np.int32)
+      ids_N = [own for _, own in chosen]
+      labels_N = np.array([names.index(e.label) for e, _ in chosen], np.int32)
       found_N, cut = framing.framed(ids_N, frame, c.room)
       sets[part] = (framing.packed(found_N, labels_N, frame, c.length, seed) if c.pack and found_N else
                     framing.rows(found_N, labels_N, frame, c.length))
@@ -130,37 +137,61 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
       print(f'{part}: {len(chosen)} examples in {rows} rows' + f', {cut} cut to data.{name}={c.room} tokens' * (cut > 0)
             + f'; an epoch is {rows // c.batch} steps' * (part == 'train'), flush=True)
       if part == 'train' and c.augment:
-        again, by = _reworded(c, [e.texts for e in chosen], ids_N, labels_N, frame, tokenizer)
+        again, by = _reworded(c, [e.texts for e, _ in chosen], ids_N, labels_N, frame, tokenizer)
   blank = framing.Labelled(np.int32(frame.pad), np.int32(0), np.int32(-1), np.int32(0) if frame.types else None,
                    np.int32(0) if c.pack else None)
   return memory.Data(c, seed, tokenizer, sets, blank, again, by, tuple(names))
 
 
-def _read(c):
-  """(the records that can be used, the names of their classes); prints what cannot."""
-  found, report = examples.read(c.corpus, 'classification', c.on_error, classes=c.classes or None)
+def _read(c, tokenizer):
+  """(the records that can be used, the ids of their texts, the names of their classes); prints what cannot."""
+  found, report = examples.read(c.corpus, 'classification', c.on_error, c.encoding, classes=c.classes or None,
+                                rename=dict(c.rename))
   faults = []
   pairs = 2 * sum(e.text_pair is not None for e in found) >= len(found)
   says = 'no field text_pair, which most have' if pairs else 'a field text_pair, which most have not'
   faults += [Fault('pair', e.origin, f'{says}; expected it in all or in none', 'mend or take out that record')
              for e in found if (e.text_pair is None) == pairs]
-  found = [e for e in found if (e.text_pair is not None) == pairs]
+  found, ids, some = _written([e for e in found if (e.text_pair is not None) == pairs], tokenizer)
+  faults += some
   names = list(c.classes) or sorted({e.label for e in found if e.split in (None, 'train')})
-  faults += [Fault('label', e.origin, f'label {e.label[:40]!r} is not among those of the training split, '
-                   f'{", ".join(names)[:200]}; expected one of them') for e in found if e.label not in names]
-  found = [e for e in found if e.label in names]
+  wrong = [None if e.label in names else Fault(
+      'label', e.origin, f'label {e.label[:40]!r} is not among those of the training split, {", ".join(names)[:200]}; '
+      'expected one of them') for e in found]
+  found, ids, some = _without(wrong, found, ids)
+  faults += some
   if c.on_error == 'skip':
-    wrong = assign.faults(found, [_whole(e) for e in found], c)
-    faults += [fault for fault in wrong if fault]
-    found = [e for e, fault in zip(found, wrong, strict=True) if not fault]
+    found, ids, some = _without(assign.faults(found, [_whole(e) for e in found], c), found, ids)
+    faults += some
   if faults and c.on_error == 'stop':
     raise faults[0]
-  report = assign.reported(report, faults)
-  if report.kept < report.seen:
+  report = report.without(faults)
+  if not report.complete:
     print(f'{c.corpus}:\n{report.table()}', flush=True)
+  if not found:
+    raise DataError(f'{c.corpus}: none of {report.seen} records can be used; the first left out: {faults[0]}')
   if len(names) < 2:
     raise DataError(f'{c.corpus}: labels {names}; expected at least two in the training split')
-  return found, names
+  return found, ids, names
+
+
+def _written(found, tokenizer):
+  """(the records that the tokenizer can write, the ids of their texts, why it cannot the others)."""
+  ids, wrong = [], []
+  for e in found:
+    try:
+      ids.append(memory.encoded(e.texts, tokenizer, e.origin))
+      wrong.append(None)
+    except Fault as fault:
+      ids.append([])
+      wrong.append(fault)
+  return _without(wrong, found, ids)
+
+
+def _without(wrong, found, ids):
+  """(the records that nothing is wrong with, the ids of their texts, the faults of the others)."""
+  fine = [i for i, fault in enumerate(wrong) if fault is None]
+  return [found[i] for i in fine], [ids[i] for i in fine], [fault for fault in wrong if fault]
 
 
 def assigned(found: Sequence[examples.Labelled], c: Config) -> list[str | None]:

@@ -15,7 +15,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from lm.data import placing
+from lm.data import placing, tables_io
+from lm.data.json_io import Fault
 from lm.errors import ConfigError, DataError
 from lm.models import gguf
 from lm.text import tokenizer as tokenizers
@@ -71,6 +72,23 @@ def check_config(c: Any, shortest: int) -> None:
     raise ConfigError(f'data.validation_fraction={c.validation_fraction}; expected a share between 0 and 1')
 
 
+def check_reading(c: Any) -> None:
+  """ConfigError unless records can be read as the fields `rename` and `encoding` say."""
+  check_rename(c.rename, 'data.rename')
+  tables_io.check_encoding(c.encoding, 'data.encoding')
+
+
+def check_rename(pairs: Sequence[tuple[str, str]], name: str) -> None:
+  """ConfigError unless they are pairs of names, and no name stands twice on one side; `name`: of the field or flag."""
+  if not isinstance(pairs, tuple) or not all(isinstance(pair, tuple) and len(pair) == 2 and all(
+      isinstance(word, str) and word for word in pair) for pair in pairs):
+    raise ConfigError(f"{name}={pairs!r}; expected pairs of what the file calls a field and what it is called here, "
+                      "such as (('sentence', 'text'),)")
+  for words in zip(*pairs, strict=True):
+    if twice := [word for word in words if words.count(word) > 1]:
+      raise ConfigError(f'{name}={pairs!r}: {twice[0]!r} twice; expected each field once')
+
+
 def check_paths(c: Any) -> None:
   """ConfigError unless the fields `corpus` and `tokenizer` are set."""
   for name in ('corpus', 'tokenizer'):
@@ -90,11 +108,14 @@ def read_tokenizer(path: str | os.PathLike) -> Tokenizer:
 
 
 def encoded(texts: Sequence[str], tokenizer: Tokenizer, origin: str) -> list[np.ndarray]:
-  """The ids of each; a DataError of what the tokenizer refuses names `origin`."""
-  try:
-    return [tokenizer.encode(text) for text in texts]
-  except DataError as error:
-    raise DataError(f'{origin}: {error}') from error
+  """The ids of a text, or of both of a pair; the Fault of what the tokenizer refuses names `origin` and field."""
+  ids = []
+  for name, text in zip(('text', 'text_pair'), texts, strict=False):
+    try:
+      ids.append(tokenizer.encode(text))
+    except DataError as error:
+      raise Fault('words', origin, f'field {name}: {error}') from error
+  return ids
 
 
 def sha256(rows: Rows) -> str:

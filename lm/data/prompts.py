@@ -144,7 +144,7 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0) -> Data:
   tokenizer, found = memory.read_tokenizer(c.tokenizer), []
   for path in (c.corpus,) if isinstance(c.corpus, str) else c.corpus:
     some, report = read(path, c, tokenizer)
-    if report.kept < report.seen:
+    if not report.complete:
       print(f'{path}:\n{report.table()}', flush=True)
     found += some
   asked = [conversations.user_first(record.messages) for record, _ in found]
@@ -186,17 +186,13 @@ def read(path: str | os.PathLike, c: Config, tokenizer: Tokenizer
   if not found:
     first = f'; the first: {next(iter(messages.values()))[0]}' if messages else '; check that it is the right file'
     raise DataError(f'{os.fspath(path)}: none of {seen} records is a prompt that can be used{first}')
-  return found, examples.Report(seen, len(found), 0, faults, messages)
+  return found, examples.Report(seen, len(found), 0, faults, messages, tables_io.left_alone(path))
 
 
 def _prompt(row: Row, c: Config, tokenizer: Tokenizer) -> tuple[Record, np.ndarray]:
   if not isinstance(row.fields, Mapping):
     raise Fault('type', row.origin, f'found {turns.describe(row.fields)}; expected an object with fields')
-  split = row.fields.get('split')
-  split = row.split if split in (None, '') else split
-  if split not in (None, *examples.SPLITS):
-    raise Fault('split', row.origin, f'field split: found {turns.describe(split)}; expected one of '
-                f'{", ".join(examples.SPLITS)}')
+  split = examples.split_of(row)
   answer, text = None, None
   if row.fields.get('answer') is not None:
     answer = turns.text(row, 'answer')

@@ -5,27 +5,23 @@ as a whole is raised: damaged Parquet, a broken JSON list, two header cells alik
 """
 
 from collections.abc import Iterator
-import csv
 import dataclasses
 import functools
 import importlib
-import itertools
 import json
 import os
 import pathlib
 import re
 
-from lm.data import corpora, json_io
+from lm.data import corpora, csv_io, json_io
 from lm.data.json_io import Fault, Limits, Row
 from lm.errors import ConfigError, DataError
 
 _BATCH = 1024  # rows of Parquet that are Python objects at a time
+_DICTIONARY, _STATE = 'dataset_dict.json', 'state.json'  # by which `datasets` knows what it saved
 _SPLITS = {'valid': 'validation', 'val': 'validation', 'dev': 'validation'}
-_SPLIT_NAME = re.compile(r'(?i)(train|validation|valid|val|dev|test)(?:_(?:sft|gen|prefs))?(?:-\d+-of-\d+(?:-\w+)?)?')
-_QUOTED = re.compile('"(?:[^"]|"")*"')
-_LISTED = ('messages', 'conversation', 'conversations', 'metadata', 'history', 'answers', 'grades')
-_NESTED = dict.fromkeys(_LISTED, re.compile(r'\s*[\[{]')) | dict.fromkeys(  # when a CSV cell holds JSON
-    ('prompt', 'chosen', 'rejected'), re.compile(r"""\s*\[?\s*\{\s*["'](?:role|content|from|value)["']"""))
+_SPLIT_NAME = re.compile(r'(?i)((train|validation|valid|val|dev|test)(?:_(?:sft|gen|prefs|matched|(mismatched)))?)'
+                         r'(?:-\d+-of-\d+(?:-\w+)?)?')
 
 
 def rows(path: str | os.PathLike, encoding: str = 'utf-8', limits: Limits | None = None) -> Iterator[Row | Fault]:
@@ -36,43 +32,58 @@ def rows(path: str | os.PathLike, encoding: str = 'utf-8', limits: Limits | None
   or holds files of one format, at any depth; where it holds Parquet, other files are left alone. Class numbers of
   `datasets` become their names. The split of a row is that of the saved dictionary, or of the file or else the nearest
   folder, up to `path`, that is called 'train', 'validation' or 'test' ('valid', 'val', 'dev'; 'train_sft', 'train_gen',
-  'train_prefs' and the numbers that the Hub puts behind).
+  'train_prefs', 'validation_matched' and the numbers that the Hub puts behind).
+
+  Of a folder, 'validation_mismatched' and its like are not read, nor are splits of a saved dictionary with any other
+  name: `left_alone` names them. One that is itself the path is read, and says no split.
 
   Raises:
     ConfigError: an unknown encoding, or a library that the format needs is missing.
     DataError: nothing to read, or a file that is damaged as a whole.
   """
   path, limits = os.fspath(path), limits or Limits()
-  _check_encoding(encoding)
+  check_encoding(encoding)
   encoding = encoding.lower().replace('-sig', '').replace('_sig', '')  # a byte order mark is dropped anyway
-  here = _split(pathlib.Path(os.path.abspath(path)).name)
-  if not os.path.isdir(path):
-    split = _split(pathlib.Path(path).stem)
-    for item in _file(path, encoding, limits):
-      yield _of(item, split)
-  elif os.path.exists(os.path.join(path, 'dataset_dict.json')):
-    for split in _manifest(path, 'dataset_dict.json', 'splits'):
-      for item in json_io.sound(_saved(_inside(path, split)), limits):
-        yield _of(item, _split(split) or split)
-  elif os.path.exists(os.path.join(path, 'state.json')):
-    for item in json_io.sound(_saved(path), limits):
-      yield _of(item, here)
-  else:
-    for file in _found(path):
-      folders = file.relative_to(path).parts[-2::-1]
-      split = next(filter(None, map(_split, (file.stem, *folders))), here)
-      for item in _file(str(file), encoding, limits):
-        yield _of(item, split)
+  parts, left = _parts(path)
+  if left and not parts:
+    raise DataError(f'{path}: {", ".join(left)}; expected a split called train, validation or test; name one of these')
+  saved = any(os.path.exists(os.path.join(path, name)) for name in (_DICTIONARY, _STATE))
+  for part, split in parts:
+    for item in json_io.sound(_saved(part), limits) if saved else _file(part, encoding, limits):
+      yield dataclasses.replace(item, split=split) if split and isinstance(item, Row) else item
 
 
-def _split(name):
-  """The split that a name means, None: none."""
+def left_alone(path: str | os.PathLike) -> tuple[str, ...]:
+  """The names of the splits of a folder that `rows` does not read: they neither train, nor validate, nor test."""
+  return tuple(_parts(os.fspath(path))[1])
+
+
+def split_of(name: str) -> str | None:
+  """'train', 'validation' or 'test', whichever a name means ('dev', 'test_matched'); None: none of them."""
   found = _SPLIT_NAME.fullmatch(name)
-  return _SPLITS.get(found[1].lower(), found[1].lower()) if found else None
+  return _SPLITS.get(found[2].lower(), found[2].lower()) if found and not found[3] else None
 
 
-def _of(item, split):
-  return dataclasses.replace(item, split=split) if split and isinstance(item, Row) else item
+def _parts(path):
+  """([(a file, or a dataset that was saved, and its split)], names of the splits that are left alone)."""
+  if os.path.exists(os.path.join(path, _DICTIONARY)):
+    folders = {name: _inside(path, name) for name in _manifest(path, _DICTIONARY, 'splits')}
+    return ([(folder, split_of(name)) for name, folder in folders.items() if split_of(name)],
+            [name for name in folders if not split_of(name)])
+  if not os.path.isdir(path):
+    return [(path, split_of(pathlib.Path(path).stem))], []
+  here = split_of(pathlib.Path(os.path.abspath(path)).name)
+  if os.path.exists(os.path.join(path, _STATE)):
+    return [(path, here)], []
+  parts, left = [], {}
+  for file in _found(path):
+    names = file.stem, *file.relative_to(path).parts[-2::-1]
+    said = next(filter(None, map(_SPLIT_NAME.fullmatch, names)), None)
+    if said and said[3]:
+      left[said[1]] = True
+    else:
+      parts.append((str(file), split_of(said[0]) if said else here))
+  return parts, list(left)
 
 
 def _found(folder):
@@ -95,16 +106,17 @@ def _file(path, encoding, limits):
                     ) from error
 
 
-def _check_encoding(encoding):
+def check_encoding(encoding: str, name: str = 'encoding') -> None:
+  """ConfigError unless text files can be read by it; `name`: of the field that says so."""
   try:
     plain = all(text.encode('ascii').decode(encoding) == text for text in (''.join(map(chr, range(128))), '\x1b$B!!'))
   except UnicodeDecodeError:
     plain = False
   except LookupError as error:
-    raise ConfigError(f'encoding={encoding!r}: {error}; expected one that Python knows, such as utf-8 or gb18030'
+    raise ConfigError(f'{name}={encoding!r}: {error}; expected one that Python knows, such as utf-8 or gb18030'
                       ) from error
   if not plain:
-    raise ConfigError(f'encoding={encoding!r}: not every ASCII character is its byte in it; expected utf-8, gb18030 or '
+    raise ConfigError(f'{name}={encoding!r}: not every ASCII character is its byte in it; expected utf-8, gb18030 or '
                       'another where it is; convert the file to utf-8')
 
 
@@ -113,78 +125,6 @@ def _library(name, format):
     return importlib.import_module(name)
   except ImportError as error:
     raise ConfigError(f"{format}: {name} is not installed; expected it; pip install -e '.[finetune]'") from error
-
-
-class _Long(Exception):
-  pass
-
-
-class _Texts:
-  """Lines for `csv`; a byte that is not of the encoding becomes a lone surrogate. A generator would end at `_Long`."""
-
-  def __init__(self, path, encoding, size):
-    self.lines, self.encoding, self.number, self.room = json_io.lines(path, size), encoding, 0, size
-
-  def __iter__(self):
-    return self
-
-  def __next__(self):
-    self.number, line, _ = next(self.lines)
-    self.room -= len(line or b'')
-    if line is None or self.room < -2:  # the end of the row's last line does not count
-      raise _Long
-    return line.decode(self.encoding, 'surrogateescape')
-
-
-def _cells(path, encoding, size, delimiter):
-  """(origin of the line where it begins, cells or Fault) of each row."""
-  texts, columns = _Texts(path, encoding, size), 0
-  while True:
-    origin, texts.room = f'{path}:{texts.number + 1}', size
-    before = csv.field_size_limit(size)  # one for all readers of the process: it is put back
-    try:
-      line = next(texts)
-      found = line.rstrip('\r\n').split('\t') if delimiter == '\t' else ()
-      if columns and len(found) == columns:  # most TSV has no quotes that mean more than quotes
-        found = [cell[1:-1].replace('""', '"') if _QUOTED.fullmatch(cell) else cell for cell in found]
-      else:
-        found = next(csv.reader(itertools.chain([line], texts), delimiter=delimiter, strict=True))
-      columns = columns or len(found)
-    except StopIteration:
-      return
-    except (csv.Error, _Long) as error:
-      if isinstance(error, _Long) or 'larger than' in str(error):
-        found = Fault('too long', origin, f'row of more than {size} bytes; expected a shorter one, or its quote closed')
-      else:
-        kind = 'truncated' if 'unexpected end' in str(error) else 'csv'
-        found = Fault(kind, origin, f'{error}; expected cells quoted as RFC 4180 has it')
-    finally:
-      csv.field_size_limit(before)
-    yield origin, found
-
-
-def _csv(path, encoding, limits, delimiter):
-  parser, header = json_io.Parser(), None
-  for origin, cells in _cells(path, encoding, limits.size, delimiter):
-    if isinstance(cells, Fault):
-      if header is None:
-        raise cells
-      yield cells
-    elif header is None and cells:
-      header = [name.strip() for name in cells]
-      header[0] = header[0] or 'index'  # pandas writes its index so
-      if len(set(header)) < len(header) or '' in header:
-        raise Fault('header', origin, 'a field name twice, or empty; expected distinct names', 'rename the columns')
-    elif cells and len(cells) != len(header):
-      yield Fault('cells', origin, f'{len(cells)} cells; expected {len(header)}: {", ".join(header)[:60]}',
-                  'quote a cell that holds the delimiter or a newline')
-    elif cells:
-      fields, fault = dict(zip(header, cells, strict=True)), None
-      for name, begins in _NESTED.items():
-        if begins.match(fields.get(name, '')):
-          item = parser.record(fields[name].strip(), f'{origin}: field {name}')
-          fields[name], fault = (None, item) if isinstance(item, Fault) else (item.fields, fault)
-      yield fault or Row(origin, fields)
 
 
 def _parquet(path, encoding, limits):
@@ -201,11 +141,11 @@ def _parquet(path, encoding, limits):
 def _saved(folder):
   """Rows of a folder that `datasets` saved: streams of Arrow, listed in its state."""
   arrow, ipc = _library('pyarrow', folder), _library('pyarrow.ipc', folder)
-  state = _manifest(folder, 'state.json')
+  state = _manifest(folder, _STATE)
   if state.get('_indices_data_files') or state.get('_indices_files'):
     raise DataError(f'{folder}: saved as a selection of rows of another dataset; expected rows in their own order; '
                     'call flatten_indices() and save it again')
-  for entry in _manifest(folder, 'state.json', '_data_files'):
+  for entry in _manifest(folder, _STATE, '_data_files'):
     path = _inside(folder, entry.get('filename') if isinstance(entry, dict) else entry)
     try:
       with arrow.memory_map(path) as source, ipc.open_stream(source) as reader:
@@ -227,10 +167,19 @@ def _batches(batches, schema, path):
         yield (Fault('encoding', origin, 'a string that is not UTF-8; expected UTF-8') if known else
                Fault('type', origin, f'a value that cannot be read ({_line(fields)}); expected a date in range'))
         continue
-      for name, names in classes.items():
-        if isinstance(fields.get(name), int) and -1 <= fields[name] < len(names):  # -1 stands for: has none
-          fields[name] = names[fields[name]] if fields[name] >= 0 else None
-      yield Row(origin, fields)
+      yield _with_names(fields, classes, origin)
+
+
+def _with_names(fields, classes, origin):
+  """The row, with the names of classes for their numbers."""
+  for name, names in classes.items():
+    number = fields.get(name)
+    if isinstance(number, int):
+      if not -1 <= number < len(names):
+        return Fault('label', origin, f'field {name}: found the number {number}; expected one of its {len(names)} '
+                     'classes, from 0, or -1')
+      fields[name] = names[number] if number >= 0 else None  # -1 stands for: has none
+  return Row(origin, fields)
 
 
 def _classes(schema):
@@ -296,5 +245,6 @@ def _yaml(path, encoding, limits):
 
 
 _READERS = {'.jsonl': json_io.read_lines, '.ndjson': json_io.read_lines, '.json': json_io.read_list,
-            '.csv': functools.partial(_csv, delimiter=','), '.tsv': functools.partial(_csv, delimiter='\t'),
+            '.csv': functools.partial(csv_io.read, delimiter=','),
+            '.tsv': functools.partial(csv_io.read, delimiter='\t'),
             '.parquet': _parquet, '.yml': _yaml, '.yaml': _yaml}
