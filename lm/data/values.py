@@ -57,9 +57,9 @@ class Instruction:
   origin: str = dataclasses.field(default='', compare=False)
 
   def as_chat(self) -> Chat:
-    """One user turn, the input on a line of its own, and one assistant turn."""
-    question = Message('user', turns.question(self.instruction, self.input))
-    return Chat((question, Message('assistant', self.output)), self.split, self.origin)
+    """One user turn, which ends with the input, and one assistant turn."""
+    answer = Message('assistant', self.output, where='output')
+    return Chat((turns.instruction(self.instruction, self.input), answer), self.split, self.origin)
 
 
 @dataclasses.dataclass(frozen=True)
