@@ -37,7 +37,7 @@ def known(wordnet: str | os.PathLike = synonyms.DEBIAN, translate: Sequence[str]
       'clauses': Method('clauses of a sentence change places, English and Chinese', 1.0, synonyms.reorder_clauses),
       'sentences': Method('sentences of a paragraph change places', 0.5, noise.shuffle_sentences),
       'back_translation': Method('sentences there and back by Apertium', 1.0, back_translation),
-      'typos': Method('slips of the keyboard', 0.05, lambda rate, protect: noise.typos(rate, protect=protect)),
+      'typos': Method('slips of the keyboard, in words of an alphabet', 0.05, lambda rate, protect: noise.typos(rate, protect=protect)),
       'misread': Method('shapes taken for others, rn for m, 己 for 已', 0.05,
                         lambda rate, protect: noise.typos(rate, noise.misread, protect)),
       'homophones': Method('Chinese characters of the same sound', 0.05, noise.homophones),
