@@ -164,7 +164,7 @@ def usable(files: Sequence[tuple[str, Sequence[Any], examples.Report]], write: C
         faults.append(fault)
     if not kept:
       raise DataError(f'{path}: none of {report.seen} records can be used; the first: {faults[0]}')
-    out.append((path, kept, assign.reported(report, faults)))
+    out.append((path, kept, report.without(faults)))
   return out
 
 
