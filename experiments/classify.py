@@ -14,7 +14,8 @@ r"""Fine-tuning to one label a text: the recipes of BERT, RoBERTa, ELECTRA and D
 A record is {text, label, split}, or {text, text_pair, label, split} for pairs (MNLI, QQP, RTE). A GLUE task is what
 datasets.load_dataset('nyu-mll/glue', 'mnli').save_to_disk('mnli') leaves. Its test split has no labels and is left out;
 of MNLI the matched parts are used, and scripts.classify --corpus=mnli/validation_mismatched scores the other. The text
-of SST-2 is its sentence: --set "data.rename=(('sentence', 'text'),)".
+of SST-2 is its sentence: --set "data.rename=(('sentence', 'text'),)". Labels of STS-B are numbers: --set classes=1
+--set data.numbers=True --set checkpoint.metric=val_loss --set checkpoint.mode=min; scripts.classify correlates them.
 Those that say no split go by a hash of their text; set data.split=grouped and data.by=author so that no author is on
 both sides, data.split=time and data.by=date to train on the past, data.folds=5 for cross-validation by either.
 `optim.steps` is epochs x (training rows // data.batch): set it with other data (the paper configs have MNLI's; 759 is 3

@@ -45,7 +45,7 @@ class _Config(run.Config):
   """What all kinds have in common.
 
   Attributes:
-    classes: number of labels.
+    classes: number of labels; 1 where they are numbers (`data.numbers`), whose square error is trained on.
     pooling: what is classified: 'pooler' (BERT's, pretrained with it), the 'first' token with a dense layer of its own
       (RoBERTa, DeBERTa), the 'bare' first token (ELECTRA), the 'mean' of the tokens, or a decoder's 'last' token.
     smoothing: share of a label that is spread over all classes (arXiv:1512.00567 §7).
@@ -61,8 +61,12 @@ class _Config(run.Config):
 
   def __post_init__(self):
     super().__post_init__()
-    if self.classes < 2:
-      raise ConfigError(f'classes={self.classes}; expected at least 2')
+    if self.classes < 1 or (self.classes == 1) != self.data.numbers:
+      raise ConfigError(f'classes={self.classes}, data.numbers={self.data.numbers}; expected 1 where labels are '
+                        'numbers, and at least 2 otherwise')
+    if self.data.numbers and (self.smoothing or self.consistency):
+      raise ConfigError(f'smoothing={self.smoothing}, consistency={self.consistency}; expected 0 where labels are '
+                        'numbers; set both so')
     if not 0 <= self.smoothing < 1:
       raise ConfigError(f'smoothing={self.smoothing}; expected 0 <= smoothing < 1')
     if not 0 <= self.consistency < math.inf:
@@ -161,7 +165,8 @@ def accuracies(c: Config, p: params.Tree, data: memory.Data, seeds: int) -> list
 
 def predictions(c: Config, workdir: str | os.PathLike, split: str = 'validation'
                 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
-  """(labels, most likely classes) of a split, [N] each, by the best checkpoint of a finished run; names of classes.
+  """(labels, most likely classes) of a split, [N] each, by the best checkpoint of a finished run; names of classes. Of
+  numbers (labels, outputs, one name).
 
   Raises:
     ConfigError: the data has no such split. CheckpointError: no checkpoint, or its base is another model now.
@@ -171,10 +176,20 @@ def predictions(c: Config, workdir: str | os.PathLike, split: str = 'validation'
     raise ConfigError(f'{c.data.corpus}: no {split} split; expected {", ".join(data.splits)}')
   p, score = restore(c, workdir)
   place = sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
-  found = [(batch.labels_B.reshape(-1), score(p, batch).argmax(-1).reshape(-1))
+  said = (lambda logits: logits[..., 0]) if c.data.numbers else (lambda logits: logits.argmax(-1))
+  found = [(batch.labels_B.reshape(-1), said(score(p, batch)).reshape(-1))
            for batch in labelled.eval_batches(data, split, c.eval_batch, place)]
-  labels_N, classes_N = (np.concatenate(jax.device_get(x)) for x in zip(*found, strict=True))
-  return labels_N[labels_N >= 0], classes_N[labels_N >= 0], data.names
+  labels_N, said_N = (np.concatenate(jax.device_get(x)) for x in zip(*found, strict=True))
+  told_N = np.isfinite(labels_N) if c.data.numbers else labels_N >= 0
+  return labels_N[told_N], said_N[told_N], data.names
+
+
+def scores(c: Config) -> dict[str, Callable[[np.ndarray, np.ndarray], float]]:
+  """{name: (labels, what `predictions` gives) -> a score}."""
+  from lm import metrics  # half a second of SciPy, which training does not need
+  if c.data.numbers:
+    return {'Pearson': metrics.pearson, 'Spearman': metrics.spearman}
+  return {'accuracy': metrics.accuracy, 'macro F1': metrics.macro_f1, 'MCC': metrics.mcc}
 
 
 def restore(c: Config, workdir: str | os.PathLike, best: bool = True) -> tuple[params.Tree, Callable[..., jax.Array]]:
@@ -250,6 +265,8 @@ def _loss(c, model, family, specs, attend, smoothing=0.0, consistency=0.0) -> tr
   score = _bound(c, model, family, specs, attend)
 
   def loss(p, batch, key):
+    if c.data.numbers:
+      return classify.number(score(p, batch, key), batch.labels_B)
     return classify.loss(lambda key: score(p, batch, key), batch.labels_B, key, smoothing=smoothing,
                          consistency=consistency)
   return loss

@@ -36,6 +36,8 @@ class Classifier:
   def probabilities(self, texts_N: Sequence[Sequence[str]]) -> tuple[np.ndarray, int]:
     """(f32 [N, C], how many were cut to `data.longest` tokens) of texts, or of pairs of them; order is kept.
 
+    Of a model of numbers (`data.numbers`) the numbers, [N, 1].
+
     Raises:
       DataError: text that the tokenizer refuses.
     """
@@ -49,7 +51,8 @@ class Classifier:
       some = found_N[start:start + c.eval_batch]
       some += some[:1] * (c.eval_batch - len(some))  # one program for all batches
       logits_BC = self.score(self.params, framing.rows(some, np.zeros(len(some), np.int32), frame, width))
-      out.append(jax.nn.softmax(logits_BC.astype(jnp.float32)))
+      logits_BC = logits_BC.astype(jnp.float32)
+      out.append(logits_BC if c.data.numbers else jax.nn.softmax(logits_BC))
     return np.concatenate(jax.device_get(out))[:N], cut
 
 
@@ -72,7 +75,7 @@ def _foreign(path):
   names, head = hf.classes(path), p['classify']
   kind = classification.Encoder if isinstance(model, encoder.Config) else classification.Disentangled
   c = kind(model=model, classes=head['out'].shape[1], pooling='first' if 'dense' in head else 'pooler',
-           data=labelled.Config(length=model.length))
+           data=labelled.Config(length=model.length, numbers=head['out'].shape[1] == 1))
   if len(names) != c.classes:
     raise CheckpointError(f'{path}/config.json: id2label has {len(names)} names; expected {c.classes}, as its head '
                           'has; mend it')

@@ -9,8 +9,9 @@ r"""Classifies texts with a model of experiments.classify, or of transformers, o
 RoBERTa or DeBERTa. --corpus takes records {text} or {text, text_pair}, in the formats that the experiment reads (JSON,
 JSON lines, CSV, TSV, Parquet, a folder of them), read as the run read its own (data.rename, data.encoding); records
 that have a label as well are scored. A line of JSON is written for each text, in order: text, text_pair and label as
-given, the likeliest class as `predicted`, and the probability of each class. Scores go to stderr: accuracy, macro F1,
-Matthews' correlation, and a table of the classes. A text too long loses its end, as in training; it is said how many.
+given, the likeliest class as `predicted`, and the probability of each class; of a model of numbers the number alone.
+Scores go to stderr: accuracy, macro F1, Matthews' correlation, and a table of the classes; of numbers the correlations
+of Pearson and Spearman. A text too long loses its end, as in training; it is said how many.
 
 Exit status: 0 done, 2 a flag is wrong, 3 a record, a text or the tokenizer, 4 the weights.
 """
@@ -34,7 +35,6 @@ _CORPUS = flags.DEFINE_string('corpus', '', 'A file or folder of records with te
 _SPLIT = flags.DEFINE_string('split', '', 'Scores the model on this split of the data of its run: validation, or test '
                              'where records say so.')
 _OUT = flags.DEFINE_string('out', '', 'A file for the lines; without it they are printed.')
-SCORES = {'accuracy': metrics.accuracy, 'macro F1': metrics.macro_f1, 'MCC': metrics.mcc}
 
 
 def main(_: list[str]) -> None:
@@ -49,7 +49,7 @@ def main(_: list[str]) -> None:
   host.keep_compiled_programs()
   found = classifier.load(_MODEL.value)
   if _SPLIT.value:
-    report(*classification.predictions(found.config, _MODEL.value, _SPLIT.value))
+    report(found.config, *classification.predictions(found.config, _MODEL.value, _SPLIT.value))
     return
   records = list(_given(found.config.data))
   pairs = {'text_pair' in r for r in records}
@@ -60,22 +60,28 @@ def main(_: list[str]) -> None:
                                                for r in records])
   if cut:
     print(f'{cut} of {len(records)} cut to {found.config.data.room} tokens', file=sys.stderr, flush=True)
-  classes_N = probabilities_NC.argmax(-1)
+  numbers = found.config.data.numbers
+  said_N = probabilities_NC[:, 0] if numbers else probabilities_NC.argmax(-1)
   with disk.replacing(_OUT.value) if _OUT.value else contextlib.nullcontext(sys.stdout) as out:
-    for record, n, p_C in zip(records, classes_N, probabilities_NC.tolist(), strict=True):
-      told = {name: round(p, 6) for name, p in zip(found.names, p_C, strict=True)}
-      out.write(json.dumps(record | {'predicted': found.names[n], 'probabilities': told}, ensure_ascii=False) + '\n')
+    for record, n, p_C in zip(records, said_N, probabilities_NC.tolist(), strict=True):
+      told = {'predicted': round(float(n), 6)} if numbers else {
+          'predicted': found.names[n],
+          'probabilities': {name: round(p, 6) for name, p in zip(found.names, p_C, strict=True)}}
+      out.write(json.dumps(record | told, ensure_ascii=False) + '\n')
   if all('label' in r for r in records):
+    if numbers:
+      report(found.config, np.array([r['label'] for r in records]), said_N, found.names)
+      return
     if other := {r['label'] for r in records} - set(found.names):
       raise DataError(f'{_CORPUS.value}: label {min(other)[:40]!r}; the model tells apart {", ".join(found.names)}; '
                       'nothing was scored')
-    report(np.array([found.names.index(r['label']) for r in records]), classes_N, found.names)
+    report(found.config, np.array([found.names.index(r['label']) for r in records]), said_N, found.names)
 
 
-def report(labels_N: np.ndarray, classes_N: np.ndarray, names: tuple[str, ...]) -> None:
-  """Prints scores and the table of the classes to stderr."""
-  scores = ', '.join(f'{name} {f(labels_N, classes_N):.4f}' for name, f in SCORES.items())
-  table = metrics.table(metrics.per_class(labels_N, classes_N, names))
+def report(c: classification.Config, labels_N: np.ndarray, said_N: np.ndarray, names: tuple[str, ...]) -> None:
+  """Prints scores and, of classes, their table to stderr."""
+  scores = ', '.join(f'{name} {f(labels_N, said_N):.4f}' for name, f in classification.scores(c).items())
+  table = '' if c.data.numbers else metrics.table(metrics.per_class(labels_N, said_N, names))
   print(f'{len(labels_N)} texts: {scores}\n{table}', file=sys.stderr, flush=True)
 
 
@@ -91,13 +97,14 @@ def _given(c: labelled.Config):
   for row in tables_io.rows(_CORPUS.value, c.encoding):
     if isinstance(row, Fault):
       raise row
-    yield _checked(examples.renamed(row, dict(c.rename)))
+    yield _checked(examples.renamed(row, dict(c.rename)), c.numbers)
 
 
-def _checked(row):
+def _checked(row, numbers=False):
   has = lambda name: row.fields.get(name) is not None
   pair = {'text_pair': turns.text(row, 'text_pair')} if has('text_pair') else {}
-  return {'text': turns.text(row, 'text')} | pair | ({'label': examples.label_of(row)} if has('label') else {})
+  return {'text': turns.text(row, 'text')} | pair | (
+      {'label': (examples.number_of if numbers else examples.label_of)(row)} if has('label') else {})
 
 
 def _lines():

@@ -25,7 +25,6 @@ from lm import classification, config, instruct, logs, metrics, pictures, run
 from lm.errors import ConfigError
 
 EXPERIMENTS = {'adapters': adapters, 'classify': classify, 'lora': lora, 'prefix': prefix}
-SCORES = {'accuracy': metrics.accuracy, 'macro F1': metrics.macro_f1, 'MCC': metrics.mcc}
 _EXPERIMENT = flags.DEFINE_enum('experiment', 'classify', list(EXPERIMENTS), 'Whose configs.')
 _CONFIG = flags.DEFINE_string('config', '', 'One of its configs.')
 _SET = flags.DEFINE_multi_string('set', [], 'path.to.field=value, as for the experiment.')
@@ -54,9 +53,10 @@ def main(_: list[str]) -> None:
       place = workdir / f'fold{fold}_seed{seed}'
       summary = run.run(c, classification.task(c), place, _CHANGES.value)
       labels_N, classes_N, names = classification.predictions(c, place)
-      counts = counts + metrics.confusion(labels_N, classes_N, c.classes)
+      if not c.data.numbers:
+        counts = counts + metrics.confusion(labels_N, classes_N, c.classes)
       results.append({'fold': fold, 'seed': seed, 'wall_s': summary['wall_s'], 'peak_bytes': summary['peak_bytes']}
-                     | {name: float(f(labels_N, classes_N)) for name, f in SCORES.items()})
+                     | {name: float(f(labels_N, classes_N)) for name, f in classification.scores(c).items()})
   _report(base, workdir, results, counts, names)
 
 
@@ -74,22 +74,25 @@ def estimate(results: list[dict[str, Any]], name: str, folds: int, by_time: bool
 
 def _report(c, workdir, results, counts, names):
   (workdir / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
-  rows = {f'fold {r["fold"]}, seed {r["seed"]}': {name: r[name] for name in SCORES} for r in results}
+  rows = {f'fold {r["fold"]}, seed {r["seed"]}': {name: r[name] for name in classification.scores(c)} for r in results}
   lines = [metrics.table(rows), '']
-  for name in SCORES:
+  for name in classification.scores(c):
     if len(results) > 1:
       found = estimate(results, name, _FOLDS.value, c.data.split == 'time')
       count = f'{found.count} folds, {len(results)} runs' if _FOLDS.value else f'{found.count} runs'
       lines.append(f'{name}: {found.value:.4f}, 95% interval {found.low:.4f} to {found.high:.4f} ({count})')
   lines.append(f'{statistics.median(r["wall_s"] for r in results):.0f} s a run')
   (workdir / 'table.md').write_text('\n'.join(lines) + '\n')
-  pictures.confusion(workdir / 'confusion.png', np.asarray(counts), names)
+  drawn = [workdir / 'curves.png']
+  if not c.data.numbers:
+    drawn.append(workdir / 'confusion.png')
+    pictures.confusion(drawn[-1], np.asarray(counts), names)
   metric, curves = c.checkpoint.metric, []
   for r in results:
     rows = logs.read(workdir / f'fold{r["fold"]}_seed{r["seed"]}')
     curves.append(tuple(zip(*((row['step'], row[metric]) for row in rows if metric in row), strict=True)))
   pictures.curves(workdir / 'curves.png', {_CONFIG.value: curves}, 'step', metric)
-  print('\n'.join(lines) + f'\n\n{workdir}/table.md, {workdir}/confusion.png, {workdir}/curves.png')
+  print('\n'.join(lines) + f'\n\n{", ".join(map(str, [workdir / "table.md", *drawn]))}')
 
 
 if __name__ == '__main__':

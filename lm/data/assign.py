@@ -181,12 +181,17 @@ def labelled(found: Sequence[examples.Labelled], texts: Sequence[str], c: Any) -
   return parts
 
 
+def _class(e):
+  """What shares are equal in; numbers are of one kind."""
+  return e.label if isinstance(e.label, str) else ''
+
+
 def _shared(found, texts, said, values, c):
   """By shares. What a text's own time does not put where the text is said to be is left out."""
   parts = [e.split for e in found] if c.split == 'time' else list(said)
   if open_ := [i for i, part in enumerate(parts) if part is None]:
     some, shares = [texts[i] for i in open_], (1 - c.validation_fraction, c.validation_fraction)
-    labels, by = [found[i].label for i in open_], [values[i] for i in open_] if values else None
+    labels, by = [_class(found[i]) for i in open_], [values[i] for i in open_] if values else None
     split = (splits.by_time(some, by, shares) if c.split == 'time' else
              splits.stratified_grouped(some, labels, by, shares) if c.split == 'grouped' else
              splits.stratified(some, labels, shares))
@@ -206,7 +211,7 @@ def _folded(found, texts, said, values, c):
     copied = [None] * len(found)
   parts = ['test' if part == 'test' else None for part in own]
   pool = [i for i, part in enumerate(said) if part != 'test' and copied[i] is None]
-  fields = {} if c.split == 'time' else {'labels': [found[i].label for i in pool]}
+  fields = {} if c.split == 'time' else {'labels': [_class(found[i]) for i in pool]}
   if values:
     fields['times' if c.split == 'time' else 'groups'] = [values[i] for i in pool]
   kind = {'grouped': 'stratified_grouped', 'time': 'time'}.get(c.split, 'stratified')

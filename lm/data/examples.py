@@ -7,6 +7,7 @@ integer, which is read as its digits.
 """
 
 from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
 import os
 
@@ -68,8 +69,8 @@ class Report:
 
 
 def read(path: str | os.PathLike, kind: str, on_error: str = 'stop', encoding: str = 'utf-8', *,
-         classes: Sequence[str] | None = None, rename: Mapping[str, str] | None = None, unanswered: str = 'fault',
-         limits: Limits | None = None) -> tuple[list[Example], Report]:
+         classes: Sequence[str] | None = None, rename: Mapping[str, str] | None = None, numbers: bool = False,
+         unanswered: str = 'fault', limits: Limits | None = None) -> tuple[list[Example], Report]:
   """The examples of a file or folder (formats: `tables_io.rows`), in order, and what was wrong with the others.
 
   Args:
@@ -79,6 +80,7 @@ def read(path: str | os.PathLike, kind: str, on_error: str = 'stop', encoding: s
       have no label (none, null, '', or -1 where no other record has it) are left out and counted in any case.
     encoding: of text files.
     classes: the labels there are; None takes any.
+    numbers: labels are numbers, and not classes.
     rename: {'sentence': 'text'}: what the file calls a field, and what it is called here.
     unanswered: a chat whose last turn is the user's: 'fault', or 'cut' takes that turn off (and counts it).
     limits: of a record.
@@ -92,7 +94,7 @@ def read(path: str | os.PathLike, kind: str, on_error: str = 'stop', encoding: s
     if value not in allowed:
       raise ConfigError(f'{name}={value!r}; expected one of {", ".join(allowed)}')
   found, seen, cut, faults, messages = [], 0, [], {}, {}
-  options = _Options(tuple(classes or ()), cut if unanswered == 'cut' else None)
+  options = _Options(tuple(classes or ()), cut if unanswered == 'cut' else None, numbers)
   for item in tables_io.rows(path, encoding, limits):
     seen += 1
     try:
@@ -120,6 +122,7 @@ def read(path: str | os.PathLike, kind: str, on_error: str = 'stop', encoding: s
 class _Options:
   classes: tuple[str, ...]
   cut: list[str] | None  # takes the origins of chats that lose a last turn; None: such a chat is a fault
+  numbers: bool
 
 
 def renamed(row: Row, names: Mapping[str, str]) -> Row:
@@ -152,7 +155,7 @@ def _labelled(row, options):
     raise _no_label(row.origin)
   if isinstance(label, str) and label.lower() == 'nan' and label not in options.classes:
     raise Fault('nan', row.origin, f'field label: found {label!r}, a value that got lost; expected a label')
-  label, metadata = label_of(row), row.fields.get('metadata') or {}
+  label, metadata = number_of(row) if options.numbers else label_of(row), row.fields.get('metadata') or {}
   if options.classes and label not in options.classes and (row.split, label) != ('test', '-1'):
     raise Fault('label', row.origin, f'field label: found {label[:40]!r}; expected one of '
                 f'{", ".join(options.classes)[:200]}')
@@ -161,6 +164,20 @@ def _labelled(row, options):
   others = {k: v for k, v in row.fields.items() if k not in ('text', 'text_pair', 'label', 'metadata')}
   pair = turns.text(row, 'text_pair') if row.fields.get('text_pair') is not None else None
   return Labelled(turns.text(row, 'text'), label, others | dict(metadata), row.split, row.origin, pair)
+
+
+def number_of(row: Row) -> float:
+  """The label of a record where labels are numbers; CSV has them as text."""
+  label = row.fields.get('label')
+  if isinstance(label, str) and label:
+    with contextlib.suppress(ValueError):
+      label = float(label)
+  if label is None or label == '':
+    turns.text(row, 'label')
+  if isinstance(label, bool) or not isinstance(label, int | float) or not abs(label) < MOST:
+    raise Fault('nan' if label != label else 'type', row.origin, f'field label: found {turns.describe(label)}; '
+                'expected a number below 1e30')
+  return float(label)
 
 
 def label_of(row: Row) -> str:
@@ -176,11 +193,11 @@ def label_of(row: Row) -> str:
 
 def _told(found, classes):
   """(the records, faults of others) of which the test split says -1, GLUE's word for no label, where it is no class."""
-  known, none = set(classes or [e.label for e in found if e.split != 'test']), ('test', '-1')
-  if not known or '-1' in known:
+  known = set(classes or [e.label for e in found if e.split != 'test'])
+  if not known or known & {'-1', -1.0}:
     return found, []
-  return ([e for e in found if (e.split, e.label) != none],
-          [_no_label(e.origin) for e in found if (e.split, e.label) == none])
+  none = lambda e: e.split == 'test' and e.label in ('-1', -1.0)
+  return [e for e in found if not none(e)], [_no_label(e.origin) for e in found if none(e)]
 
 
 def _no_label(origin):

@@ -27,8 +27,8 @@ class Labelled:
   Attributes:
     ids_BT: int32 token ids.
     segments_BT: int32, 1 = tokens, of packed examples 1, 2, ...; 0 = padding.
-    labels_B: int32, -1 = a row that fills up the last batch. Of packed examples [B, M], of segments 1, 2, ...; -1 where
-      there is none.
+    labels_B: int32, or f32 where they are numbers; `no_label` in a row that fills up the last batch. Of packed examples
+      [B, M], of segments 1, 2, ...; `no_label` where there is none.
     types_BT: int32, of pairs for encoders: 1 from the second text to its [SEP], else 0; None = all 0.
     positions_BT: int32, from 0 in each packed example; None = from 0 in each row.
   """
@@ -105,10 +105,15 @@ def packed(found_N: Sequence[tuple[np.ndarray, int]], labels_N: np.ndarray, fram
   ids_BT, types_BT = np.full_like(segments_BT, frame.pad), np.zeros_like(segments_BT)
   ids_BT[used_BT] = np.concatenate([found_N[i][0] for i in order])
   types_BT[used_BT] = np.concatenate([np.arange(len(found_N[i][0])) >= found_N[i][1] for i in order])
-  labels_BM = np.full((fit.rows, max(map(len, plan))), -1, np.int32)
+  labels_BM = np.full((fit.rows, max(map(len, plan))), no_label(labels_N.dtype))
   for row, some in enumerate(plan):
     labels_BM[row, :len(some)] = labels_N[some]
   return Labelled(ids_BT, segments_BT, labels_BM, types_BT if frame.types else None, positions_BT)
+
+
+def no_label(kind: np.dtype | type) -> np.generic:
+  """What counts for no label: -1 for a class, NaN for a number."""
+  return np.dtype(kind).type(np.nan if np.issubdtype(kind, np.floating) else -1)
 
 
 def _fit(lengths: Sequence[int], room: int) -> list[int]:

@@ -28,6 +28,7 @@ class Config:
     corpus: a file or folder of records {text, label, split} or {text, text_pair, label, split}, see
       `lm.data.examples.read`.
     classes: names of the labels in order; () = those of the training split, sorted.
+    numbers: labels are numbers, such as how alike two texts are (STS-B), and no classes.
     tokenizer: a path, see `lm.text.tokenizer.load`.
     length: T, tokens of a row; longer texts are cut at their end, and it is said how many.
     batch: rows of the global batch.
@@ -57,6 +58,7 @@ class Config:
 
   corpus: str = ''
   classes: tuple[str, ...] = ()
+  numbers: bool = False
   tokenizer: str = ''
   length: int = 128
   batch: int = 32
@@ -83,6 +85,8 @@ class Config:
     if bool(self.by) != (self.split in ('grouped', 'time')):
       raise ConfigError(f"data.by={self.by!r}, data.split={self.split!r}; expected the name of a field with 'grouped' "
                         "or 'time', and '' with any other")
+    if self.numbers and self.classes:
+      raise ConfigError(f'data.classes={self.classes} with data.numbers=True; expected () where labels are numbers')
     if not 0 < self.augment_share <= 1:
       raise ConfigError(f'data.augment_share={self.augment_share}; expected a share above 0, at most 1')
     if self.longest < 0 or 0 < self.longest < 3:
@@ -129,7 +133,8 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   for part, chosen in parts.items():
     if chosen or part != 'test':
       ids_N = [own for _, own in chosen]
-      labels_N = np.array([names.index(e.label) for e, _ in chosen], np.int32)
+      labels_N = (np.array([e.label for e, _ in chosen], np.float32) if c.numbers else
+                  np.array([names.index(e.label) for e, _ in chosen], np.int32))
       found_N, cut = framing.framed(ids_N, frame, c.room)
       sets[part] = (framing.packed(found_N, labels_N, frame, c.length, seed) if c.pack and found_N else
                     framing.rows(found_N, labels_N, frame, c.length))
@@ -138,15 +143,17 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
             + f'; an epoch is {rows // c.batch} steps' * (part == 'train'), flush=True)
       if part == 'train' and c.augment:
         again, by = _reworded(c, [e.texts for e, _ in chosen], ids_N, labels_N, frame, tokenizer)
-  blank = framing.Labelled(np.int32(frame.pad), np.int32(0), np.int32(-1), np.int32(0) if frame.types else None,
-                   np.int32(0) if c.pack else None)
+  none = framing.no_label(np.float32 if c.numbers else np.int32)
+  blank = framing.Labelled(np.int32(frame.pad), np.int32(0), none, np.int32(0) if frame.types else None,
+                           np.int32(0) if c.pack else None)
   return memory.Data(c, seed, tokenizer, sets, blank, again, by, tuple(names))
 
 
 def _read(c, tokenizer):
-  """(the records that can be used, the ids of their texts, the names of their classes); prints what cannot."""
+  """(the records that can be used, the ids of their texts, the names of their classes: of numbers one); prints what
+  cannot."""
   found, report = examples.read(c.corpus, 'classification', c.on_error, c.encoding, classes=c.classes or None,
-                                rename=dict(c.rename))
+                                rename=dict(c.rename), numbers=c.numbers)
   faults = []
   pairs = 2 * sum(e.text_pair is not None for e in found) >= len(found)
   says = 'no field text_pair, which most have' if pairs else 'a field text_pair, which most have not'
@@ -154,8 +161,9 @@ def _read(c, tokenizer):
              for e in found if (e.text_pair is None) == pairs]
   found, ids, some = _written([e for e in found if (e.text_pair is not None) == pairs], tokenizer)
   faults += some
-  names = list(c.classes) or sorted({e.label for e in found if e.split in (None, 'train')})
-  wrong = [None if e.label in names else Fault(
+  names = ['number'] if c.numbers else list(c.classes) or sorted(
+      {e.label for e in found if e.split in (None, 'train')})
+  wrong = [None if c.numbers or e.label in names else Fault(
       'label', e.origin, f'label {e.label[:40]!r} is not among those of the training split, {", ".join(names)[:200]}; '
       'expected one of them') for e in found]
   found, ids, some = _without(wrong, found, ids)
@@ -170,7 +178,7 @@ def _read(c, tokenizer):
     print(f'{c.corpus}:\n{report.table()}', flush=True)
   if not found:
     raise DataError(f'{c.corpus}: none of {report.seen} records can be used; the first left out: {faults[0]}')
-  if len(names) < 2:
+  if len(names) < 2 and not c.numbers:
     raise DataError(f'{c.corpus}: labels {names}; expected at least two in the training split')
   return found, ids, names
 

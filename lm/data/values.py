@@ -14,6 +14,7 @@ class Labelled:
   """A text of one class, or two texts of which one class is said: a premise and a hypothesis, two questions.
 
   Attributes (split and origin are those of all examples):
+    label: a class, or a number where labels are such; None: it has none.
     metadata: whatever else the record had, by name: a domain, a group, a time.
     split: 'train', 'validation', 'test', or None: not said.
     origin: 'file:line' or 'file, row N'; no part of the value.
@@ -21,7 +22,7 @@ class Labelled:
   """
 
   text: str
-  label: str | None
+  label: str | float | None
   metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
   split: str | None = None
   origin: str = dataclasses.field(default='', compare=False)

@@ -44,6 +44,14 @@ def loss(logits: Callable[[nn.Key | None], jax.Array], labels_B: jax.Array, key:
   return terms, {'loss': nll, 'accuracy': Term((weights_B * right_B).sum(), weights_B.sum())}
 
 
+def number(outputs_B1: jax.Array, labels_B: jax.Array) -> tuple[dict[str, Term], dict[str, Term]]:
+  """Term {'squared'} and metric {'loss'}: the mean of (output - label)^2. A label that is NaN does not count."""
+  told_B = jnp.isfinite(labels_B)
+  squares_B = jnp.where(told_B, jnp.square(outputs_B1[..., 0] - jnp.where(told_B, labels_B, 0)), 0)
+  squared = Term(squares_B.sum(), told_B.sum(dtype=jnp.float32))
+  return {'squared': squared}, {'loss': squared}
+
+
 def _nll(logprobs_BC, label_B1, smoothing):
   """(-log P(label), the same against the smoothed target), [B]."""
   nll_B = -jnp.take_along_axis(logprobs_BC, label_B1, axis=-1)[..., 0]

@@ -98,15 +98,16 @@ def ends(folder: str | os.PathLike) -> tuple[int, ...]:
 
 
 def classes(folder: str | os.PathLike) -> tuple[str, ...]:
-  """Names of a classifier's classes, in order: id2label of config.json, without which LABEL_0 and LABEL_1.
+  """Names of a classifier's classes, in order: id2label of config.json, without which LABEL_0 and LABEL_1. One is the
+  name of a number.
 
   Raises:
-    CheckpointError: it does not number them. ConfigError: a text may have several of them, or a number.
+    CheckpointError: it does not number them. ConfigError: a text may have several of them.
   """
   path = pathlib.Path(folder) / 'config.json'
   fields = tables.Fields(path, _json(path))
-  fields.fixed('problem_type', 'single_label_classification')
   given = fields.raw('id2label') or {'0': 'LABEL_0', '1': 'LABEL_1'}
+  fields.fixed('problem_type', 'regression' if len(given) == 1 else 'single_label_classification')
   names = [given.get(str(i)) for i in range(len(given))] if isinstance(given, dict) else [None]
   if not all(isinstance(name, str) for name in names) or len(set(names)) < len(names):
     raise CheckpointError(f'{path}: id2label={str(given)[:80]}; expected names by the numbers from 0 on; mend it')
@@ -149,6 +150,7 @@ def save(folder: str | os.PathLike, c: Any, p: params.Tree, text: tokenizer.Toke
   fields |= {f'{role}_token_id': getattr(text, f'{role}_id', None) for role in ('bos', 'eos', 'pad')}
   if classes:
     fields |= {'id2label': dict(enumerate(classes)), 'label2id': {name: i for i, name in enumerate(classes)}}
+    fields |= {'problem_type': 'regression'} if len(classes) == 1 else {}
   if ends:
     fields['eos_token_id'] = ends[0] if len(ends) == 1 else list(ends)
   with disk.new_folder(folder, (OSError, safetensors.SafetensorError)) as tmp:
