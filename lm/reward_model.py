@@ -167,7 +167,8 @@ def finish(c: Config, workdir: str | os.PathLike) -> dict[str, Any]:
   workdir = pathlib.Path(workdir)
   step = checkpoint_lib.best(workdir / 'checkpoints', c.checkpoint.metric, c.checkpoint.mode)
   base, whole = _specs(c)
-  found = RewardModel(_alone(c), weights.restore(workdir, whole, step, base), tokenizers.load(workdir / 'tokenizer'),
+  alone = dataclasses.replace(c, mesh=sharding.Config())  # whatever the mesh was
+  found = RewardModel(alone, weights.restore(workdir, whole, step, base), tokenizers.load(workdir / 'tokenizer'),
                       losses.Affine())
   score, place = jax.jit(found.score), sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
   data = _prepare(c, c.data, workdir, c.seed)
@@ -206,7 +207,7 @@ def load(workdir: str | os.PathLike) -> RewardModel:
     raise CheckpointError(f'{workdir}: {type(error).__name__}: {error}; expected the workdir of a finished reward '
                           f'model (config.json, {NORMALISER}); start its run again to finish it') from error
   base, whole = _specs(c)
-  return RewardModel(_alone(c), weights.restore(workdir, whole, step, base),
+  return RewardModel(dataclasses.replace(c, mesh=sharding.Config()), weights.restore(workdir, whole, step, base),
                      tokenizers.load(workdir / 'tokenizer'), affine)
 
 
@@ -234,9 +235,11 @@ def reward(workdir: str | os.PathLike, field: str) -> Callable[[Sequence[Any], S
 
 
 def _prepare(c, *args, **kwargs):
-  """The data; what `finish` will read of `c.reference` is refused before training."""
-  _reference(c)
-  return preferences.prepare(*args, encoder=isinstance(c, Encoder), **kwargs)
+  """The data; what `finish` could not score of `c.reference` is refused before training."""
+  talks, data = _reference(c), preferences.prepare(*args, encoder=isinstance(c, Encoder), **kwargs)
+  if talks:
+    preferences.rows(talks, c.data, data.tokenizer, isinstance(c, Encoder))
+  return data
 
 
 def _reference(c):
@@ -247,11 +250,6 @@ def _reference(c):
 
 def _family(c):
   return decoder if isinstance(c.model, decoder.Config) else encoder
-
-
-def _alone(c):
-  """For one device, whatever the mesh was."""
-  return dataclasses.replace(c, mesh=sharding.Config())
 
 
 def _quiet(c):

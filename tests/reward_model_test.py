@@ -256,7 +256,9 @@ def test_scores_are_brought_to_the_mean_of_given_answers(trained, tmp_path):
 def test_a_reference_that_cannot_be_read_is_refused_before_training(trained, tmp_path):
   c = trained[0]
   (tmp_path / 'empty.jsonl').touch()
-  for name, part in (('none.jsonl', 'none.jsonl'), ('empty.jsonl', 'empty.jsonl: no records')):
+  (tmp_path / 'long.jsonl').write_text(json.dumps({'conversation': ['q', 'a', 'q again', 'a again']}) + '\n')
+  for name, part in (('none.jsonl', 'none.jsonl'), ('empty.jsonl', 'empty.jsonl: no records'),
+                     ('long.jsonl', 'example 0: a prompt of 3 turns')):
     other = config.replace(c, reference=str(tmp_path / name))
     with pytest.raises(DataError, match=part):
       run.run(other, reward_model.task(other), tmp_path / name.removesuffix('.jsonl'))
