@@ -253,8 +253,8 @@ def test_scores_are_brought_to_the_mean_of_given_answers(trained, tmp_path):
   np.testing.assert_allclose(np.asarray(model.score(model.params, said)).mean(), 0, atol=1e-5)
 
 
-def test_a_reference_that_cannot_be_read_is_refused_before_training(trained, tmp_path):
-  c = trained[0]
+def test_a_reference_that_cannot_be_read_is_refused_before_training(root, tmp_path):
+  c = made('decoder', root)
   (tmp_path / 'empty.jsonl').touch()
   (tmp_path / 'long.jsonl').write_text(json.dumps({'conversation': ['q', 'a', 'q again', 'a again']}) + '\n')
   for name, part in (('none.jsonl', 'none.jsonl'), ('empty.jsonl', 'empty.jsonl: no records'),
