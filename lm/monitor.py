@@ -32,7 +32,7 @@ class Limits:
       ends, also to their largest since.
     errors: standard errors of a difference that count as a change, where the metric has one ('NAME_se').
     change: a change of a score or reward that has none, in its own units.
-    nll: rise of the reference's negative log-likelihood, nats a token.
+    nll: rise of the reference's negative log-likelihood, nats a token, at the temperature of drawing.
     kl_target: nats a response that the KL is steered to; 0 = there is no target.
     kl: multiple of the target.
     ended: share of responses that end, below which hardly any does.
