@@ -324,6 +324,14 @@ def test_fields_by_other_names_in_another_encoding(root):
     labelled.prepare(dataclasses.replace(c, rename=(('part', 'split'),)), '', encoder=False)
 
 
+def test_classes_that_are_integers_are_in_the_order_of_their_values(root):
+  path = root / 'counted.jsonl'
+  path.write_text(''.join(json.dumps({'text': f'film {i}', 'label': label}) + '\n'
+                          for i, label in enumerate([10, 2, 'x', -1, 0, '02', 'b'] * 9)))
+  made = labelled.prepare(labelled.Config(corpus=str(path), tokenizer=str(root / 'x.model'), length=16), root)
+  assert made.names == ('-1', '0', '02', '2', '10', 'b', 'x')
+
+
 @pytest.mark.parametrize('pairs', [False, True])
 def test_a_text_that_the_tokenizer_refuses_ends_the_run_or_is_counted(root, capsys, pairs):
   row = lambda text, *rest: ('ab', text, *rest) if pairs else (text, *rest)

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import re
 from typing import Literal
 
 import numpy as np
@@ -27,7 +28,7 @@ class Config:
   Attributes:
     corpus: a file or folder of records {text, label, split} or {text, text_pair, label, split}, see
       `lm.data.examples.read`.
-    classes: names of the labels in order; () = those of the training split, sorted.
+    classes: names of the labels in order; () = those of the training split, sorted, integers by their value.
     numbers: labels are numbers, such as how alike two texts are (STS-B), and no classes.
     tokenizer: a path, see `lm.text.tokenizer.load`.
     length: T, tokens of a row; longer texts are cut at their end, and it is said how many.
@@ -162,7 +163,7 @@ def _read(c, tokenizer):
   found, ids, some = _written([e for e in found if (e.text_pair is not None) == pairs], tokenizer)
   faults += some
   names = ['number'] if c.numbers else list(c.classes) or sorted(
-      {e.label for e in found if e.split in (None, 'train')})
+      {e.label for e in found if e.split in (None, 'train')}, key=_in_order)
   wrong = [None if c.numbers or e.label in names else Fault(
       'label', e.origin, f'label {e.label[:40]!r} is not among those of the training split, {", ".join(names)[:200]}; '
       'expected one of them') for e in found]
@@ -181,6 +182,10 @@ def _read(c, tokenizer):
   if len(names) < 2 and not c.numbers:
     raise DataError(f'{c.corpus}: labels {names}; expected at least two in the training split')
   return found, ids, names
+
+
+def _in_order(name):
+  return (0, int(name), name) if re.fullmatch(r'-?\d{1,18}', name) else (1, 0, name)
 
 
 def _written(found, tokenizer):
