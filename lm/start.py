@@ -127,6 +127,8 @@ def first(c: Any, task: Any, parts: Any) -> train.State:
   with sharding.use(sharding.alone()):  # a workdir's model is read, merged and fingerprinted on one device
     given = weights.params_from(c.init_from, params.abstract(specs), partial=bool(base))
     more = [base.more()] if base and base.more else []
+  if jax.process_count() > 1:  # a device gives nothing to those of another process
+    given, more = jax.device_get((given, more))
   given = jax.device_put(given, sharding.shardings(specs, parts.mesh, fsdp=c.mesh.zero == 3))
   more = [jax.device_put(tree, sharding.like(tree, specs, parts.mesh)) for tree in more]
   make = lambda p, key, *more: train.state_of(base.graft(p, task.specs, key, *more) if base else p, parts.tx,

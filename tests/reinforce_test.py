@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import jax
+import jobs
 import numpy as np
 import pytest
 import tiny
@@ -219,14 +220,39 @@ def judge(root, tmp_path, method='full'):
 @pytest.mark.parametrize('method, mesh', [('full', dict(data=8)), ('lora', EVERY)])
 def test_models_of_workdirs_serve_on_any_mesh(method, mesh, root, tmp_path):
   """Policy, critic and reward model from runs on one device, whose arrays lie there."""
-  rewarding = judge(root, tmp_path, method)
+  judge(root, tmp_path, method)
   first = make(root, optim__steps=2, loop__eval_first=False)
   run.run(first, reinforce.task(first, low), tmp_path / 'first')
   for name, where in (('one', {}), ('eight', mesh)):
-    c = make(root, mesh=sharding.Config(**where), value='separate', critic_from=str(rewarding), optim__steps=4,
-             init_from=str(tmp_path / 'first'), optim__lr=1e-3, optim__eps=1e-3)
-    run.run(c, reinforce.task(c, reward_model.reward(rewarding, 'reward_from')), tmp_path / name)
+    run.run(*of_workdirs(root, tmp_path, mesh=sharding.Config(**where)), tmp_path / name)
   same(rows_of(tmp_path / 'one'), rows_of(tmp_path / 'eight'))
+
+
+def of_workdirs(root, folder, **changes):
+  """A policy, its critic and judge out of the workdirs in a folder."""
+  c = make(root, value='separate', critic_from=str(folder / 'reward'), init_from=str(folder / 'first'), optim__lr=1e-3,
+           optim__steps=4, optim__eps=1e-3, **changes)
+  return c, reinforce.task(c, reward_model.reward(folder / 'reward', 'reward_from'))
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(root, tmp_path):
+  """With models that each process reads for itself, on the first of its four devices."""
+  judge(root, tmp_path, 'lora')
+  first = make(root, optim__steps=2, loop__eval_first=False)
+  run.run(first, reinforce.task(first, low), tmp_path / 'first')
+  run.run(*of_workdirs(root, tmp_path), tmp_path / 'one')
+  code = ("import pathlib, sys; sys.path.insert(0, 'tests'); from lm import hosts, run, sharding; "
+          "hosts.join(sys.argv[1], 30, 120); import reinforce_test as t; root, out = map(pathlib.Path, sys.argv[2:]); "
+          "run.run(*t.of_workdirs(root, out, mesh=sharding.Config(data=8)), out / 'two'); hosts.leave()")
+  where, env = f'127.0.0.1:{jobs.port()}', os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': (
+      '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 '
+      '--xla_llvm_disable_expensive_passes=true')}
+  both = [subprocess.Popen([sys.executable, '-c', code, f'{where},2,{i}', root, tmp_path], cwd=jobs.ROOT, env=env,
+                           stderr=subprocess.PIPE, text=True) for i in range(2)]
+  said = [process.communicate(timeout=280)[1] for process in both]
+  assert [process.returncode for process in both] == [0, 0], said
+  same(rows_of(tmp_path / 'one'), rows_of(tmp_path / 'two'))
 
 
 @pytest.mark.slow
