@@ -72,8 +72,7 @@ def _advise_huge_pages():
 
 
 def keep_compiled_programs() -> None:
-  """Lets JAX keep the programs that took it over 50 ms to compile, so that a run that goes on or has another seed
-  starts at once.
+  """Lets JAX keep all programs that it compiles, so that a run that goes on or has another seed starts at once.
 
   They lie in ~/.cache/lm (or $XDG_CACHE_HOME/lm), which may be deleted at any time, in a folder for this kind of
   processor, as machine code may not run on another. JAX_COMPILATION_CACHE_DIR names another place, and
@@ -82,7 +81,7 @@ def keep_compiled_programs() -> None:
   base = os.environ.get('XDG_CACHE_HOME') or os.path.expanduser('~/.cache')
   if jax.config.jax_compilation_cache_dir is None and os.path.isabs(base):  # a user without a home keeps nothing
     jax.config.update('jax_compilation_cache_dir', os.path.join(base, 'lm', f'jax-{_processor()}'))
-    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.05)
+    jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)
 
 
 def compiler_options(platform: str, parameters: int) -> dict[str, str]:
