@@ -125,12 +125,13 @@ def _classified(workdir):
   saved = logs.read_config(workdir)['config']
   try:
     family = next(kind for kind in (encoder, deberta, decoder)
-                  if {field.name for field in dataclasses.fields(kind.Config)} == set(saved['model']))
+                  if {field.name for field in dataclasses.fields(kind.Config)} >= set(saved['model']))
     model, method = config.from_json(family.Config, saved['model']), saved['peft']['method']
     ranked = checkpoint.best(workdir / 'checkpoints', saved['checkpoint']['metric'], saved['checkpoint']['mode'])
   except (KeyError, TypeError, StopIteration, ConfigError) as error:
-    raise CheckpointError(f'{workdir / "config.json"}: {type(error).__name__}: {error}; expected the config of a '
-                          'classifier; name another model') from error
+    what = f'{type(error).__name__}: {error}' if str(error) else 'a model of no known kind'
+    raise CheckpointError(f'{workdir / "config.json"}: {what}; expected the config of a classifier; name another '
+                          'model') from error
   if method not in ('full', 'top', 'lora'):
     raise ConfigError(f"{workdir}: peft.method={method!r} put parts beside the model's weights; expected a classifier "
                       'trained in full, in its top or by LoRA; name another model')

@@ -24,11 +24,15 @@ MODELS = {classification.Encoder: encoder.Config(scan_layers=False, **SHAPE),
           classification.Decoder: decoder.Config(kv_heads=2, **SHAPE)}
 
 
+def write_tokenizer(path):
+  training.train_sentencepiece(['good film 好电影 bad film 坏电影'] * 20, path, vocab=280,
+                               control_symbols=('[CLS]', '[SEP]', '[MASK]'))
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   root = tmp_path_factory.mktemp('classify')
-  training.train_sentencepiece(['good film 好电影 bad film 坏电影'] * 20, root / 'x.model', vocab=280,
-                               control_symbols=('[CLS]', '[SEP]', '[MASK]'))
+  write_tokenizer(root / 'x.model')
   rows = [{'text': f'{"good" if i % 2 else "bad"} film {"好" * (i % 3)} {i}', 'label': 'liked' if i % 2 else 'not, 不',
            'split': 'train' if i % 5 else 'validation'} for i in range(80)]
   pairs = [row | {'text_pair': f'a film {i}'} for i, row in enumerate(rows)]

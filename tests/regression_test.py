@@ -5,6 +5,7 @@ import pathlib
 import subprocess
 import sys
 
+from classify_script_test import MODELS, SHAPE, write_tokenizer
 import jax
 import jax.numpy as jnp
 from marks import slow
@@ -15,21 +16,15 @@ from lm import checkpoint, classification, classifier, config, loop, metrics, op
 from lm.data import examples, labelled
 from lm.errors import ConfigError, DataError
 from lm.losses import classify
-from lm.models import decoder, encoder
-from lm.text import training
 
 ROOT = pathlib.Path(__file__).parent.parent
-SHAPE = dict(vocab=300, length=64, layers=1, embed=16, heads=2, head_dim=8, mlp=32)
-MODELS = {classification.Encoder: encoder.Config(scan_layers=False, **SHAPE),
-          classification.Decoder: decoder.Config(kv_heads=2, **SHAPE)}
 
 
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
   """Pairs as STS-B has them: how many words of the second are those of the first."""
   root = tmp_path_factory.mktemp('numbers')
-  training.train_sentencepiece(['good film 好电影 bad film 坏电影'] * 20, root / 'x.model', vocab=280,
-                               control_symbols=('[CLS]', '[SEP]', '[MASK]'))
+  write_tokenizer(root / 'x.model')
   rows = [{'sentence1': f'film {i}', 'sentence2': f'{"好" * n}{"坏" * (4 - n)} {i}', 'label': n + 0.5,
            'split': 'dev' if i % 5 == 0 else 'train'} for i in range(120) for n in [i % 7 % 5]]
   rows += [{'sentence1': 'a', 'sentence2': 'b', 'label': -1, 'split': 'test'}]
@@ -125,7 +120,7 @@ def test_what_belongs_to_classes_is_refused(folder):
     run.run(c, classification.task(c), folder / 'refused')
 
 
-def test_the_command_line_takes_it(folder, tmp_path):
+def test_the_command_line_takes_it():
   sets = ('classes=1', 'data.numbers=True', 'checkpoint.metric=val_loss', 'checkpoint.mode=min')
   c = config.override(classification.Encoder(checkpoint=checkpoint.Config(metric='val_accuracy', mode='max')), *sets)
   assert c.classes == 1 and c.data.numbers and c.checkpoint.mode == 'min'
