@@ -19,7 +19,6 @@ import tqdm
 from lm import (
   budget,
   checkpoint as checkpoint_lib,
-  instruct,
   mixout,
   nn,
   parallel,
@@ -76,12 +75,10 @@ class _Config(run.Config):
       raise ConfigError(f"pooling={self.pooling!r}; expected 'last' of a decoder, and of a decoder only")
     if self.pooling == 'pooler' and not isinstance(self.model, encoder.Config):
       raise ConfigError("pooling='pooler'; expected of BERT's family only; set pooling=first")
-    if self.peft.method == 'prefix' and isinstance(self.model, deberta.Config):
-      raise ConfigError('peft.method=prefix: DeBERTa scores distances, which a prefix has not; choose another')
     if self.data.pack and self.peft.method == 'prompt':
       raise ConfigError('data.pack=True: a prompt stands in each example, not in each row; set data.pack=False')
     pretrain.check_mesh(self, self.model)
-    instruct.check(self)
+    pretrain.check_peft(self)
 
 
 @dataclasses.dataclass(frozen=True)

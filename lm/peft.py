@@ -94,7 +94,7 @@ class Config:
     if length + more + self.virtual > positions:
       less = f' less peft.length={self.virtual}' if self.virtual else ''
       raise ConfigError(f'data.length={length}{" and one" * more} is more than model.length={positions} '
-                        f'positions{less}; lower data.length')
+                        f'positions{less}; lower data.length or raise model.length')
 
 
 def specs(c: Config, base: params.Tree) -> params.Tree:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from lm import config, instruct, nn, params, peft as peft_lib, pretrain, reward_model, run, sampler
+from lm import config, nn, params, peft as peft_lib, pretrain, reward_model, run, sampler
 from lm.data import loader, prompts
 from lm.errors import ConfigError
 from lm.losses import ar, grpo, ppo
@@ -94,7 +94,7 @@ class Config(run.Config):
       raise ConfigError(f'peft.method={self.peft.method!r}, peft.mixout={self.peft.mixout}, mesh.pipe={self.mesh.pipe}:'
                         " a policy has no learned prompt, mixout or stages; choose another method, set 0 and 1")
     pretrain.check_mesh(self, self.model)
-    instruct.check(self)
+    pretrain.check_peft(self)
 
   def check_batch(self) -> None:
     ways = self.rollout.minibatches * self.optim.microbatches * self.mesh.rows

@@ -27,7 +27,6 @@ from lm import (
   decode,
   disk,
   hosts,
-  instruct,
   logprobs,
   logs,
   nn,
@@ -79,7 +78,7 @@ class Config(run.Config):
       if rate != none:
         raise ConfigError(f'{name}={rate}; expected {none}: the log-ratio to the reference has no noise; set it so')
     pretrain.check_mesh(self, self.model)
-    instruct.check(self)
+    pretrain.check_peft(self)
 
 
 @struct.dataclass

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from lm import budget, nn, parallel, pretrain, run, train
+from lm import budget, nn, parallel, peft as peft_lib, pretrain, run, train
 from lm.data import masking
 from lm.errors import ConfigError
 from lm.kernels import attention
@@ -37,7 +37,22 @@ class _Encoder(run.Config):
 
 
 @dataclasses.dataclass(frozen=True)
-class Masked(_Encoder):
+class _Words(_Encoder):
+  """Masked language modelling of one network, all of it or few parameters."""
+
+  peft: peft_lib.Config = peft_lib.Config(train='')
+
+  def __post_init__(self):
+    super().__post_init__()
+    if self.peft.method == 'prompt' or self.peft.mixout:
+      raise ConfigError(f'peft.method={self.peft.method!r}, peft.mixout={self.peft.mixout}; expected no prompt, whose '
+                        'tokens could not be masked, and no mixout; set another method and peft.mixout=0')
+    self.peft.check_length(self.data.length, self.model.length)
+    pretrain.check_peft(self)
+
+
+@dataclasses.dataclass(frozen=True)
+class Masked(_Words):
   """BERT and RoBERTa. nsp: BERT's second term, next-sentence prediction from the pooled first token."""
 
   model: encoder.Config = encoder.Config()
@@ -52,7 +67,7 @@ class Masked(_Encoder):
 
 
 @dataclasses.dataclass(frozen=True)
-class Disentangled(_Encoder):
+class Disentangled(_Words):
   """DeBERTa v1 and v2. decoder: the enhanced mask decoder, which adds absolute positions in pretraining."""
 
   model: deberta.Config = deberta.Config()
@@ -88,13 +103,13 @@ def networks(model: Any) -> dict[str, Any]:
 def task(c: Config, tokens: masking.Tokens | None = None, attend: Callable[..., jax.Array] = attention.attend
          ) -> run.Task:
   """The networks of `c.model` under `c.loss`. `attend`: another attention for BERT, RoBERTa and ELECTRA."""
-  make = _replaced if isinstance(c, Replaced | DisentangledReplaced) else _masked
-  specs, flops, loss = make(c, attend)
+  make = _masked if isinstance(c, _Words) else _replaced
+  specs, base, flops, loss = make(c, attend)
   vocab = next(iter(networks(c.model).values())).vocab
   if tokens is None:
-    return run.Task(specs, _unbound, _unbound, vocab, flops,
+    return run.Task(specs, _unbound, _unbound, vocab, flops, base=base,
                     bind=lambda tokenizer: task(c, masking.tokens(tokenizer), attend))
-  return run.Task(specs, loss(c.model, tokens), loss(_quiet(c.model), tokens), vocab, flops)
+  return run.Task(specs, loss(c.model, tokens), loss(_quiet(c.model), tokens, quiet=True), vocab, flops, base=base)
 
 
 def _unbound(*unused: Any) -> train.Loss:
@@ -109,31 +124,37 @@ def _quiet(model):
 
 
 def _masked(c, attend):
-  """(specs, FLOPs, (model, tokens) -> loss) of masked language modelling."""
-  model = c.model
+  """(specs, `run.Base`, FLOPs, (model, tokens, quiet) -> loss) of masked language modelling."""
   disentangled = isinstance(c, Disentangled)
-  specs = pretrained.specs(model, nsp=not disentangled and c.nsp, decoder=disentangled and c.decoder)
+  base = pretrained.specs(c.model, nsp=not disentangled and c.nsp, decoder=disentangled and c.decoder)
+  specs = peft_lib.specs(c.peft, base)
 
-  def loss(model, tokens):
-    stack = parallel.stack(c.mesh, specs['blocks'], model.dtype)
+  def loss(model, tokens, quiet=False):
+    stack = parallel.stack(c.mesh, peft_lib.block_specs(c.peft, specs), model.dtype)
     if disentangled:
       apply, nsp = (deberta.decode_masked if c.decoder else deberta.apply), None
-      forward = lambda p, ids_BT, **arrays: apply(p, model, ids_BT, stack=stack, **arrays)
     else:
-      forward = lambda p, ids_BT, **arrays: encoder.apply(p, model, ids_BT, attend=attend, stack=stack, **arrays)
+      apply = functools.partial(encoder.apply, attend=attend)
       nsp = (lambda p, x_BTD: heads.nsp(p['nsp'], heads.pooler(p['pooler'], x_BTD[:, 0]))) if c.nsp else None
-    return functools.partial(mlm.loss, apply=forward, head=_words(model), c=c.loss, tokens=tokens, nsp=nsp)
+
+    def forward(p, ids_BT, *, key, **arrays):
+      return apply(p, model, ids_BT, stack=stack, key=None if quiet else key, **arrays)
+    bound = functools.partial(mlm.loss, apply=forward, head=_words(model), c=c.loss, tokens=tokens, nsp=nsp)
+    return lambda p, batch, key: bound(peft_lib.materialise(p), batch, key)
   # The enhanced mask decoder goes through the last block twice.
-  deep = dataclasses.replace(model, layers=model.layers + (disentangled and c.decoder))
-  return specs, _flops(c, deep, (deberta if disentangled else encoder).specs(deep), _share(c)), loss
+  deep = dataclasses.replace(c.model, layers=c.model.layers + (disentangled and c.decoder))
+  flops = _flops(c, deep, (deberta if disentangled else encoder).specs(deep), _share(c))
+  return (specs, run.Base(base, peft_lib.freeze(c.peft, c.model.layers)),
+          peft_lib.step_flops(c.peft, flops, c.model.layers), loss)
 
 
 def _replaced(c, attend):
-  """(specs, FLOPs, (model, tokens) -> loss) of replaced-token detection."""
+  """As `_masked`, of replaced-token detection; all of it trains."""
   disentangled = isinstance(c, DisentangledReplaced)
   specs = pretrained.specs(c.model)
 
-  def loss(model, tokens):
+  def loss(model, tokens, quiet=False):
+    del quiet  # without dropout no key is used but to mask and to draw
     G, D = model.generator, model.discriminator
     ours, theirs = (parallel.stack(c.mesh, specs[name]['blocks'], network.dtype)
                     for name, network in (('generator', G), ('discriminator', D)))
@@ -155,7 +176,7 @@ def _replaced(c, attend):
   deep = dataclasses.replace(c.model.generator, layers=c.model.generator.layers + disentangled)  # as in `_masked`
   flops = [_flops(c, deep, network.specs(deep), _share(c)),
            _flops(c, c.model.discriminator, network.specs(c.model.discriminator), 0.0)]
-  return specs, budget.Flops(sum(f.matmul for f in flops), sum(f.attention for f in flops)), loss
+  return specs, None, budget.Flops(sum(f.matmul for f in flops), sum(f.attention for f in flops)), loss
 
 
 def _with_loss(loss, p, batch, key):

@@ -25,7 +25,6 @@ from lm import (
   classification,
   config,
   disk,
-  instruct,
   logs,
   mixout,
   nn,
@@ -82,7 +81,7 @@ class _Config(run.Config):
       raise ConfigError('mesh.sequence=True: rows have data.length + 1 tokens, to the last of which all come; set '
                         'mesh.sequence=False')
     pretrain.check_mesh(self, self.model)
-    instruct.check(self)
+    pretrain.check_peft(self)
 
 
 @dataclasses.dataclass(frozen=True)

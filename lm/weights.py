@@ -63,7 +63,12 @@ def load_encoder(workdir: str | os.PathLike, best: bool = True) -> Model:
   Raises:
     CheckpointError: no config of an encoder's run, or no intact checkpoint.
   """
-  workdir = pathlib.Path(workdir)
+  c, p = _pretrained(pathlib.Path(workdir), best)
+  return Model(*pretrained.network(c, p), tokenizers.load(pathlib.Path(workdir) / 'tokenizer'))
+
+
+def _pretrained(workdir, best=True):
+  """(config, parameters) of all that an encoder's pretraining trained, LoRA merged."""
   saved = logs.read_config(workdir)['config']
   try:
     (c, specs), kept = pretrained.from_json(saved), saved['checkpoint']
@@ -71,7 +76,7 @@ def load_encoder(workdir: str | os.PathLike, best: bool = True) -> Model:
   except (KeyError, TypeError, ConfigError) as error:
     raise CheckpointError(f'{workdir / "config.json"}: {type(error).__name__}: {error}; expected the config of an '
                           "encoder's run; name another model") from error
-  return Model(*pretrained.network(c, restore(workdir, specs, ranked)), tokenizers.load(workdir / 'tokenizer'))
+  return c, peft.plain(restore(workdir, specs, ranked))
 
 
 def of_encoder(workdir: str | os.PathLike) -> bool:
@@ -93,13 +98,14 @@ def of_classifier(workdir: str | os.PathLike) -> bool:
 def params_from(path: str | os.PathLike, abstract: params.Tree, partial: bool = False) -> params.Tree:
   """Parameters to start training from; `partial`: heads that the model there has more are left out.
 
-  Of the workdir of an encoder's pretraining, the network that is kept: of a pair, the discriminator. Of a classifier's,
-  the model below its head, as fine-tuned (RoBERTa §5.1 starts RTE, STS and MRPC from the one of MNLI).
+  Of the workdir of an encoder's pretraining, the network that is kept: of a pair, the discriminator; or all, if that is
+  what is to go on. Of a classifier's, the model below its head, as fine-tuned (RoBERTa §5.1 starts RTE, STS and MRPC
+  from the one of MNLI).
 
   Raises:
     ConfigError: a leaf is missing, is one too many or has another shape; the message names it.
   """
-  have, want = _given(path), params.flatten(abstract)
+  have, want = _given(path, abstract.keys()), params.flatten(abstract)
   got = params.flatten(have)
   spare = {name for name in got if partial and name.split('/')[0] in _HEADS}
   for name in sorted(want.keys() | got.keys() - spare):
@@ -111,13 +117,16 @@ def params_from(path: str | os.PathLike, abstract: params.Tree, partial: bool = 
   return params.map_with_path(lambda name, _: got[name], abstract) if partial else have
 
 
-def _given(path):
-  """All parameters of the model at `path`."""
+def _given(path, wanted):
+  """All parameters of the model at `path`; of a pretraining also those that only it has, if any of them is `wanted`."""
   if kind_of(path) == 'hf':
     return hf.load(path)[1]
   if of_classifier(path):
     return _classified(pathlib.Path(path))
-  return (load_encoder if of_encoder(path) else load)(path).params
+  if not of_encoder(path):
+    return load(path).params
+  c, p = _pretrained(pathlib.Path(path))
+  return p if wanted & {'generator', 'decoder'} else pretrained.network(c, p)[1]
 
 
 def _classified(workdir):

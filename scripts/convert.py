@@ -14,8 +14,8 @@ along, with a tokenizer.json of the same ids for AutoTokenizer. Training (init_f
 as they are: no need to convert first.
 
 LoRA of a run is merged into its weights, unless --to=peft asks for adapter_config.json and adapter_model.safetensors
-alone. These hold LoRA (a classifier's without its head), or the prefix or prompt of a run on conversations or
-preferences; --base may be any model, also an encoder's folder. Prefixes, prompts and adapter layers cannot be merged.
+alone. These hold LoRA (a classifier's without its head), or the prefix or prompt of a run of a model that writes;
+--base may be any model, also an encoder's folder. Prefixes, prompts and adapter layers cannot be merged.
 
 Exit status: 0 done, 2 a flag or an option of the model, 3 the tokenizer, 4 damaged weights or nowhere to write.
 """
@@ -41,6 +41,7 @@ from lm import (
   peft_hf,
   preference,
   pretrain,
+  pretrain_encoder,
   run,
   weights,
 )
@@ -57,8 +58,14 @@ _OUT = flags.DEFINE_string('out', '', 'The folder to write; new, or empty.')
 _TOKENIZER = flags.DEFINE_string('tokenizer', '', 'A tokenizer to send along in place of the model\'s: file or folder.')
 _NEWEST = flags.DEFINE_bool('newest', False, 'Of a workdir: the newest checkpoint, not the best.')
 
-_TASKS = {instruct.Config: instruct.task, preference.Config: preference.task, **dict.fromkeys(
-    (classification.Encoder, classification.Disentangled, classification.Decoder), classification.task)}
+_TASKS = (  # the head: of transformers' class
+    (pretrain.Config, pretrain.task, 'CausalLM'), (instruct.Config, instruct.task, 'CausalLM'),
+    (preference.Config, preference.task, 'CausalLM'),
+    (pretrain_encoder.Masked, pretrain_encoder.task, 'MaskedLM'),
+    (pretrain_encoder.Disentangled, pretrain_encoder.task, 'MaskedLM'),
+    (classification.Encoder, classification.task, 'SequenceClassification'),
+    (classification.Disentangled, classification.task, 'SequenceClassification'),
+    (classification.Decoder, classification.task, 'SequenceClassification'))
 
 
 def main(_: list[str]) -> None:
@@ -141,13 +148,12 @@ def _adapter(out: pathlib.Path) -> None:
   workdir = _FROM.value
   if weights.kind_of(workdir) != 'workdir':
     raise ConfigError(f'--to=peft: {workdir} is no workdir; expected that of a run of experiments.lora or prefix')
-  c, task = _run_in(pathlib.Path(workdir))
+  c, task, head = _run_in(pathlib.Path(workdir))
   specs, few = peft.without(task.specs), c.peft
   best = checkpoint.best(pathlib.Path(workdir) / 'checkpoints', c.checkpoint.metric, c.checkpoint.mode)
   p = weights.restore(workdir, specs, None if _NEWEST.value else best, task.base.specs)
-  talks = isinstance(c, instruct.Config | preference.Config)
   named = c.init_from and weights.kind_of(c.init_from) == 'hf'
-  peft_hf.save(out, c.model, p, few, c.init_from if named else '', 'CAUSAL_LM' if talks else None)
+  peft_hf.save(out, c.model, p, few, c.init_from if named else '', 'CAUSAL_LM' if head == 'CausalLM' else None)
   count = params.count(peft.materialise(p)) - params.count(peft.without(p))
   print(f'{out}: {few.method} of {count:,} parameters')
   if few.train and (left := params.count(p, few.train)):
@@ -155,11 +161,11 @@ def _adapter(out: pathlib.Path) -> None:
   other = f' (python -m scripts.convert --from={c.init_from} --out=FOLDER)' if c.init_from and not named else ''
   print(f'next: in Python, peft.PeftModel.from_pretrained(BASE, {str(out)!r}), BASE being '
         f'{c.init_from or "the model that it began with"} in transformers, of a class with a head, as '
-        f'AutoModelFor{"CausalLM" if talks else "SequenceClassification"}{other}')
+        f'AutoModelFor{head}{other}')
 
 
-def _run_in(workdir: pathlib.Path) -> tuple[Any, run.Task]:
-  """(config, task) of a run that learned something which PEFT's layout has."""
+def _run_in(workdir: pathlib.Path) -> tuple[Any, run.Task, str]:
+  """(config, task, head) of a run that learned something which PEFT's layout has."""
   where = workdir / 'config.json'
   try:
     saved = json.loads(where.read_bytes())['config']
@@ -171,17 +177,17 @@ def _run_in(workdir: pathlib.Path) -> tuple[Any, run.Task]:
     raise ConfigError(f'--to=peft: {workdir} was trained with peft.method={method!r} and has no adapter that PEFT '
                       'knows; expected lora, prefix or prompt'
                       + ('; give --to=hf, which writes all weights' if method in ('full', 'top') else ''))
-  for kind, task in _TASKS.items():
+  for kind, task, head in _TASKS:
     try:
       c = config.from_json(kind, saved)
     except ConfigError:
       continue
-    if method != 'lora' and task is classification.task:
-      raise ConfigError(f'--to=peft: {workdir} is of a classifier with a {method}, whose head PEFT would not have; '
-                        'expected LoRA, or a run on conversations')
-    return c, task(c)
-  raise ConfigError(f'--to=peft: {workdir} is a run of another kind; expected one of experiments.sft, lora, prefix, '
-                    'classify or dpo')
+    if method != 'lora' and head != 'CausalLM':
+      raise ConfigError(f'--to=peft: {workdir} is of {"an encoder" if head == "MaskedLM" else "a classifier"} with a '
+                        f'{method}, whose head PEFT would not have; expected LoRA, or a run of a model that writes')
+    return c, task(c), head
+  raise ConfigError(f'--to=peft: {workdir} is a run of another kind; expected one of a model that writes, of '
+                    'masked words, or of a classifier')
 
 
 def _workdir(out: pathlib.Path, model: weights.Model) -> None:

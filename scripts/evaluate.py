@@ -24,6 +24,7 @@ from experiments import cli
 from lm import evaluate, host, peft, pretrain, sharding, train, weights
 from lm.data import loader
 from lm.errors import ConfigError, DataError
+from lm.models import blocks
 
 _MODEL = flags.DEFINE_string('model', '', 'A workdir, a Hugging Face folder, or a .gguf file.')
 _CORPUS = flags.DEFINE_list('corpus', [], '.txt and .jsonl files, directories, globs, prepared datasets; by commas.')
@@ -46,20 +47,26 @@ def main(_: list[str]) -> None:
   found = weights.load(_MODEL.value, best=not _NEWEST.value)
   if found.tokenizer is None:
     raise DataError(f'{_MODEL.value}: no tokenizer beside the weights; expected its files; copy them there')
-  if found.tokenizer.vocab_size > found.config.vocab or peft.virtual_tokens(found.params):
-    raise ConfigError(f'{_MODEL.value}: a learned prompt, or a tokenizer with more ids than the model; expected plain '
-                      'text to read, and the tokenizer that it was trained with')
+  if found.tokenizer.vocab_size > found.config.vocab:
+    raise ConfigError(f'{_MODEL.value}: its tokenizer has {found.tokenizer.vocab_size} ids, the model '
+                      f'{found.config.vocab}; expected the tokenizer that it was trained with; put that one there')
   with tempfile.TemporaryDirectory() as folder:
     found.tokenizer.save(f'{folder}/tokenizer')
-    data = loader.prepare(_data(found.config, f'{folder}/tokenizer'), folder)
-    print(json.dumps({part: _measured(found, data, part) for part in _parts(data)}, indent=1))
+    c = _config(found, f'{folder}/tokenizer')
+    data = loader.prepare(c.data, folder)
+    print(json.dumps({part: _measured(c, found.params, data, part) for part in _parts(data)}, indent=1))
 
 
-def _data(model, tokenizer):
-  return loader.Config(
-      corpus=tuple(_CORPUS.value), tokenizer=tokenizer, length=_LENGTH.value or min(1024, model.length),
-      batch=_BATCH.value, isolate=_ISOLATE.value, split=_SPLIT.value,
+def _config(found, tokenizer):
+  """Of a run that would read this text: behind the prefix or prompt that the model learned, if any."""
+  prompt, prefix = len(peft.virtual_tokens(found.params)), blocks.virtual(found.params['blocks'])
+  few = peft.Config('prompt' if prompt else 'prefix', length=prompt or prefix, hidden=0) if prompt or prefix else (
+      peft.Config())
+  data = loader.Config(
+      corpus=tuple(_CORPUS.value), tokenizer=tokenizer, batch=_BATCH.value, isolate=_ISOLATE.value,
+      length=_LENGTH.value or min(1024, found.config.length - few.virtual), split=_SPLIT.value,
       validation_fraction=0.0 if _PART.value == 'all' else _FRACTION.value)
+  return pretrain.Config(model=found.config, data=data, peft=few)
 
 
 def _parts(data):
@@ -71,15 +78,14 @@ def _parts(data):
                   '--validation_fraction')
 
 
-def _measured(found, data, part):
+def _measured(c, p, data, part):
   """{metric: value} over a part of the text."""
-  c = pretrain.Config(model=found.config, data=data.config)
   step = jax.jit(train.make_eval(pretrain.task(c).eval_loss))
   place = sharding.batch_sharding(sharding.make_mesh(sharding.Config()))
   batches = loader.eval_batches(data, part, data.config.batch, place)
   total = loader.eval_steps(data, part, data.config.batch)
   batches = tqdm.tqdm(batches, desc=part, total=total, unit=' batches', disable=None)
-  sums = jax.device_get(train.summed(step(found.params, batch, None) for batch in batches))
+  sums = jax.device_get(train.summed(step(p, batch, None) for batch in batches))
   values = evaluate.means(sums, data, part)
   return values | {'perplexity': math.exp(values['loss']), 'targets': int(sums['loss'].weight),
                    'bytes': data.utf8_bytes(part)}

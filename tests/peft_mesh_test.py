@@ -1,4 +1,4 @@
-"""Few parameters on any mesh are those of one device: loss and gradients of a step of SFT, classes and preferences."""
+"""Few parameters on any mesh are those of one device: loss and gradients of a step of every objective."""
 
 import dataclasses
 import functools
@@ -9,7 +9,20 @@ import optax
 import parallel_test as parallel
 import pytest
 
-from lm import classification, instruct, nn, optim, params, peft, preference, run, samples, sharding
+from lm import (
+  classification,
+  instruct,
+  nn,
+  optim,
+  params,
+  peft,
+  preference,
+  pretrain,
+  pretrain_encoder,
+  run,
+  samples,
+  sharding,
+)
 from lm.data import conversations, framing, labelled, preferences
 from lm.data.packing import Batch
 from lm.errors import ConfigError
@@ -71,6 +84,15 @@ def preference_pairs(method, mesh, seed):
   return c, preference.task(c), preference.Referred(ranked, reference_NK.astype(np.float32))
 
 
+def pretraining(kind, method, mesh, seed):
+  c = dataclasses.replace(parallel.KINDS[kind], peft=METHODS[method], optim=OPTIM, mesh=sharding.Config(**mesh))
+  task = pretrain.task(c) if isinstance(c, pretrain.Config) else pretrain_encoder.task(c, parallel.TOKENS)
+  return c, task, parallel.make_batch(kind, seed)
+
+
+documents, words, disentangled = (functools.partial(pretraining, kind) for kind in ('decoder', 'bert', 'deberta'))
+
+
 @functools.cache
 def curve(make, method, mesh):
   """Of two steps."""
@@ -105,9 +127,13 @@ def test_a_conversation(method, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('make', [classes, preference_pairs])
-def test_another_objective(make):
-  same(make, 'lora', 'fsdp 2 tensor 2')
+@pytest.mark.parametrize('make, method, mesh', [
+    (classes, 'lora', 'fsdp 2 tensor 2'), (preference_pairs, 'lora', 'fsdp 2 tensor 2'),
+    (documents, 'lora', 'pipe 2 data 2'), (documents, 'top', 'fsdp 2 tensor 2'), (words, 'lora', 'fsdp 2 tensor 2'),
+    (words, 'houlsby', 'pipe 2 data 2'), (disentangled, 'lora', 'fsdp 2 tensor 2'),
+    (disentangled, 'pfeiffer', 'pipe 2 data 2')])
+def test_another_objective(make, method, mesh):
+  same(make, method, mesh)
 
 
 @pytest.mark.parametrize('method, advice', [('top', 'set mesh.pipe=1'), ('prefix by an MLP', 'or peft.hidden=0')])

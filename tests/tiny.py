@@ -68,7 +68,7 @@ def share_compiled(monkeypatch):
   build = run.build
 
   def shared(c, a_task, devices=None):
-    what = (c.model, c.loss, c.data) if isinstance(c, pretrain.Config) else id(a_task)
+    what = (c.model, c.loss, c.data, c.peft) if isinstance(c, pretrain.Config) else id(a_task)
     key = c.optim, c.mesh, what
     if key not in SHARED:
       SHARED[key] = a_task, build(c, a_task, devices)
