@@ -125,7 +125,7 @@ def first(c: Any, task: Any, parts: Any) -> train.State:
     return params.jit_once(make, out_shardings=parts.state)(key)
   base, specs = task.base, task.base.specs if task.base else task.specs
   with sharding.use(sharding.alone()):  # a workdir's model is read, merged and fingerprinted on one device
-    given = weights.params_from(c.init_from, params.abstract(specs), partial=bool(base))
+    given = weights.params_from(c.init_from, params.abstract(specs), bool(base), getattr(c, 'model', None))
     more = [base.more()] if base and base.more else []
   if jax.process_count() > 1:  # a device gives nothing to those of another process
     given, more = jax.device_get((given, more))

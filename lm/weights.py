@@ -20,6 +20,7 @@ from lm.text import tokenizer as tokenizers, tokenizer_files
 
 _MIXERS = ((2654435761, 2246822519), (3266489917, 668265263))  # odd, without a pattern in their bits
 _HEADS = ('mlm', 'nsp', 'pooler', 'rtd', 'classify')
+_FREE = {'vocab', 'length', 'dropout', 'init', 'std', 'dtype', 'scan_layers', 'remat'}  # not what it computes
 
 
 class Model(NamedTuple):
@@ -95,17 +96,18 @@ def of_classifier(workdir: str | os.PathLike) -> bool:
     return False
 
 
-def params_from(path: str | os.PathLike, abstract: params.Tree, partial: bool = False) -> params.Tree:
+def params_from(path: str | os.PathLike, abstract: params.Tree, partial: bool = False, model: Any = None
+                ) -> params.Tree:
   """Parameters to start training from; `partial`: heads that the model there has more are left out.
 
   Of the workdir of an encoder's pretraining, the network that is kept: of a pair, the discriminator; or all, if that is
   what is to go on. Of a classifier's, the model below its head, as fine-tuned (RoBERTa §5.1 starts RTE, STS and MRPC
-  from the one of MNLI).
+  from the one of MNLI). `model`: the config they are for: what that of the model there has otherwise is told.
 
   Raises:
     ConfigError: a leaf is missing, is one too many or has another shape; the message names it.
   """
-  have, want = _given(path, abstract.keys()), params.flatten(abstract)
+  (found, have), want = _given(path, abstract.keys()), params.flatten(abstract)
   got = params.flatten(have)
   spare = {name for name in got if partial and name.split('/')[0] in _HEADS}
   for name in sorted(want.keys() | got.keys() - spare):
@@ -114,23 +116,28 @@ def params_from(path: str | os.PathLike, abstract: params.Tree, partial: bool = 
       raise ConfigError(f'init_from={path}: {name} is {"absent" if b is None else b.shape} there and '
                         f'{"absent" if a is None else a.shape} in this model; set model.* to the shape of that model'
                         f'{", or name a model that has it" if b is None else ""}')
+  if type(found) is type(model):
+    for name, (here, there) in logs.differences(config.to_json(model), config.to_json(found)).items():
+      if not _FREE.intersection(name.split('.')):
+        logs.say(f'init_from={path}: model.{name} is {there!r} there, {here!r} here; set it so, unless the model is to '
+                 'compute otherwise')
   return params.map_with_path(lambda name, _: got[name], abstract) if partial else have
 
 
 def _given(path, wanted):
-  """All parameters of the model at `path`; of a pretraining also those that only it has, if any of them is `wanted`."""
+  """(config, all parameters) of the model at `path`; of a pretraining also what only it has, if that is `wanted`."""
   if kind_of(path) == 'hf':
-    return hf.load(path)[1]
+    return hf.load(path)
   if of_classifier(path):
     return _classified(pathlib.Path(path))
   if not of_encoder(path):
-    return load(path).params
+    return load(path)[:2]
   c, p = _pretrained(pathlib.Path(path))
-  return p if wanted & {'generator', 'decoder'} else pretrained.network(c, p)[1]
+  return (c, p) if wanted & {'generator', 'decoder'} else pretrained.network(c, p)
 
 
 def _classified(workdir):
-  """A classifier's parameters without its head, merged; of the best checkpoint."""
+  """(config, parameters) of a classifier without its head, merged; of the best checkpoint."""
   saved = logs.read_config(workdir)['config']
   try:
     family = next(kind for kind in (encoder, deberta, decoder)
@@ -146,7 +153,7 @@ def _classified(workdir):
                       'trained in full, in its top or by LoRA; name another model')
   base, whole = heads.for_classes(family.specs(model), saved['pooling'], model.embed, saved['classes'])
   p = peft.plain(restore(workdir, whole, ranked, base))
-  return {name: leaf for name, leaf in p.items() if name != 'classify'}
+  return model, {name: leaf for name, leaf in p.items() if name != 'classify'}
 
 
 def fingerprint(tree: params.Tree) -> str:

@@ -187,13 +187,20 @@ def test_what_it_started_from_may_be_gone_when_it_resumes(copy, tmp_path, monkey
   assert int(reached.value.state.step) == 6
 
 
-def test_training_starts_from_a_hugging_face_folder(tmp_path, monkeypatch):
+def test_training_starts_from_a_hugging_face_folder(tmp_path, monkeypatch, capsys):
+  """And says what the model there computes otherwise, which no shape tells."""
   c, p = hf.load(GOLDEN / 'gpt2')
   tokenizer.char(''.join(chr(97 + i) for i in range(c.vocab))).save(tmp_path / 'char')
   (tmp_path / 'text.txt').write_text('abcdefghij' * 200)
   names = 'vocab length layers embed heads kv_heads head_dim mlp bias norm_bias activation'.split()
   tiny.stop_before_the_step(monkeypatch)
-  with pytest.raises(tiny.Reached) as reached:
-    gpt(tmp_path / 'run', f'--set=init_from={GOLDEN}/gpt2', data__corpus=tmp_path / 'text.txt',
-        data__tokenizer=tmp_path / 'char', **{f'model__{name}': getattr(c, name) for name in names})
-  assert equal(reached.value.state.params, p)
+  same = {f'model__{name}': getattr(c, name) for name in names}
+  for name, model in (('same', same), ('other', same | {'model__activation': 'gelu_erf', 'model__remat': 'full'})):
+    with pytest.raises(tiny.Reached) as reached:
+      gpt(tmp_path / name, f'--set=init_from={GOLDEN}/gpt2', data__corpus=tmp_path / 'text.txt',
+          data__tokenizer=tmp_path / 'char', **model)
+    assert equal(reached.value.state.params, p)
+    told = [line for line in capsys.readouterr().out.splitlines() if 'init_from=' in line]
+    assert told == ([] if name == 'same' else [
+        f"init_from={GOLDEN}/gpt2: model.activation is 'gelu_tanh' there, 'gelu_erf' here; set it so, unless the model "
+        'is to compute otherwise'])
