@@ -143,6 +143,15 @@ def test_files_of_both_kinds_make_one_set(tmp_path, capsys):
   assert next(preferences.train_batches(data, PLACE)).answers.ids_BT.shape == (2, 3, 41)
 
 
+def test_fields_by_other_names_in_another_encoding(tmp_path):
+  (tmp_path / 'gb.csv').write_bytes('question,chosen,rejected,part\n问,是,否,train\n'.encode('gb18030'))
+  c = config(corpus=str(tmp_path / 'gb.csv'), encoding='gb18030', rename=(('question', 'prompt'), ('part', 'split')))
+  data = preferences.prepare(c, tmp_path)
+  assert rows(data.splits['train'], 0) == [('问\n是$', '是$'), ('问\n否$', '否$')]
+  with pytest.raises(ConfigError, match="data.encoding='gb1'"):
+    config(encoding='gb1')
+
+
 def test_the_input_of_an_instruction_is_written_as_alpacas(tmp_path):
   path = write(tmp_path / 'a.jsonl', {'instruction': '译', 'input': '好', 'chosen': 'good', 'rejected': 'bad',
                                       'split': 'train'})

@@ -58,6 +58,16 @@ def test_rows_are_prompts_as_the_template_writes_them_in_two_languages(name, tmp
   assert data.records[3].messages[0] == Message('system', 'Be short.') and data.records[1].origin.endswith('jsonl:2')
 
 
+def test_fields_by_other_names_in_another_encoding(tmp_path):
+  path = tmp_path / 'gb.csv'
+  path.write_bytes('question,result,part\n十七加八,25,train\n'.encode('gb18030'))
+  c = config(tmp_path, [], corpus=str(path), encoding='gb18030', rename=(
+      ('question', 'prompt'), ('result', 'answer'), ('part', 'split')))
+  assert [(r.prompt, r.answer) for r in prompts.prepare(c, tmp_path).records] == [('十七加八', '25')]
+  with pytest.raises(DataError, match='gb.csv:2: field question: character 1 is not of the encoding'):
+    prompts.prepare(config(tmp_path, [], corpus=str(path), rename=c.rename), tmp_path)
+
+
 def test_the_input_of_a_turn_is_written_as_alpacas(tmp_path):
   asked = {'role': 'user', 'content': '译成英文。\n你好', 'input': '你好'}
   (ids, record), = rows_of(prepare(tmp_path, [{'prompt': [asked], 'split': 'train'}], template='alpaca'))['train']
@@ -210,7 +220,7 @@ def test_running_text_is_one_turn_and_texts_are_cut(record, changes, part, tmp_p
     ({'template': 'x'}, 'data.template'), ({'length': 0}, 'data.length'), ({'batch': 0}, 'data.batch'),
     ({'cut': 4}, "data.template='none'"), ({'cut': 65, 'template': 'none'}, 'data.cut=65; expected 0 to'),
     ({'cut': -1}, 'data.cut=-1'), ({'evaluated': -1}, 'data.evaluated'), ({'validation_fraction': 1.0}, 'share'),
-    ({'system': 'x', 'template': 'none'}, 'data.system'),
+    ({'system': 'x', 'template': 'none'}, 'data.system'), ({'rename': ('a', 'b')}, 'data.rename'),
 ])
 def test_a_wrong_field_is_named(changes, part):
   with pytest.raises(ConfigError, match=part):

@@ -59,7 +59,6 @@ class Config:
 
   def __post_init__(self):
     memory.check_config(self, shortest=1)
-    memory.check_reading(self)
     check_template(self, TEMPLATES)
 
   @property

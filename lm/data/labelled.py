@@ -79,7 +79,6 @@ class Config:
 
   def __post_init__(self):
     memory.check_config(self, shortest=3)
-    memory.check_reading(self)
     if self.folds == 1 or not 0 <= self.fold < max(self.folds, 1):
       raise ConfigError(f'data.folds={self.folds}, data.fold={self.fold}; expected 0 folds, or at least 2 and one of '
                         'them')

@@ -70,10 +70,6 @@ def check_config(c: Any, shortest: int) -> None:
       raise ConfigError(f'data.{name}={getattr(c, name)}; expected at least {low}')
   if not 0 < c.validation_fraction < 1:
     raise ConfigError(f'data.validation_fraction={c.validation_fraction}; expected a share between 0 and 1')
-
-
-def check_reading(c: Any) -> None:
-  """ConfigError unless records can be read as the fields `rename` and `encoding` say."""
   check_rename(c.rename, 'data.rename')
   tables_io.check_encoding(c.encoding, 'data.encoding')
 

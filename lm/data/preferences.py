@@ -47,6 +47,8 @@ class Config:
     batch: prompts of the global batch, each of `answers` rows.
     answers: K, most answers of a prompt; the first that differ are taken, of unequal grades where there are any.
     validation_fraction: of prompts whose file does not say; by a hash of the first user turn, or of the answers.
+    rename: (('question', 'prompt'),): pairs of what the records call a field, and what it is called here.
+    encoding: of text files.
     on_error: a record that is wrong, or that the tokenizer or template cannot write, ends the run ('stop') or is left
       out and counted ('skip').
     threads: batches built ahead, 0 = none.
@@ -60,6 +62,8 @@ class Config:
   batch: int = 8
   answers: int = 2
   validation_fraction: float = 0.1
+  rename: tuple[tuple[str, str], ...] = ()
+  encoding: str = 'utf-8'
   on_error: Literal['stop', 'skip'] = 'stop'
   threads: int = 2
 
@@ -132,7 +136,7 @@ def prepare(c: Config, folder: str | os.PathLike, seed: int = 0, encoder: bool =
   memory.check_paths(c)
   tokenizer, parts = memory.read_tokenizer(c.tokenizer), {'train': [], 'validation': [], 'test': []}
   paths = (c.corpus,) if isinstance(c.corpus, str) else c.corpus
-  files = [(path, *examples.read(path, 'graded', c.on_error)) for path in paths]
+  files = [(path, *examples.read(path, 'graded', c.on_error, c.encoding, rename=dict(c.rename))) for path in paths]
   files = conversations.usable(files, lambda e: _answered(e, c, tokenizer, encoder), c.on_error)
   text = lambda w: scan.duplicate_key(*(m.content for m in w.record.prompt), '', *sorted(w.record.answers))
   for written, part in assign.divided(files, c, text, lambda w: _question(w.record)):

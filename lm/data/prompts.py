@@ -5,7 +5,7 @@ The whole set fits in memory; `prepare`, `check`, `train_batches` and `eval_batc
 Shapes: N prompts of a set, B of a batch, P tokens of a row.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 import hashlib
@@ -45,6 +45,8 @@ class Config:
       begins documents is not counted); shorter texts are left out, and counted. 0 = records have prompts.
     evaluated: most prompts of each held-out set, drawn by chance, the same for every seed; 0 = all.
     validation_fraction: of prompts whose file does not say; by a hash of the first user turn.
+    rename: (('question', 'prompt'),): pairs of what the records call a field, and what it is called here.
+    encoding: of text files.
     on_error: a record that is wrong ends the run ('stop') or is left out and counted ('skip').
     threads: batches built ahead, 0 = none.
   """
@@ -58,6 +60,8 @@ class Config:
   cut: int = 0
   evaluated: int = 0
   validation_fraction: float = 0.1
+  rename: tuple[tuple[str, str], ...] = ()
+  encoding: str = 'utf-8'
   on_error: Literal['stop', 'skip'] = 'stop'
   threads: int = 2
 
@@ -172,12 +176,12 @@ def read(path: str | os.PathLike, c: Config, tokenizer: Tokenizer
     DataError: a fault, if it is to stop; a file damaged as a whole; no record at all, or none to keep.
   """
   found, seen, faults, messages = [], 0, {}, {}
-  for item in tables_io.rows(path):
+  for item in tables_io.rows(path, c.encoding):
     seen += 1
     try:
       if isinstance(item, Fault):
         raise item
-      found.append(_prompt(item, c, tokenizer))
+      found.append(_prompt(examples.renamed(item, dict(c.rename)), c, tokenizer))
     except Fault as fault:
       if c.on_error == 'stop' and fault.kind not in LEFT_OUT:
         raise
@@ -190,8 +194,6 @@ def read(path: str | os.PathLike, c: Config, tokenizer: Tokenizer
 
 
 def _prompt(row: Row, c: Config, tokenizer: Tokenizer) -> tuple[Record, np.ndarray]:
-  if not isinstance(row.fields, Mapping):
-    raise Fault('type', row.origin, f'found {turns.describe(row.fields)}; expected an object with fields')
   split = examples.split_of(row)
   answer, text = None, None
   if row.fields.get('answer') is not None:
