@@ -7,7 +7,7 @@ r"""Prefix tuning (Li & Liang 2021, arXiv:2101.00190) and prompt tuning (Lester 
 (Data: see experiments/classify.py.) A prefix is keys and values of every layer for positions before the text; while it
 trains, an MLP makes them. GPT-2 medium at 5 positions: 25,744,896 trained parameters, of which 245,760 are kept;
 published E2E BLEU 69.7 (GPT-2 large 70.3), as the table of microsoft/LoRA repeats it from the paper, by beam
-search, which is not here. A prompt is embeddings of virtual tokens.
+search (scripts.score --beams). A prompt is embeddings of virtual tokens.
 """
 
 from experiments import cli

@@ -168,14 +168,21 @@ def pad(prompts: Sequence[Sequence[int]], width: int = 0) -> tuple[np.ndarray, n
   return ids_BT, segments_BT
 
 
-def _first(model, s, p, ids_BT, segments_BT, key):
-  """Prefill and the first token."""
+def prefill(model: Model, max_new: int, p: params.Tree, ids_BT: jax.Array, segments_BT: jax.Array
+            ) -> tuple[jax.Array, Any]:
+  """(x_B1D after the last token, the cache with room for `max_new` more)."""
   B, T = ids_BT.shape
-  cache, options = model.init_cache(B, T + s.max_new), {}
+  cache, options = model.init_cache(B, T + max_new), {}
   if T > _LONG:
     cache, options = cache.replace(length=0), {'attend': attention.attend}  # its blocks must be known when it compiles
   x_BTD, cache = model.apply(p, ids_BT, segments_BT=segments_BT, cache=cache, **options)
-  return _choose(model, s, p, x_BTD[:, -1:], key, 0, jnp.zeros(B, bool), cache)
+  return x_BTD[:, -1:], cache
+
+
+def _first(model, s, p, ids_BT, segments_BT, key):
+  """Prefill and the first token."""
+  x_B1D, cache = prefill(model, s.max_new, p, ids_BT, segments_BT)
+  return _choose(model, s, p, x_B1D, key, 0, jnp.zeros(len(ids_BT), bool), cache)
 
 
 def _next(model, s, p, step, key, t):
@@ -200,8 +207,8 @@ def _write(sample, t, step, ended_B):
                 put(sample.logprobs_BT, step.logprobs_B))
 
 
-def check(model: Model, prompts: Sequence[Sequence[int]], s: sampler.Sampling) -> None:
-  """Raises ConfigError for an empty prompt, or more tokens than the model has positions."""
+def check(model: Model, prompts: Sequence[Sequence[int]], s: Any) -> None:
+  """Raises ConfigError for an empty prompt, or, with `s.max_new` more, more tokens than the model has positions."""
   if not prompts or not all(map(len, prompts)):
     raise ConfigError('prompts: an empty one; expected at least one token in each; begin it with the bos token')
   longest = max(map(len, prompts))

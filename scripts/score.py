@@ -3,11 +3,12 @@ r"""Scores what a model answers to the last user turn of each conversation, agai
   python -m scripts.score --model=runs/sft --data=chats.jsonl      # written as the run wrote, on what it held out
   python -m scripts.score --model=SmolLM2-135M-Instruct.Q4_1.gguf --chat=chatml --data=test.jsonl --split=all
 
---model is what scripts.sample takes; it answers greedily. --data is what experiments.sft takes: conversations or
-instructions, in JSON lines, JSON, CSV, Parquet or YAML, read as the run read its own. Of --split are the records that
-say so, or that training holds out of a file which does not say. Prints each score with its 95% bootstrap interval (BLEU
-and chrF: of all records as one text), and writes --out, a line a record: prompt, reply, reference, whether the reply
-had ended, language, origin.
+--model is what scripts.sample takes; it answers greedily, or with --beams by beam search, as papers do for BLEU (LoRA's
+GPT-2 on E2E: --beams=10 --length_penalty=0.8 --distinct=4 --max_new=64). --data is what experiments.sft takes:
+conversations or instructions, in JSON lines, JSON, CSV, Parquet or YAML, read as the run read its own. Of --split are
+the records that say so, or that training holds out of a file which does not say. Prints each score with its 95%
+bootstrap interval (BLEU and chrF: of all records as one text), and writes --out, a line a record: prompt, reply,
+reference, whether the reply had ended, language, origin.
 
 Exit status: 0 done, 2 a flag is wrong or a package missing, 3 the data or the tokenizer, 4 the weights.
 """
@@ -22,7 +23,7 @@ import numpy as np
 import tqdm
 
 from experiments import cli
-from lm import config, decode, disk, metrics, peft, sampler, weights
+from lm import beam, config, decode, disk, metrics, params, peft, sampler, weights
 from lm.data import conversations, examples, turns
 from lm.errors import ConfigError, DataError
 from lm.models import blocks, decoder
@@ -40,6 +41,11 @@ _METRICS = flags.DEFINE_list('metrics', list(METRICS), 'Which scores, comma-sepa
 _LANGUAGE = flags.DEFINE_enum('language', 'auto', ['auto', 'en', 'zh'], 'By whose words texts are compared; auto: each '
                               "record's own, with scores for each language.")
 _MAX_NEW = flags.DEFINE_integer('max_new', 64, 'Most new tokens of a reply.', lower_bound=1)
+_BEAMS = flags.DEFINE_integer('beams', 1, 'Continuations that are kept beside each other; 1 = greedily.', lower_bound=1)
+_PENALTY = flags.DEFINE_float('length_penalty', 1.0, 'Of beams: an answer is judged by its log-probability over its '
+                              'length to this power.')
+_DISTINCT = flags.DEFINE_integer('distinct', 0, 'Of beams: no so many tokens come twice in an answer; 0 = they may.',
+                                 lower_bound=0)
 _LIMIT = flags.DEFINE_integer('limit', 200, 'Most records, drawn by chance, always the same; 0 = all.', lower_bound=0)
 _BATCH = flags.DEFINE_integer('batch', 16, 'Replies decoded together.', lower_bound=1)
 _OUT = flags.DEFINE_string('out', 'replies.jsonl', 'The file of replies; must not exist.')
@@ -54,6 +60,8 @@ def main(_: list[str]) -> None:
     if name not in METRICS:
       raise ConfigError(f'--metrics={name}: unknown; expected some of {", ".join(METRICS)}; correct it')
     METRICS[name](['a'], ['a'], 'en')  # a missing package is found now
+  if _BEAMS.value == 1 and (_PENALTY.value != 1 or _DISTINCT.value):
+    raise ConfigError('--beams=1: --length_penalty and --distinct are of beams; expected at least 2; set it')
   if (out := pathlib.Path(_OUT.value)).exists():
     raise ConfigError(f'--out={out}: exists already; it is not overwritten; choose another name or delete it')
   c = _written()
@@ -97,7 +105,7 @@ def _answered(talks: list[examples.Chat], found: weights.Model, template: chat.T
   model, p, rows = decode.of(decoder, found.config), decode.prepare(found.params), {}
   own = ('en', 'zh') if _LANGUAGE.value == 'auto' else (_LANGUAGE.value, _LANGUAGE.value)
   room = math.inf if model.length is None else model.length - blocks.virtual(found.params['blocks']) - _MAX_NEW.value
-  s = sampler.Sampling(_MAX_NEW.value, temperature=0, stop=chat.stop_ids(template, tok))
+  stop = chat.stop_ids(template, tok)
   prompts, virtual = _prompts(talks, template, tok), peft.virtual_tokens(found.params)
   order = [i for i in sorted(prompts, key=lambda i: len(prompts[i])) if len(virtual) + len(prompts[i]) <= room]
   if len(order) < len(prompts):
@@ -106,15 +114,26 @@ def _answered(talks: list[examples.Chat], found: weights.Model, template: chat.T
     for at in range(0, len(order), _BATCH.value):
       some = order[at:at + _BATCH.value]
       full = some + some[:1] * (_BATCH.value - len(some))  # one program for all batches of a width
-      sample = decode.generate(model, p, [[*virtual, *prompts[i]] for i in full], s)
-      for i, ids, n in zip(some, np.asarray(sample.tokens_BT), np.asarray(sample.lengths_B), strict=False):
-        (reply, ended), (*_, asked, answer) = chat.parse(template, ids[:n], tok), (m.content for m in talks[i].messages)
+      for i, ids in zip(some, _decoded(model, p, [[*virtual, *prompts[i]] for i in full], stop), strict=False):
+        (reply, ended), (*_, asked, answer) = chat.parse(template, ids, tok), (m.content for m in talks[i].messages)
         rows[i] = {'prompt': asked, 'reply': reply, 'reference': answer, 'ended': ended, 'origin': talks[i].origin,
                    'language': own[_language(asked, answer) == 'zh']}
       bar.update(len(some))
   if not rows:
     raise DataError(f'{_DATA.value}: none of --split={_SPLIT.value} to answer; expected one; see --split, --max_new')
   return [rows[i] for i in sorted(rows)]
+
+
+def _decoded(model: decode.Model, p: params.Tree, prompts: list[list[int]], stop: tuple[int, ...]) -> list[np.ndarray]:
+  """The ids of the answer to each prompt."""
+  if _BEAMS.value > 1:
+    c = beam.Config(_BEAMS.value, _MAX_NEW.value, _PENALTY.value, _DISTINCT.value, stop)
+    found = beam.generate(model, p, prompts, c)
+    tokens_BT, lengths_B = found.tokens_BKT[:, 0], found.lengths_BK[:, 0]
+  else:
+    found = decode.generate(model, p, prompts, sampler.Sampling(_MAX_NEW.value, temperature=0, stop=stop))
+    tokens_BT, lengths_B = found.tokens_BT, found.lengths_B
+  return [ids_T[:n] for ids_T, n in zip(np.asarray(tokens_BT), np.asarray(lengths_B), strict=True)]
 
 
 def _prompts(talks: list[examples.Chat], template: chat.Template, tok: Tokenizer) -> dict[int, np.ndarray]:

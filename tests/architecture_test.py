@@ -14,9 +14,9 @@ FLOORS = (
     'models text data rewards',
     'losses logprobs metrics peft peft_hf peft_nodes mixout optim muon ema spikes budget hlo hlo_module '
     'targets',
-    'host faults look train parallel pipeline checkpoint seal weights sampler decode rollout loop report events logs '
-    'evaluate samples run start summary pictures monitor pretrain pretrain_encoder instruct preference classification '
-    'classifier reward_model plan plan_search plan_tasks policy experience reinforce bench',
+    'host faults look train parallel pipeline checkpoint seal weights sampler decode beam rollout loop report events '
+    'logs evaluate samples run start summary pictures monitor pretrain pretrain_encoder instruct preference '
+    'classification classifier reward_model plan plan_search plan_tasks policy experience reinforce bench',
 )
 FLOOR = {name: i for i, names in enumerate(FLOORS) for name in names.split()}
 FILES = sorted(p.relative_to(ROOT).as_posix() for top in ('lm', 'experiments', 'scripts')

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lm import params
+from lm import beam, decode, params
 from lm.models import decoder, gguf, hf
 from lm.text import tokenizer, training
 
@@ -66,6 +66,30 @@ def _logits(model, ids_BT, mask_BT=None):
 
 def _ids(shape, seed=0):
   return np.random.default_rng(seed).integers(V, size=shape, dtype=np.int32)
+
+
+@pytest.mark.parametrize('name', ['gpt2-tied', 'llama-untied'])
+@pytest.mark.parametrize('fields', [
+    dict(beams=3), dict(beams=4, penalty=0.8, stop=(5,)), dict(beams=10, penalty=0.0, stop=(5, 9, 11)),
+    dict(beams=5, penalty=2.0, stop=(5, 9, 11, 30, 31, 32))])
+def test_beam_search(name, fields, tmp_path):
+  """Prompts of unequal length, padded on the left; the best two of each."""
+  model = _theirs(*MODELS[name])
+  model.save_pretrained(tmp_path)
+  c, p = hf.load(tmp_path)
+  b, prompts = beam.Config(**{'max_new': 9} | fields), [_ids(n, seed=n).tolist() for n in (3, 7, 12)]
+  got = beam.generate(decode.of(decoder, c), decode.prepare(p), prompts, b)
+  for i, prompt in enumerate(prompts):
+    with torch.no_grad():
+      want = model.generate(
+          torch.tensor([prompt]), num_beams=b.beams, max_new_tokens=b.max_new, do_sample=False,
+          length_penalty=b.penalty, num_return_sequences=2, output_scores=True, return_dict_in_generate=True,
+          eos_token_id=list(b.stop) or None, pad_token_id=1)
+    for k in range(2):
+      tokens = np.asarray(got.tokens_BKT)[i, k, :(n := int(got.lengths_BK[i, k]))].tolist()
+      assert tokens == want.sequences[k, len(prompt):len(prompt) + n].tolist()
+      assert (want.sequences[k, len(prompt) + n:] == 1).all()  # padding
+      assert float(got.scores_BK[i, k]) == pytest.approx(float(want.sequences_scores[k]), rel=1e-4)
 
 
 def _random(c):

@@ -11,7 +11,7 @@ from marks import slow
 import numpy as np
 import pytest
 
-from lm import checkpoint, config, decode, instruct, metrics, params, sampler, weights
+from lm import beam, checkpoint, config, decode, instruct, metrics, params, sampler, weights
 from lm.data import assign, conversations
 from lm.models import decoder, hf
 from lm.text import chat, tokenizer
@@ -74,6 +74,22 @@ def test_the_table_is_that_of_the_replies(root, tmp_path):
       assert score == pytest.approx(value, abs=5e-5) and count == len(pair[0])
       assert not interval or interval[0] <= score <= interval[1]
   assert len(table) == 8
+
+
+@pytest.mark.slow
+def test_it_answers_by_beam_search_if_asked(root, tmp_path):
+  done = run(f'--model={root}/hf', f'--data={root}/talks.jsonl', '--chat=plain', '--split=all', '--max_new=12',
+             '--batch=2', '--beams=3', '--length_penalty=0.5', '--distinct=2', f'--out={tmp_path}/replies.jsonl')
+  assert done.returncode == 0, done.stderr
+  found = weights.load(root / 'hf')
+  c = beam.Config(3, 12, 0.5, 2, chat.stop_ids(chat.plain, found.tokenizer))
+  ids = chat.prompt(chat.plain, [chat.Message('user', 'say ja')], found.tokenizer).tolist()
+  want = beam.generate(decode.of(decoder, found.config), found.params, [ids], c)
+  best = np.asarray(want.tokens_BKT)[0, 0, :int(want.lengths_BK[0, 0])]
+  first = json.loads((tmp_path / 'replies.jsonl').read_bytes().split(b'\n')[0])
+  assert (first['reply'], first['ended']) == chat.parse(chat.plain, best, found.tokenizer)
+  done = run(f'--model={root}/hf', f'--data={root}/talks.jsonl', '--distinct=2', f'--out={tmp_path}/more.jsonl')
+  assert (done.returncode, done.stderr.count('\n')) == (2, 1) and '--beams=1: ' in done.stderr
 
 
 def test_a_run_says_how_it_wrote_and_what_it_held_out(root, tmp_path):

@@ -10,13 +10,12 @@ import functools
 import math
 from typing import Any, Literal
 
-from flax import struct
 import jax
 import jax.numpy as jnp
 
 from lm import nn, params
 from lm.errors import ConfigError
-from lm.models import blocks, transformer_xl
+from lm.models import blocks, kv_cache, transformer_xl
 from lm.params import Spec
 from lm.sharding import constrain
 
@@ -78,23 +77,6 @@ class Config:
       raise ConfigError(f'model.head_dim={self.head_dim} is odd; rotary positions turn pairs of dimensions')
 
 
-@struct.dataclass
-class Cache:
-  """Keys and values of the tokens so far; slots fill from the left. Per-layer tuples, so that no step copies all.
-
-  Attributes:
-    keys, values: L arrays [B, K, S, H], the order in which attention reads them, without B or K where it is 1: with
-      such a dimension XLA on a CPU does not see that a step writes in place, and copies each array four times.
-    segments_BS: int32, 0 = empty or padding.
-    length: int32 scalar, slots in use.
-  """
-
-  keys: tuple[jax.Array, ...]
-  values: tuple[jax.Array, ...]
-  segments_BS: jax.Array
-  length: jax.Array
-
-
 def specs(c: Config) -> params.Tree:
   """The parameter tree of one decoder."""
   D, N, K, H, F = c.embed, c.heads, c.kv_heads, c.head_dim, c.mlp
@@ -146,7 +128,7 @@ def apply(
     *,
     positions_BT: jax.Array | None = None,
     segments_BT: jax.Array | None = None,
-    cache: Cache | None = None,
+    cache: kv_cache.Cache | None = None,
     key: nn.Key | None = None,
     attend: Callable[..., jax.Array] = nn.attend,
     stack: blocks.Stack = blocks.LOCAL,
@@ -165,7 +147,7 @@ def apply(
   """
   if positions_BT is None:
     positions_BT = (jnp.broadcast_to(jnp.arange(ids_BT.shape[1])[None], ids_BT.shape) if cache is None
-                    else _next_positions(cache, segments_BT, ids_BT))
+                    else kv_cache.next_positions(cache, segments_BT, ids_BT))
   positions_BT = positions_BT + blocks.virtual(p['blocks'])
   x_BTD = _embed(p['embed'], c, ids_BT, positions_BT, nn.fold(key, c.layers))
   block = functools.partial(_block, c=c, attend=attend)
@@ -186,7 +168,7 @@ def apply(
                           positions_BT=positions_BT, mask=mask)
     keys.append(k)
     values.append(v)
-  cache = Cache(tuple(keys), tuple(values), seen_BS, jnp.int32(cache.length + T))
+  cache = kv_cache.Cache(tuple(keys), tuple(values), seen_BS, jnp.int32(cache.length + T))
   return _norm(x_BTD, p['final_norm'], c), cache
 
 
@@ -202,17 +184,9 @@ def logits(p: params.Tree, c: Config, x_BTD: jax.Array) -> jax.Array:
   return nn.dot(w_VD, x_BTD.astype(jnp.float32), '...D,VD->...V') * c.logit_scale
 
 
-def init_cache(c: Config, B: int, S: int) -> Cache:
+def init_cache(c: Config, B: int, S: int) -> kv_cache.Cache:
   """An empty cache of S slots; a learned position table bounds how many are of use."""
-  slot = lambda: tuple(jnp.zeros((*_lead(B, c.kv_heads), S, c.head_dim), c.dtype) for _ in range(c.layers))
-  return Cache(slot(), slot(), jnp.zeros((B, S), jnp.int32), jnp.int32(0))
-
-
-def _next_positions(cache, segments_BT, ids_BT):
-  """Position = number of earlier real tokens in the row, so left padding shifts nothing."""
-  real_BT = jnp.ones_like(ids_BT) if segments_BT is None else (segments_BT > 0).astype(jnp.int32)
-  before_B1 = (cache.segments_BS > 0).sum(1, keepdims=True)
-  return jnp.maximum(before_B1 + jnp.cumsum(real_BT, 1) - 1, 0)
+  return kv_cache.empty(B, c.kv_heads, S, c.head_dim, c.layers, c.dtype)
 
 
 def _embed(p, c, ids_BT, positions_BT, key):
@@ -243,7 +217,7 @@ def _attention(p, y_BTD, key, cache, c, positions_BT, mask, attend):
     q_BTNH, k_BSKH = (nn.rotary(x, positions_BT, c.rope_theta) for x in (q_BTNH, k_BSKH))
   if cache is not None:
     old_k, old_v, length = cache
-    cache = _append(old_k, k_BSKH, length), _append(old_v, v_BSKH, length)
+    cache = kv_cache.append(old_k, k_BSKH, length), kv_cache.append(old_v, v_BSKH, length)
     B, _, K, H = k_BSKH.shape
     k_BSKH, v_BSKH = (x.reshape(B, K, -1, H).swapaxes(1, 2) for x in cache)
   k_BSKH, v_BSKH, mask = nn.prefixed(p, k_BSKH, v_BSKH, mask)
@@ -257,17 +231,6 @@ def _attention(p, y_BTD, key, cache, c, positions_BT, mask, attend):
 
 def _add(p, name, x_BTD, y, equation, key, rate):
   return nn.residual(p[name], x_BTD, y, equation, p.get(f'{name}_bias'), rate=rate, key=key)
-
-
-def _lead(B, K):
-  return tuple(n for n in (B, K) if n > 1)
-
-
-def _append(old, new_BTKH, length):
-  """The cache array with T new slots from `length` on."""
-  B, T, K, H = new_BTKH.shape
-  lead = _lead(B, K)
-  return jax.lax.dynamic_update_slice_in_dim(old, new_BTKH.swapaxes(1, 2).reshape(*lead, T, H), length, len(lead))
 
 
 def _mlp(p, y_BTD, key, c):
