@@ -183,9 +183,10 @@ def test_whose_products_a_large_model_takes(platform, parameters, cpu, flags, ei
 
 
 def test_which_processors_read_weights_by_output(monkeypatch):
-  for platform, flags, wanted in (('cpu', 'fma amx_bf16 amx_tile', True), ('cpu', 'fma avx512f', False),
-                                  ('gpu', 'fma amx_tile', False)):
-    monkeypatch.setattr(host, '_cpuinfo', lambda flags=flags: ['vendor_id\t: GenuineIntel', f'flags\t\t: {flags}'])
+  for platform, flags, wanted in (('cpu', 'fma avx512f amx_tile', True), ('cpu', 'fma avx512f', False),
+                                  ('cpu', 'fma avx avx2', True), ('gpu', 'fma amx_tile', False), ('cpu', '', False)):
+    told = [f'flags\t\t: {flags}'] if flags else ['Features\t: fp asimd']
+    monkeypatch.setattr(host, '_cpuinfo', lambda told=told: ['vendor_id\t: GenuineIntel', *told])
     assert host.reads_by_output(platform) == wanted
 
 
