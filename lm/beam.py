@@ -116,7 +116,8 @@ def _step(model, c, p, s):
   ends_BM = (ids_BM[..., None] == jnp.array(c.stop, jnp.int32)[None, None]).any(-1)
 
   length = (s.t + 1).astype(jnp.float32)
-  whole_BM = (ends_BM | (s.t + 1 == T)) & (jnp.arange(ends_BM.shape[1]) < K)[None] & s.open_B[:, None]
+  likely_BM = (jnp.arange(ends_BM.shape[1]) < K)[None] & (totals_BM > -jnp.inf)
+  whole_BM = (ends_BM | (s.t + 1 == T)) & likely_BM & s.open_B[:, None]
   scores_BM = jnp.where(whole_BM, totals_BM / length**c.penalty, -jnp.inf)
   lengths_BM = jnp.where(whole_BM, s.t + 1, 0)
   both = jax.tree.map(lambda a, b: jnp.concatenate([a, b], 1), s.found, Answers(tokens_BMT, lengths_BM, scores_BM))
@@ -138,7 +139,7 @@ def _logits(model, p, x_R1D):
 
 
 def _distinct(logprobs_RV, tokens_RT, t, n):
-  """-inf for each token that would end a sequence of n tokens for the second time in its row's first t + 1."""
+  """-inf for each token t that would end n tokens which its row has already."""
   R, T = tokens_RT.shape
   if not n or n > T:
     return logprobs_RV

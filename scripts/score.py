@@ -44,8 +44,8 @@ _MAX_NEW = flags.DEFINE_integer('max_new', 64, 'Most new tokens of a reply.', lo
 _BEAMS = flags.DEFINE_integer('beams', 1, 'Continuations that are kept beside each other; 1 = greedily.', lower_bound=1)
 _PENALTY = flags.DEFINE_float('length_penalty', 1.0, 'Of beams: an answer is judged by its log-probability over its '
                               'length to this power.')
-_DISTINCT = flags.DEFINE_integer('distinct', 0, 'Of beams: no so many tokens come twice in an answer; 0 = they may.',
-                                 lower_bound=0)
+_DISTINCT = flags.DEFINE_integer('distinct', 0, 'Of beams: no sequence of so many tokens comes twice in an answer; '
+                                 '0 = it may.', lower_bound=0)
 _LIMIT = flags.DEFINE_integer('limit', 200, 'Most records, drawn by chance, always the same; 0 = all.', lower_bound=0)
 _BATCH = flags.DEFINE_integer('batch', 16, 'Replies decoded together.', lower_bound=1)
 _OUT = flags.DEFINE_string('out', 'replies.jsonl', 'The file of replies; must not exist.')
