@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from experiments import adapters, classify, lora, prefix, sft
-from lm import classification, config, instruct, look, optim, params, run
+from lm import classification, config, instruct, look, optim, params, plan_tasks, run
 from lm.nn import Dropout
 from lm.text import chat, training
 
@@ -41,10 +41,6 @@ SMALL = {'vocab': 300, 'length': 48, 'layers': 3, 'embed': 16, 'heads': 2, 'kv_h
          'remat': 'none', 'dtype': 'float32'}
 # With the heads: RoBERTa's LoRA alone is 294,912.
 TRAINED = {'roberta_base_mnli': 887_811, 'gpt2_medium_webnlg': 25_744_896}
-
-
-def task(c):
-  return (instruct if isinstance(c, instruct.Config) else classification).task(c)
 
 
 def shrunk(c, root):
@@ -84,14 +80,14 @@ def test_three_steps(module, make, root, tmp_path, monkeypatch):
   if hasattr(c, 'classes'):
     c = dataclasses.replace(c, classes=3)
   tiny.share_compiled(monkeypatch)
-  summary = run.run(c, task(c), tmp_path)
+  summary = run.run(c, plan_tasks.task_of(c), tmp_path)
   assert summary['steps'] == 3 and summary['val_loss'] > 0
 
 
 @pytest.mark.parametrize('module, make', ALL)
 def test_what_trains_is_counted(module, make):
   c = make()
-  a_task = task(c)
+  a_task = plan_tasks.task_of(c)
   assert f'{params.count(a_task.specs):,}' in look.describe(c, a_task)
   mask = optim.trainable_mask(optim.Config(freeze=a_task.base.freeze), a_task.specs)
   trained = params.count(params.split(a_task.specs, mask)[0])
@@ -142,7 +138,7 @@ def test_the_head_is_that_of_the_family(name, dense, by_hand):
   c = getattr(classify, name)()
   small = {k: v for k, v in SMALL.items() if hasattr(c.model, k)}
   c = config.replace(c, model=dataclasses.replace(c.model, **small), data__length=24)
-  specs = {k: v for k, v in task(c).specs.items() if k in ('classify', 'pooler')}
+  specs = {k: v for k, v in plan_tasks.task_of(c).specs.items() if k in ('classify', 'pooler')}
   assert ('dense' in specs['classify']) == dense and ('pooler' in specs) == (c.pooling == 'pooler')
   p = jax.tree.map(lambda w: w + 0.1, params.init(specs, jax.random.key(0)))
   x_BTD = jax.random.normal(jax.random.key(1), (2, 5, 16))
