@@ -53,7 +53,8 @@ class Sample:
   Attributes:
     tokens_BT: int32 [B, max_new]; 0 beyond a row's length.
     lengths_B: int32, tokens drawn, a stop token included.
-    logprobs_BT: f32, log-probability of each token under the model itself (temperature 1, no filter); 0 beyond.
+    logprobs_BT: f32, log-probability of each token under softmax(logits / temperature), whatever top_k and top_p left
+      out; at temperature 0 under softmax(logits). 0 beyond.
   """
 
   tokens_BT: jax.Array
@@ -195,7 +196,8 @@ def _choose(model, s, p, x_B1D, key, t, ended_B, cache):
   logits_BV = model.logits(p, x_B1D)[:, 0].astype(jnp.float32)
   keys_B = None if s.temperature == 0 else jax.vmap(jax.random.fold_in, (0, None))(nn.row_keys(key, len(ended_B)), t)
   ids_B = sampler.sample_token(logits_BV, keys_B, s)
-  logprobs_B = jnp.take_along_axis(logits_BV, ids_B[:, None], 1)[:, 0] - jax.nn.logsumexp(logits_BV, -1)
+  scaled_BV = logits_BV / (s.temperature or 1.0)
+  logprobs_B = jnp.take_along_axis(scaled_BV, ids_B[:, None], 1)[:, 0] - jax.nn.logsumexp(scaled_BV, -1)
   stop_B = (ids_B[:, None] == jnp.array(s.stop, jnp.int32)[None]).any(1)
   return _Step(ids_B, logprobs_B, ended_B | stop_B, cache)
 

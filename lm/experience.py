@@ -35,9 +35,11 @@ def learn(c: Config, attend: Callable[..., jax.Array]) -> Callable[..., tuple[An
   """(params, rollout, scores_B, carry) -> (rows for `loss`, f32 scalars to report, carry); to be jitted."""
   apply, valued, head = policy.bind(c, attend)
   said = functools.partial(rollout.score, s=policy.sampling(c), head=head, chunk=c.loss.chunk)
+  asked = c.rollout.logprobs == 'model'
 
   def by_value(p, r, scores_B, carry):
-    old_BT, values_BT = said(p, r, apply=valued)
+    old_BT, values_BT = said(p, r, apply=valued)  # with a critic of its own, compiled without the policy if not asked
+    old_BT = old_BT if asked else r.drawn_BT
     reference_BT, _ = said(policy.reference(p), r, apply=apply)
     coef = carry['kl_coef'] if c.loss.kl.target else jnp.float32(c.loss.kl.coef)  # a fixed one may change on resuming
     made, stats = ppo.experience(r.batch, old_BT, reference_BT, values_BT, scores_B, r.ended_B, coef, c.loss)
@@ -47,7 +49,7 @@ def learn(c: Config, attend: Callable[..., jax.Array]) -> Callable[..., tuple[An
 
   def by_group(p, r, scores_B, carry):
     advantages_PG = grpo.advantages(scores_B.reshape(-1, c.rollout.group), c.loss)
-    old_BT = said(p, r, apply=apply)[0] if c.updates > 1 else None
+    old_BT = (said(p, r, apply=apply)[0] if asked else r.drawn_BT) if c.updates > 1 else None
     reference_BT = said(policy.reference(p), r, apply=apply)[0] if c.loss.beta else None
     stats = {'score': scores_B.mean(), 'length': r.lengths_B.mean(), 'ended': r.ended_B.mean(dtype=jnp.float32),
              'equal_groups': (advantages_PG == 0).all(1).mean(dtype=jnp.float32)}

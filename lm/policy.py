@@ -40,6 +40,8 @@ class Rollout:
       least `cut_after` before it, as lm-human-preferences does ('.', 16); one that has none has not ended.
     group: responses to a prompt.
     epochs: passes over the responses. minibatches: updates in a pass, each of as many rows.
+    logprobs: what ratios and penalties start from: what the policy says when asked once more ('model'), or said as it
+      drew ('sampler'), a forward pass less. The two differ by rounding; before any update a ratio is 1 only by 'model'.
     stop_kl: no further pass once approx_kl (nats a token) is above it, 0 = all; what is left out shortens the schedule.
     samples: held-out prompts whose responses are written to samples.jsonl at each evaluation.
   """
@@ -51,6 +53,7 @@ class Rollout:
   group: int = 1
   epochs: int = 4
   minibatches: int = 1
+  logprobs: Literal['model', 'sampler'] = 'model'
   stop_kl: float = 0.0
   samples: int = 8
 
@@ -121,10 +124,6 @@ class Config(run.Config):
     """(forward passes over an iteration's rows, drawing them among these; models that learn from those kept)."""
     return 1, 1
 
-  @property
-  def temperature(self) -> float:
-    return self.loss.temperature
-
 
 @dataclasses.dataclass(frozen=True)
 class PPO(Config):
@@ -162,7 +161,7 @@ class PPO(Config):
 
   @property
   def passes(self) -> tuple[int, int]:
-    return (3, 1) if self.value == 'shared' else (4, 2)
+    return (3, 1) if self.value == 'shared' else (3 + (self.rollout.logprobs == 'model'), 2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +180,7 @@ class GRPO(Config):
 
   @property
   def passes(self) -> tuple[int, int]:
-    return 1 + (self.updates > 1) + (self.loss.beta > 0), 1
+    return 1 + (self.updates > 1 and self.rollout.logprobs == 'model') + (self.loss.beta > 0), 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,10 +200,6 @@ class BestOf(Config):
   @property
   def kept(self) -> int:
     return self.data.batch
-
-  @property
-  def temperature(self) -> float:
-    return self.sampling_temperature
 
 
 def base_specs(c: Config) -> params.Tree:
@@ -282,7 +277,8 @@ def reference(p: params.Tree) -> params.Tree:
 
 def sampling(c: Config, stop: tuple[int, ...] = ()) -> sampler.Sampling:
   """How the policy draws: by softmax(logits / temperature), of all tokens."""
-  return sampler.Sampling(c.rollout.new_tokens, c.temperature, stop=stop)
+  temperature = c.sampling_temperature if isinstance(c, BestOf) else c.loss.temperature
+  return sampler.Sampling(c.rollout.new_tokens, temperature, stop=stop)
 
 
 def bind(c: Config, attend: Callable[..., jax.Array], stack: Any = blocks.LOCAL

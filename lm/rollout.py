@@ -28,18 +28,26 @@ class Responses:
       token is, positions count a row's tokens from 0, the mask is true at the response's, its last included.
     ended_B: bool, the response has one of the ids that end it.
     lengths_B: int32, tokens of the response, 1 to N.
+    logprobs_BN: f32, log-probabilities of the response's tokens as they were drawn, nats at the sampler's temperature;
+      0 behind the last.
     width: P.
   """
 
   batch: Batch
   ended_B: jax.Array
   lengths_B: jax.Array
+  logprobs_BN: jax.Array
   width: int = struct.field(pytree_node=False)
 
   @property
   def responses_BN(self) -> jax.Array:
     """Their ids, 0 behind the last."""
     return self.batch.ids_BT[:, self.width:]
+
+  @property
+  def drawn_BT(self) -> jax.Array:
+    """What the sampler says of the targets: as `score` of the policy that drew them, to rounding."""
+    return jnp.pad(self.logprobs_BN, ((0, 0), (self.width - 1, 0)))
 
 
 def gathered(p: params.Tree, specs: params.Tree) -> params.Tree:
@@ -89,7 +97,7 @@ def generate(model: decode.Model, p: params.Tree, ids_BP: jax.Array, segments_BP
       positions_BT=jnp.where(real_BT, jnp.cumsum(real_BT, axis=1) - 1, 0),
       mask_BT=jnp.concatenate([jnp.zeros_like(real_BP), response_BN], axis=1))
   ended_B = _any_of(sample.tokens_BT, s.stop).any(1)  # padding cannot be meant: a row that has not ended is full
-  return Responses(batch, ended_B, sample.lengths_B, P)
+  return Responses(batch, ended_B, sample.lengths_B, sample.logprobs_BT, P)
 
 
 def groups(ids_BP: jax.Array, segments_BP: jax.Array, G: int) -> tuple[jax.Array, jax.Array]:
@@ -110,7 +118,8 @@ def truncate(r: Responses, ids: Sequence[int], least: int = 0) -> Responses:
   lengths_B = jnp.where(found_B, jnp.argmax(hit_BN, axis=1) + 1, r.lengths_B)
   kept_BT = _before(r.width + lengths_B, r.width + N)
   batch = jax.tree.map(lambda x_BT: jnp.where(kept_BT, x_BT, jnp.zeros_like(x_BT)), r.batch)
-  return r.replace(batch=batch, ended_B=r.ended_B | found_B, lengths_B=lengths_B)
+  return r.replace(batch=batch, ended_B=r.ended_B | found_B, lengths_B=lengths_B,
+                   logprobs_BN=jnp.where(_before(lengths_B, N), r.logprobs_BN, 0.0))
 
 
 def score(p: params.Tree, r: Responses, s: sampler.Sampling, *, apply: Callable[..., Any],

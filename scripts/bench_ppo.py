@@ -11,9 +11,9 @@ losses' constants as TRL has them (its defaults and ours are the same).
 This package's is the step of a run of `lm.reinforce`: texts go through the host, where a reward function takes them.
 The words of this benchmark's texts are the numbers of ids, so that what is scored are the tokens that were drawn.
 TRL's is one call of `train` for so many episodes; it takes the policy's log-probabilities from the logits of
-`generate`, which it keeps, where this package asks the policy once more (a pass that the FLOPs leave out). It also
-collects Python's garbage twice in an iteration, some half a second in all; this package looks at the gradient's norm,
-and whether it is finite.
+`generate`, which it keeps, and this package its sampler's likewise (--set rollout.logprobs=model asks the policy once
+more). TRL also collects Python's garbage twice in an iteration, some half a second in all; this package looks at the
+gradient's norm, and whether it is finite.
 
 Reads how many iterations to take from stdin, a line each time, and answers with a line of JSON: {'seconds', 'drawn'
 (those of them until all responses were there), 'peak' (bytes)}; first a line when it is ready. --side=random writes a
@@ -78,7 +78,8 @@ def make_config(model):
   c = policy.PPO(
       model=config.replace(model, scan_layers=False), value='separate', peft=peft.Config('full', train=''),
       loss=ppo.Config(chunk=512), data=prompts.Config(template='none', length=_PROMPT.value, batch=_BATCH.value),
-      rollout=policy.Rollout(_MAX_NEW.value, end=False, epochs=_EPOCHS.value, minibatches=_MINIBATCHES.value),
+      rollout=policy.Rollout(_MAX_NEW.value, end=False, epochs=_EPOCHS.value, minibatches=_MINIBATCHES.value,
+                             logprobs='sampler'),
       optim=optim.Config(lr=_LR, schedule='constant', steps=updates, b2=0.999, weight_decay=0.0, clip=0.0))
   return config.override(c, *_SET.value)
 

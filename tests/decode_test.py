@@ -66,11 +66,12 @@ def test_greedy_decoding_is_the_forward_pass(name):
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'llama'])
-def test_logprobs_of_sampled_tokens_are_the_models(name):
+def test_logprobs_of_sampled_tokens_are_the_models_at_that_temperature(name):
   s = Sampling(max_new=9, temperature=1.5, top_k=40, top_p=0.95)
   for prompt, (tokens, logprobs) in zip(
       PROMPTS, rows(decode.generate(model(name), weights(name), PROMPTS, s, key())), strict=True):
-    np.testing.assert_allclose(logprobs, forward(name, prompt, tokens)[jnp.arange(9), jnp.array(tokens)], atol=1e-4)
+    want = jax.nn.log_softmax(forward(name, prompt, tokens) / s.temperature)
+    np.testing.assert_allclose(logprobs, want[jnp.arange(9), jnp.array(tokens)], atol=1e-4)
 
 
 @pytest.mark.parametrize('name, temperature', [('gpt2', 0), ('llama', 1.0)])

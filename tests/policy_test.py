@@ -42,7 +42,7 @@ def drawn(c, p, key=2):
   ids_BP = jax.random.randint(jax.random.key(5), (4, 8), 3, 40)
   segments_BP = (jnp.arange(8)[None] >= jnp.array([0, 2, 5, 7])[:, None]).astype(jnp.int32)
   ids_BP, segments_BP = rollout.groups(ids_BP, segments_BP, c.rollout.group)
-  s = sampler.Sampling(c.rollout.new_tokens, c.temperature, stop=(1,))
+  s = policy.sampling(c, stop=(1,))
 
   @jax.jit
   def draw(p):
@@ -104,6 +104,27 @@ def test_log_probabilities_of_a_rollout_are_the_samplers():
   policy_B, reference_B = experience.judge(c, attention.attend)(p, r)
   np.testing.assert_allclose(policy_B, sample.logprobs_BT.sum(1), atol=2e-4)
   np.testing.assert_array_equal(policy_B, reference_B)
+
+
+@pytest.mark.parametrize('kind, fields', [
+    (policy.PPO, dict(value='separate')), slow(policy.PPO, {}), slow(policy.GRPO, dict(loss__beta=0.1))])
+def test_the_samplers_log_probabilities_save_a_pass(kind, fields):
+  """They are the model's to rounding, and with them the program that learns runs a trunk less where it can."""
+  some = {name: make('lora', kind, loss__temperature=0.7, rollout__logprobs=name, **fields)
+          for name in ('model', 'sampler')}
+  _, p = tree_of(some['model'])
+  r, scores_B = drawn(some['model'], p), jnp.arange(4.0 * some['model'].rollout.group)
+  found, flops = {}, {}
+  for name, c in some.items():
+    program = jax.jit(experience.learn(c, attention.attend)).lower(p, r, scores_B, {'kl_coef': 0.3}).compile()
+    made = program(p, r, scores_B, {'kl_coef': 0.3})[0]
+    found[name], flops[name] = made.logprobs_BT if kind is policy.PPO else made.old_BT, program.cost_analysis()['flops']
+  np.testing.assert_allclose(found['sampler'], found['model'], atol=1e-5)
+  forward = some['model'].passes[0] - 1  # without the drawing
+  if some['sampler'].passes == some['model'].passes:
+    assert kind is policy.PPO and fields == {}  # the value is asked of the policy's trunk
+  else:
+    assert flops['sampler'] == pytest.approx(flops['model'] * (forward - 1) / forward, rel=0.1)
 
 
 def test_a_critic_reads_its_own_trunk():

@@ -92,6 +92,8 @@ def test_padding_and_mates_change_nothing():
                  (scores.values_BT, scored.values_BT)):
       np.testing.assert_allclose(a[:, pad:], b[rows], atol=1e-5)
       assert not np.asarray(a[:, :pad]).any()
+    np.testing.assert_allclose(got.drawn_BT, scores.logprobs_BT, atol=1e-5)
+    assert not np.asarray(got.drawn_BT)[~np.asarray(got.batch.mask_BT)[:, 1:]].any()
 
 
 @pytest.mark.parametrize('temperature', [1.0, 0.6])
@@ -190,6 +192,7 @@ def test_truncate_against_a_loop(ids, least):
   assert responses(r) == want and r.ended_B.tolist() == ended
   assert (want != responses(before)) == (3 in ids and least < 12)
   check_layout(r, prompts)
+  np.testing.assert_array_equal(r.drawn_BT, np.where(r.batch.mask_BT[:, 1:], before.drawn_BT, 0))
 
 
 def test_groups_and_the_best_of_each():
@@ -230,7 +233,7 @@ def test_no_array_of_length_times_vocabulary():
   row = jax.ShapeDtypeStruct((b, t + 1), jnp.int32)
   vector = lambda dtype: jax.ShapeDtypeStruct((b,), dtype)
   batch = Batch(row, row, row, jax.ShapeDtypeStruct(row.shape, bool))
-  r = rollout.Responses(batch, vector(bool), vector(jnp.int32), 17)
+  r = rollout.Responses(batch, vector(bool), vector(jnp.int32), jax.ShapeDtypeStruct((b, t - 16), jnp.float32), 17)
   score = functools.partial(rollout.score, s=Sampling(), chunk=32, head=lambda p: decoder.head(p, c),
                             apply=lambda p, ids_BT, **kwargs: decoder.apply(p, c, ids_BT, **kwargs))
   p = params.abstract(decoder.specs(c))
