@@ -98,13 +98,16 @@ class Config:
 
 
 def specs(c: Config, base: params.Tree) -> params.Tree:
-  """The specs of a model, `base`, with what `c` adds.
+  """The specs of a model, `base`, with what `c` adds; of a pair of networks, in each of the two.
 
   Raises:
     ConfigError: nothing, or what is no weight of a product, matches `c.targets`; nothing matches `c.train`; more layers
       than there are.
   """
-  tree = _specs(c, base)
+  if 'blocks' in base:
+    tree = _specs(c, base)
+  else:
+    tree = {name: _specs(c, part) if 'blocks' in part else part for name, part in base.items()}
   if c.method != 'full' and c.train not in ('', Config.train) and not any(
       re.search(c.train, path) for path in params.flatten(tree)):
     raise ConfigError(f'peft.train: {c.train!r} matches no parameter; expected part of a path such as '
@@ -160,7 +163,7 @@ def step_flops(c: Config, full: budget.Flops, layers: int) -> budget.Flops:
 
 def graft(p: params.Tree, into: params.Tree, key: jax.Array) -> params.Tree:
   """A model's parameters in the tree of `into` (specs); leaves that the model has not start as they are declared."""
-  if isinstance(into['blocks'], list) and not isinstance(p['blocks'], list):
+  if isinstance(into.get('blocks'), list) and not isinstance(p['blocks'], list):
     p = p | {'blocks': params.unstack(p['blocks'])}
   have = params.flatten(p)
   fresh = params.init(into, key)
@@ -206,7 +209,7 @@ def without(p: params.Tree) -> params.Tree:
   with. Works on specs and on trees of bools, too."""
   p = jax.tree.map(lambda node: node.w if is_node(node) else node, {k: v for k, v in p.items() if k != 'prefix'},
                    is_leaf=is_node)
-  if isinstance(p['blocks'], dict) and 'prefix_k' in p['blocks']['attn']:
+  if isinstance(p.get('blocks'), dict) and 'prefix_k' in p['blocks']['attn']:
     attn = {k: v for k, v in p['blocks']['attn'].items() if not k.startswith('prefix_')}
     p = p | {'blocks': p['blocks'] | {'attn': attn}}
   return p

@@ -22,7 +22,10 @@ from lm.models import deberta, deberta_pair, electra, encoder, heads, pretrained
 
 @dataclasses.dataclass(frozen=True)
 class _Encoder(run.Config):
-  """What every pretraining of encoders is checked for; the parts of `model` that are networks are its own `Config`s."""
+  """What every pretraining of encoders is checked for; the parts of `model` that are networks are its own `Config`s.
+  peft: all of them train, or few parameters."""
+
+  peft: peft_lib.Config = peft_lib.Config(train='')
 
   def __post_init__(self):
     super().__post_init__()
@@ -34,21 +37,19 @@ class _Encoder(run.Config):
         raise ConfigError(f'data.length={self.data.length} is more than {where}.length={model.length} positions; lower '
                           f'data.length or raise {where}.length')
       pretrain.check_mesh(self, model, where)
+    pretrain.check_peft(self)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Words(_Encoder):
-  """Masked language modelling of one network, all of it or few parameters."""
-
-  peft: peft_lib.Config = peft_lib.Config(train='')
+  """Masked language modelling of one network."""
 
   def __post_init__(self):
-    super().__post_init__()
     if self.peft.method == 'prompt' or self.peft.mixout:
       raise ConfigError(f'peft.method={self.peft.method!r}, peft.mixout={self.peft.mixout}; expected no prompt, whose '
                         'tokens could not be masked, and no mixout; set another method and peft.mixout=0')
+    super().__post_init__()
     self.peft.check_length(self.data.length, self.model.length)
-    pretrain.check_peft(self)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +77,18 @@ class Disentangled(_Words):
 
 
 @dataclasses.dataclass(frozen=True)
-class Replaced(_Encoder):
+class _Pair(_Encoder):
+  """Replaced-token detection by two networks."""
+
+  def __post_init__(self):
+    if self.peft.method not in ('full', 'lora') or self.peft.mixout:
+      raise ConfigError(f'peft.method={self.peft.method!r}, peft.mixout={self.peft.mixout}; expected full or lora, '
+                        'which both networks get alike, and no mixout; set peft.method=lora and peft.mixout=0')
+    super().__post_init__()
+
+
+@dataclasses.dataclass(frozen=True)
+class Replaced(_Pair):
   """ELECTRA."""
 
   model: electra.Config = electra.Config()
@@ -84,7 +96,7 @@ class Replaced(_Encoder):
 
 
 @dataclasses.dataclass(frozen=True)
-class DisentangledReplaced(_Encoder):
+class DisentangledReplaced(_Pair):
   """DeBERTa v3."""
 
   model: deberta_pair.Config = deberta_pair.Config()
@@ -149,14 +161,14 @@ def _masked(c, attend):
 
 
 def _replaced(c, attend):
-  """As `_masked`, of replaced-token detection; all of it trains."""
+  """As `_masked`, of replaced-token detection."""
   disentangled = isinstance(c, DisentangledReplaced)
-  specs = pretrained.specs(c.model)
+  base = pretrained.specs(c.model)
+  specs = peft_lib.specs(c.peft, base)
 
   def loss(model, tokens, quiet=False):
-    del quiet  # without dropout no key is used but to mask and to draw
     G, D = model.generator, model.discriminator
-    ours, theirs = (parallel.stack(c.mesh, specs[name]['blocks'], network.dtype)
+    ours, theirs = (parallel.stack(c.mesh, peft_lib.block_specs(c.peft, specs[name]), network.dtype)
                     for name, network in (('generator', G), ('discriminator', D)))
     if disentangled:
       generator, discriminator = deberta_pair.generator, lambda p: deberta_pair.discriminator(p, model)
@@ -165,18 +177,23 @@ def _replaced(c, attend):
       generator, discriminator = electra.generator, electra.discriminator
       generate = detect = functools.partial(encoder.apply, attend=attend)
 
-    def discriminate(p, ids_BT, **arrays):
+    def discriminate(p, ids_BT, *, key, **arrays):
       tree = discriminator(p)
-      return heads.rtd(tree['rtd'], detect(tree, D, ids_BT, stack=theirs, **arrays), D.activation, D.norm_eps)
+      x_BTD = detect(tree, D, ids_BT, stack=theirs, key=None if quiet else key, **arrays)
+      return heads.rtd(tree['rtd'], x_BTD, D.activation, D.norm_eps)
+
+    def fill(p, ids_BT, *, key, **arrays):
+      return generate(generator(p), G, ids_BT, stack=ours, key=None if quiet else key, **arrays)
     words = _words(G)
     return functools.partial(_with_loss, functools.partial(
-        rtd.loss, apply=lambda p, ids_BT, **arrays: generate(generator(p), G, ids_BT, stack=ours, **arrays),
-        head=lambda p, x_BPD: words(generator(p), x_BPD), discriminate=discriminate, c=c.loss, tokens=tokens))
+        rtd.loss, apply=fill, head=lambda p, x_BPD: words(generator(p), x_BPD), discriminate=discriminate, c=c.loss,
+        tokens=tokens))
   network = deberta if disentangled else encoder
   deep = dataclasses.replace(c.model.generator, layers=c.model.generator.layers + disentangled)  # as in `_masked`
   flops = [_flops(c, deep, network.specs(deep), _share(c)),
            _flops(c, c.model.discriminator, network.specs(c.model.discriminator), 0.0)]
-  return specs, None, budget.Flops(sum(f.matmul for f in flops), sum(f.attention for f in flops)), loss
+  flops = budget.Flops(sum(f.matmul for f in flops), sum(f.attention for f in flops))
+  return specs, run.Base(base, peft_lib.freeze(c.peft, 0)), peft_lib.step_flops(c.peft, flops, 1), loss
 
 
 def _with_loss(loss, p, batch, key):

@@ -141,7 +141,8 @@ def test_lora_begins_as_the_base_and_a_run_begins_with_what_it_learned(root, bef
   assert first[0] == first[1]
 
 
-MASKED = {'bert': (bert.bert_cpu, dict(nsp=True)), 'deberta': (deberta.deberta_cpu, {})}
+MASKED = {'bert': (bert.bert_cpu, dict(nsp=True)), 'deberta': (deberta.deberta_cpu, {}),
+          'electra': (electra.electra_cpu, {}), 'deberta_v3': (deberta.deberta_v3_cpu, {})}
 
 
 def masked(root, kind, folder, **changes):
@@ -159,15 +160,15 @@ def masked(root, kind, folder, **changes):
 @pytest.mark.slow
 @pytest.mark.parametrize('kind, method', [
     ('bert', 'lora'), ('bert', 'prefix'), ('bert', 'houlsby'), ('bert', 'top'), ('deberta', 'lora'),
-    ('deberta', 'top')])
+    ('deberta', 'top'), ('electra', 'lora'), ('deberta_v3', 'lora')])
 def test_an_encoder_goes_on_with_few_parameters(kind, method, root, tmp_path):
-  """And what it learned by LoRA begins a classifier, and goes to transformers and to PEFT."""
+  """And what it learned by LoRA begins a classifier, and goes to transformers and to PEFT; of a pair, both learn."""
   room = dict(data__length=28)  # for a prefix
   _, _, began = masked(root, kind, tmp_path / 'base', **room)
   few = peft.Config(method, train='', **METHODS[method])
   # A prefix begins as noise, and attention this small has small gradients.
   faster = dict(optim__lr=0.3, optim__steps=20, checkpoint__every=10, loop__eval_every=10) if method == 'prefix' else {}
-  c, _, after = masked(root, kind, tmp_path / 'more', init_from=str(tmp_path / 'base'), peft=few, **room | faster)
+  c, task, after = masked(root, kind, tmp_path / 'more', init_from=str(tmp_path / 'base'), peft=few, **room | faster)
   assert after['val_loss'] < began['val_loss']
   mine, base = (weights.load_encoder(tmp_path / name).params for name in ('more', 'base'))
   found, given = params.flatten(peft.without(mine)), params.flatten(base)
@@ -177,7 +178,13 @@ def test_an_encoder_goes_on_with_few_parameters(kind, method, root, tmp_path):
     assert np.array_equal(found[path], w) != bool(moved), path
   if method != 'lora':
     return
-  tuned = init_from_test.films(root, c.model, tmp_path / 'more', data__tokenizer=str(root / 'x.model'))
+  pair = [params.flatten(weights.params_from(tmp_path / name, params.abstract(task.base.specs), True))
+          for name in ('base', 'more')]
+  moved = {path for path, w in pair[0].items() if not np.array_equal(w, pair[1][path])}
+  assert {re.sub('blocks/.*', '', path) for path in moved} == (
+      {'generator/', 'discriminator/'} if len(pretrain_encoder.networks(c.model)) > 1 else {''})
+  tuned = init_from_test.films(root, getattr(c.model, 'discriminator', c.model), tmp_path / 'more',
+                               data__tokenizer=str(root / 'x.model'))
   begun = start.first(tuned, classification.task(tuned), run.build(tuned, classification.task(tuned))).params
   assert np.array_equal(begun['blocks']['attn']['q'], mine['blocks']['attn']['q'])
   for to in ('hf', *['peft'] * (kind == 'bert')):
@@ -203,12 +210,9 @@ def test_what_a_decoder_cannot_take_is_refused(change, message, root):
 @pytest.mark.parametrize('make, change, message', [
     (bert.bert_cpu, dict(peft__method='prompt'), "peft.method='prompt', peft.mixout=0.0; expected no prompt"),
     (bert.bert_cpu, dict(peft__mixout=0.5), 'and no mixout'),
-    (deberta.deberta_cpu, dict(peft__method='prefix', data__length=96), 'DeBERTa scores distances')])
+    (deberta.deberta_cpu, dict(peft__method='prefix', data__length=96), 'DeBERTa scores distances'),
+    (electra.electra_cpu, dict(peft__method='houlsby'), "peft.method='houlsby', peft.mixout=0.0; expected full"),
+    (electra.electra_cpu, dict(peft__mixout=0.5), 'and no mixout')])
 def test_what_an_encoder_cannot_take_is_refused(make, change, message):
   with pytest.raises(ConfigError, match=re.escape(message)):
     config.replace(make(), **change)
-
-
-def test_a_pair_of_networks_has_no_such_field():
-  with pytest.raises(ConfigError, match='peft'):
-    config.override(electra.electra_cpu(), 'peft.method=lora')
