@@ -376,6 +376,7 @@ def test_apply_refuses(examples, split, part):
     augment.apply(examples, lambda text, _: text + '!', 0, split=split)
 
 
+@pytest.mark.slow
 def test_the_script_writes_copies_of_training_examples(tmp_path):
   rows = [{'text': ENGLISH, 'label': 'pos', 'split': 'train', 'stars': 5},
           {'text': CHINESE, 'split': 'train', 'id': 'z'}, {'text': CHINESE + '嗯。', 'label': 1, 'split': 'test'}]
@@ -394,6 +395,7 @@ def test_the_script_writes_copies_of_training_examples(tmp_path):
   assert 'train        pos                      1         2         0' in done.stdout and '+ ' in done.stdout
 
 
+@pytest.mark.slow
 def test_both_texts_of_a_pair_are_reworded_and_no_copy_is_a_held_out_text(tmp_path):
   rows = [{'text': ENGLISH, 'text_pair': CHINESE, 'split': 'train'}, {'text': 'ab', 'split': 'train'},
           {'text': 'AB ', 'split': 'test'}, {'text': 'aB', 'split': 'validation'}]
@@ -440,6 +442,7 @@ for arguments in json.load(sys.stdin):
 """
 
 
+@pytest.mark.slow
 def test_the_script_says_what_is_wrong(tmp_path):
   arguments = []
   for number, (line, flags, _, _) in enumerate(FAULTS):

@@ -88,6 +88,7 @@ def workdir(folder, tmp_path_factory):
   return workdir
 
 
+@pytest.mark.slow
 def test_a_line_of_json_for_each_text(folder, workdir, tmp_path):
   done = script(f'--model={workdir}', f'--corpus={folder}/films.jsonl', f'--out={tmp_path}/out.jsonl')
   assert done.returncode == 0, done.stderr
@@ -101,6 +102,7 @@ def test_a_line_of_json_for_each_text(folder, workdir, tmp_path):
   assert [json.loads(line) for line in lines] == [{k: v for k, v in row.items() if k != 'label'} for row in rows[:3]]
 
 
+@pytest.mark.slow
 def test_texts_are_read_as_the_run_read_its_own(folder, workdir, tmp_path):
   shutil.copytree(workdir, tmp_path / 'run')
   record = logs.read_config(workdir)

@@ -25,6 +25,7 @@ def _convert(*args):
                         text=True, timeout=120, check=False)
 
 
+@pytest.mark.slow
 def test_to_a_workdir_and_back(tmp_path):
   golden = ROOT / 'tests' / 'golden' / 'llama'
   tokenizer.char('abc').save(tmp_path / 'tok')

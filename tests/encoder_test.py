@@ -91,6 +91,7 @@ def test_outputs_of_transformers(name):
   assert {'mlm', 'rtd', 'nsp'} & set(io) == {'mlm', 'rtd', 'nsp'} & set(p)
 
 
+@pytest.mark.slow
 def test_gradients_of_transformers(tmp_path):
   c, p, io, _ = golden('bert')
   fields = json.loads((GOLDEN / 'bert' / 'config.json').read_text())

@@ -50,6 +50,7 @@ def test_that_the_allocator_would_give_it_back_otherwise():
   assert faults('') > 50
 
 
+@pytest.mark.slow
 def test_a_programs_temporaries_are_not_faulted_in_again():
   """They lie in the main thread's arena: another's gives pieces of 64 MiB back. A few of the first calls may fault."""
   program = """
@@ -115,6 +116,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not THP.exists() or '[never]' in THP.read_text(), reason='this kernel gives no huge pages')
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), 'mallopt'), reason='the C library is not glibc')
 def test_the_heap_lies_in_huge_pages_also_after_freed_memory_was_released():

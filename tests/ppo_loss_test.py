@@ -402,6 +402,7 @@ def test_no_array_of_length_times_vocabulary():
   assert V * D <= max(sizes) < B * T * V / 2
 
 
+@pytest.mark.slow
 def test_pretraining_is_mixed_in_as_one_more_mean():
   """27.8 times the mean over its own targets (eq. 2), beside PPO's mean over response tokens."""
   e, _ = prepared(0)

@@ -155,6 +155,7 @@ def test_evaluations_count_the_penalty_of_what_did_not_end(root, tmp_path):
       assert row[f'{name}_std'] == pytest.approx(1.5 * math.sqrt(ended * (1 - ended)), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_a_fixed_coefficient_may_be_another_after_resuming(root, tmp_path):
   changes = dict(loss=ppo.Config(kl=ppo.KL(coef=0.02)), loop__eval_first=False, loop__eval_every=0, checkpoint__every=1)
   c = make(root, optim__steps=2, **changes)
@@ -369,6 +370,7 @@ def test_the_same_weights_answer_the_same_prompts_anew_in_each_iteration(root, t
   assert one == same and some != others
 
 
+@pytest.mark.slow
 def test_an_evaluation_is_of_the_average_on_each_held_out_prompt_once(root, tmp_path):
   seen = []
   reward = lambda records, texts: seen.append(records) or [float(record.prompt.split()[1]) for record in records]

@@ -128,6 +128,7 @@ def test_fill_puts_what_was_drawn_in_place_and_nothing_elsewhere():
   assert got.tolist() == [[0, 1, 20, 3, 4, 5], [6, 7, 8, 9, 10, 11]]  # 4 was drawn as it was: not replaced
 
 
+@pytest.mark.slow
 def test_a_generator_that_always_draws_the_original_replaces_nothing():
   inputs = inputs_of()
   key = jax.random.key(0)

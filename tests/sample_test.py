@@ -31,6 +31,7 @@ def run(*flags, text=''):
                         capture_output=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_one_prompt_streams_and_the_seed_decides(folder):
   flags = (f'--model={folder}', '--max_new=12')
   one, two, other = run(*flags, '--prompt=你'), run(*flags, text='你\n'), run(*flags, '--prompt=你', '--seed=1')

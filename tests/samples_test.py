@@ -180,6 +180,7 @@ def test_at_a_temperature_each_evaluation_draws_anew(root, tmp_path):
   assert [prompt for prompt, _ in rows[:3]] == [prompt for prompt, _ in rows[3:]] and rows[:3] != rows[3:]
 
 
+@pytest.mark.slow
 def test_replies_end_where_positions_do(root, tmp_path):
   """Learned positions: as many new tokens as the longest prompt leaves."""
   c = make(root, samples__new_tokens=1000, optim__steps=4)

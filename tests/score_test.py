@@ -92,6 +92,7 @@ def test_it_answers_by_beam_search_if_asked(root, tmp_path):
   assert (done.returncode, done.stderr.count('\n')) == (2, 1) and '--beams=1: ' in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_says_how_it_wrote_and_what_it_held_out(root, tmp_path):
   """A workdir of a run on conversations needs no --chat; of its data the held-out records are answered."""
   talks = [{'instruction': f'say {i}', 'output': str(i)} for i in range(12)]
@@ -148,6 +149,7 @@ def test_a_failure_is_one_line(root, flags, code, part, tmp_path):
   assert not (tmp_path / 'replies.jsonl').exists()
 
 
+@pytest.mark.slow
 def test_the_language_of_a_reply_is_that_of_its_reference():
   pairs = [('How do you say "thank you very much" in Chinese?', '非常感谢你'), ('用英语怎么说谢谢你们', 'Thank you'),
            ('多少？', '42'), ('How many?', '42')]
