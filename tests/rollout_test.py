@@ -252,8 +252,10 @@ def test_a_mesh_draws_and_says_the_same():
     given = jax.device_put((weights(), weights(1)), (sharding.shardings(SPECS, mesh),) * 2)
     rows = jax.device_put((ids, segments), sharding.batch_sharding(mesh))
     r, scores = make(s)(*given, *rows, jax.device_put(key(), sharding.replicated(mesh)))
-  jax.tree.map(np.testing.assert_array_equal, r, want)
-  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), scores, scored)
+  # A sum over a divided vocabulary is rounded elsewhere; what was drawn is the same.
+  jax.tree.map(np.testing.assert_array_equal, r.replace(logprobs_BN=None), want.replace(logprobs_BN=None))
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5),
+               (r.logprobs_BN, scores), (want.logprobs_BN, scored))
   assert r.batch.ids_BT.sharding.shard_shape((8, 18)) == (2, 18)
 
 
