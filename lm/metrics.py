@@ -17,7 +17,7 @@ import unicodedata
 import warnings
 
 import numpy as np
-from scipy import stats
+import scipy  # its modules are imported where they are first used: over a second
 
 from lm.errors import ConfigError
 
@@ -64,12 +64,12 @@ def mcc(targets: np.ndarray, predictions: np.ndarray) -> float:
 
 def pearson(targets: np.ndarray, predictions: np.ndarray) -> float:
   """Linear correlation; 0 where either side is constant (as `mcc`), NaN where a number is not finite."""
-  return _correlation(stats.pearsonr, targets, predictions)
+  return _correlation(scipy.stats.pearsonr, targets, predictions)
 
 
 def spearman(targets: np.ndarray, predictions: np.ndarray) -> float:
   """Correlation of ranks, equal numbers sharing theirs; otherwise as `pearson`."""
-  return _correlation(stats.spearmanr, targets, predictions)
+  return _correlation(scipy.stats.spearmanr, targets, predictions)
 
 
 def confusion(targets: np.ndarray, predictions: np.ndarray, classes: int) -> np.ndarray:
@@ -181,7 +181,7 @@ def corrected_interval(values: Sequence[float], test_to_train: float, level: flo
   mean = float(values.mean()) if count else np.nan
   if count < 2:
     return Interval(mean, np.nan, np.nan, level, count)
-  half = float(stats.t.ppf((1 + level) / 2, count - 1) * np.sqrt((1 / count + test_to_train) * values.var(ddof=1)))
+  half = float(scipy.stats.t.ppf((1 + level) / 2, count - 1) * values.std(ddof=1) * (1 / count + test_to_train)**0.5)
   return Interval(mean, mean - half, mean + half, level, count)
 
 
@@ -203,8 +203,8 @@ def bootstrap(statistic: Callable[..., float], *samples: Sequence, level: float 
   def of_items(items):
     return statistic(*(s[items] if isinstance(s, np.ndarray) else [s[i] for i in items] for s in samples))
   with warnings.catch_warnings(), np.errstate(all='ignore'):
-    warnings.simplefilter('ignore', stats.DegenerateDataWarning)
-    found = stats.bootstrap((np.arange(count),), of_items, n_resamples=resamples, vectorized=False, method=method,
+    warnings.simplefilter('ignore', scipy.stats.DegenerateDataWarning)
+    found = scipy.stats.bootstrap((np.arange(count),), of_items, n_resamples=resamples, vectorized=False, method=method,
                             confidence_level=level, rng=np.random.default_rng(seed))
   low, high = found.confidence_interval
   if not np.isfinite([low, high]).all():
@@ -222,7 +222,7 @@ def paired(first: np.ndarray, second: np.ndarray) -> tuple[int, int, float]:
   if _length({'first': first.shape, 'second': second.shape}) and not first.dtype == second.dtype == bool:
     raise ConfigError(f'paired: {first.dtype}, {second.dtype}; expected bools: whether each item is right')
   one, other = int(np.sum(first > second)), int(np.sum(second > first))
-  return one, other, float(stats.binomtest(one, one + other).pvalue) if one + other else 1.0
+  return one, other, float(scipy.stats.binomtest(one, one + other).pvalue) if one + other else 1.0
 
 
 GLUE: dict[str, dict[str, Callable[[np.ndarray, np.ndarray], float]]] = {

@@ -61,6 +61,7 @@ def test_padding_rows_do_not_leak_gradients():
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_dropout_drops_and_keeps_the_mean():
   q, k, _ = inputs(256)
   ones = jnp.ones_like(k)
@@ -69,6 +70,7 @@ def test_dropout_drops_and_keeps_the_mean():
   assert np.asarray(out)[:, 100:].std() > 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['causal', 'window', 'segments'])
 def test_short_attention_equals_blocks_with_dropout_and_earlier_keys(kind, monkeypatch):
   """The probabilities that are kept give what those formed anew give, with the same draw."""

@@ -121,6 +121,7 @@ def share(f, text, segment, draws=150):
   return changed / draws / len(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rate', [0.03, 0.1, 0.3])
 def test_the_share_of_changed_words_is_the_rate(rate):
   for f in (noise.typos(rate), noise.case(rate), noise.typos(rate, noise.misread)):

@@ -43,6 +43,7 @@ def found(answers, i):
   return [(tuple(t[:n].tolist()), s) for t, n, s in zip(*arrays, strict=True) if n]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('penalty', [0.0, 0.8, 2.0])
 def test_with_beams_enough_the_best_of_all_answers_are_found(penalty):
   prompt, most = [1, 3, 0], 3
@@ -79,6 +80,7 @@ def search(c, p, prompt, b):
   return done
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', shared.CONFIGS)
 @pytest.mark.parametrize('changes', [
     dict(beams=3), dict(beams=4, penalty=0.0, stop=(3, 41)), dict(beams=5, penalty=2.0, stop=(17,), distinct=2)])
@@ -94,6 +96,7 @@ def test_it_is_a_plain_search_whatever_the_other_prompts(name, changes):
       assert all(len(set(zip(row, row[1:], strict=False))) == len(row) - 1 for row, _ in got)
 
 
+@pytest.mark.slow
 def test_an_answer_that_repeats_itself_is_kept_from_it():
   """The model's favourite goes round in circles."""
   c = dataclasses.replace(TINY, length=64)

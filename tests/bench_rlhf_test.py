@@ -73,6 +73,7 @@ def test_ppo_is_a_line_of_numbers():
   assert float(row['peak']) > 100 and 0 <= float(row['drawing'].rstrip('%')) <= 100
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('arguments', 'part'), [
     ([], '--model: not given'), (['--part=ppo', '--ppo_batch=3'], '--ppo_batch=3: expected a multiple'),
     (['--part=ppo', '--peer=torch', '--peer_packages=tests'],

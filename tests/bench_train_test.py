@@ -113,6 +113,7 @@ def test_each_pair_of_sides_is_compared(lines):
       ['minilm', 'lm / torch'], ['4x128', 'lm / torch'], ['4x128', 'lm / torch']]
 
 
+@pytest.mark.slow
 def test_both_sides_of_lora_train_the_same():
   (qv, every), sizes, full, errors = json.loads(printed(PEFT)[-1])
   assert qv == ['q_proj', 'v_proj'] and sizes == [4, 2, 256, 30] and full == 'full'

@@ -269,6 +269,7 @@ def _by_message(template, messages, tokenizer):
   return rest, own
 
 
+@pytest.mark.slow
 @everywhere
 def test_what_a_message_says_changes_nothing_outside_its_words(kinds, kind, name):
   tokenizer, template, rng = kinds[kind], TEMPLATES[name], np.random.default_rng(0)
@@ -390,6 +391,7 @@ def smollm2():
   return meta, gguf._tokenizer(path, meta, meta['tokenizer.ggml.tokens'])
 
 
+@pytest.mark.slow
 def test_smollm2_chats_as_its_own_template_says(smollm2):
   meta, tokenizer = smollm2
   template = functools.partial(chat.chatml, system=chat.SMOLLM2)

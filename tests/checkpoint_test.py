@@ -486,6 +486,7 @@ def restore_worker(directory):
   return step
 
 
+@pytest.mark.slow
 def test_sigkill_at_random_moments_loses_no_sealed_step(tmp_path):
   rng, reached = random.Random(0), 0
   for _ in range(4):
@@ -504,6 +505,7 @@ def test_sigkill_at_random_moments_loses_no_sealed_step(tmp_path):
     reached = step
 
 
+@pytest.mark.slow
 def test_two_processes_save_and_one_restores(tmp_path):
   with socket.socket() as s:
     s.bind(('127.0.0.1', 0))

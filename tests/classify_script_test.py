@@ -60,6 +60,7 @@ def script(*flags, **kwargs):
                         text=True, timeout=300, check=False, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, corpus, pack', [
     slow(classification.Encoder, 'films', True), (classification.Encoder, 'pairs', False),
     slow(classification.Decoder, 'pairs', True)])
@@ -155,6 +156,7 @@ def test_what_is_wrong_is_said(flags, lines, code, said, workdir, tmp_path):
   assert done.returncode == code and said in done.stderr and 'Traceback' not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_without_names_of_classes(workdir, tmp_path):
   record = logs.read_config(workdir)
   (tmp_path / 'checkpoints').mkdir()
@@ -210,6 +212,7 @@ def test_what_was_exported_classifies_as_the_run_did(folder, tmp_path):
       classifier.load(tmp_path / 'out')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('few, kind, pooling', [
     (peft.Config('lora', train='^(classify|pooler)/', rank=2, targets='^blocks/attn/[qv]$'), classification.Encoder,
      'pooler'), slow(peft.Config(), classification.Decoder, 'last')])
@@ -224,12 +227,14 @@ def test_another_task_begins_from_a_classifier(few, kind, pooling, folder, tmp_p
   jax.tree.map(np.testing.assert_array_equal, *rest)
 
 
+@pytest.mark.slow
 def test_parts_beside_the_weights_are_no_beginning(folder, tmp_path):
   trained(folder, tmp_path / 'first', peft=peft.Config('houlsby', width=2), optim__steps=1, loop__eval_every=1)
   with pytest.raises(ConfigError, match='houlsby.*in full'):
     trained(folder, tmp_path / 'next', init_from=str(tmp_path / 'first'))
 
 
+@pytest.mark.slow
 def test_a_head_that_transformers_has_not_is_not_exported(workdir, tmp_path):
   done = convert(workdir, tmp_path / 'out')  # BERT's with RoBERTa's head
   assert done.returncode == 2 and 'pooling=pooler of BERT' in done.stderr and not (tmp_path / 'out').exists()

@@ -67,6 +67,7 @@ def test_describe_needs_no_workdir_and_no_data(capsys):
   assert len(jax.live_arrays()) == before
 
 
+@pytest.mark.slow
 def test_a_run_from_start_to_end_and_again(corpus, tmp_path, capsys, monkeypatch):
   argv = tiny.argv(config='quickstart', workdir=tmp_path / 'run', data__corpus=corpus)
   assert gpt(*argv) == 0

@@ -53,6 +53,7 @@ def ring(n):
   return (n - 1) / n
 
 
+@pytest.mark.slow
 def test_data():
   """One all-reduce of the gradient."""
   for microbatches in (1, 2):
@@ -61,6 +62,7 @@ def test_data():
     assert set(found) == {('data',)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['none', 'full'])
 def test_zero_3(remat):
   """Parameters are gathered for the forward pass and the backward pass, gradients are scattered: 3 times the bytes."""
@@ -69,6 +71,7 @@ def test_zero_3(remat):
   assert found['fsdp',]['reduce-scatter'] == pytest.approx(ring(8) * nbytes, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('zero', [1, 2])
 def test_zero_1_and_2(zero):
   """Gradients are scattered, new parameters gathered: what an all-reduce sends."""
@@ -84,6 +87,7 @@ def test_zero_2_scatters_every_microbatch_and_zero_1_once():
   assert every['fsdp',]['reduce-scatter'] == pytest.approx(2 * ring(8) * nbytes, rel=0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', few(['none', 'full'], 'full'))
 @pytest.mark.parametrize('kv_heads', [8, 4])
 def test_tensor(remat, kv_heads):
@@ -95,6 +99,7 @@ def test_tensor(remat, kv_heads):
   assert least * L * each <= of_axis(found, 'tensor') <= 1.15 * (most * L + 2) * each
 
 
+@pytest.mark.slow
 def test_pipeline():
   """A microbatch is passed on each tick, forward and backward; rows come from their devices, and go back."""
   p, M = 4, 4

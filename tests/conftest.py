@@ -1,5 +1,6 @@
 """Strict JAX for every test: 8 fake CPU devices, no silent broadcasting of ranks, no key used twice."""
 
+import gc
 import os
 import pathlib
 
@@ -18,3 +19,10 @@ jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_debug_key_reuse', True)
 jax.config.update('jax_compilation_cache_dir', str(_CACHE))
 jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.1)
+
+
+def pytest_collection_finish():
+  """Tracing makes many objects: what collecting the tests made need not be walked through each time."""
+  gc.collect()
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 100)

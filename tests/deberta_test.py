@@ -79,6 +79,7 @@ def plain_attention(q, k, v, tables, visible, scale):
   return jnp.einsum('BNij,BjNH->BiNH', probs, v)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('terms', few([('c2p', 'p2c'), ('c2p',), ('p2c',), ()], ('c2p', 'p2c')))
 @pytest.mark.parametrize('T', [slow(1), slow(2), 5, slow(13)])
 def test_attention_equals_the_plain_form(monkeypatch, terms, T):
@@ -98,6 +99,7 @@ def test_attention_equals_the_plain_form(monkeypatch, terms, T):
     close(got, results[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('cache', [0, 1 << 20])
 def test_dropout_of_probabilities(monkeypatch, cache):
   """The derivative drops what the value dropped, and the mean over keys is the value without dropout."""
@@ -123,6 +125,7 @@ def test_far_distances_are_one():
 
 # The encoder.
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', few(KINDS, 'v1', 'v2'))
 def test_padding_changes_nothing(name):
   c, p, ids_BT = KINDS[name], weights(name), random_ids(2, 7)
@@ -134,6 +137,7 @@ def test_padding_changes_nothing(name):
     close(got[:, left:left + 7], want)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', few(KINDS, 'v1', 'v2'))
 @pytest.mark.parametrize('attend', [None, attention.attend])
 def test_packed_equals_unpacked(name, attend):
@@ -177,6 +181,7 @@ def test_one_layer(name):
   assert np.isfinite(decode(p, c, random_ids(2, 5))).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('place', ['embedding', 'attention', 'hidden'])
 def test_dropout_needs_a_key_and_follows_it(place):
   c = dataclasses.replace(V2, dropout=nn.Dropout(**{place: 0.3}))
@@ -282,6 +287,7 @@ def test_gradients_of_the_discriminator_alone(sharing):
   assert not any(np.any(x) for x in jax.tree.leaves(rest))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('sharing', ['gdes', 'tied', 'untied'])
 def test_gradients_of_the_generator_alone(sharing):
   c, p = pair(sharing)

@@ -65,6 +65,7 @@ def test_greedy_decoding_is_the_forward_pass(name):
     np.testing.assert_allclose(logprobs, want.max(-1), atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['gpt2', 'llama'])
 def test_logprobs_of_sampled_tokens_are_the_models_at_that_temperature(name):
   s = Sampling(max_new=9, temperature=1.5, top_k=40, top_p=0.95)
@@ -74,6 +75,7 @@ def test_logprobs_of_sampled_tokens_are_the_models_at_that_temperature(name):
     np.testing.assert_allclose(logprobs, want[jnp.arange(9), jnp.array(tokens)], atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, temperature', [('gpt2', 0), ('llama', 1.0)])
 def test_padding_changes_nothing(name, temperature):
   s = dataclasses.replace(GREEDY, temperature=temperature)
@@ -87,6 +89,7 @@ def test_padding_changes_nothing(name, temperature):
     np.testing.assert_allclose(got.logprobs_BT, want.logprobs_BT, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_row_does_not_depend_on_its_mates():
   s = dataclasses.replace(GREEDY, temperature=1.0)
   generate = functools.partial(decode.generate, model('llama'), weights('llama'), s=s)
@@ -125,6 +128,7 @@ def test_stop_tokens_end_rows_and_the_loop():
   assert len(steps) == max(ends)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('temperature, most', [(1.0, 9), (0, 1)])
 def test_stream_yields_what_generate_returns(temperature, most):
   s = Sampling(max_new=most, temperature=temperature, stop=(1, 2, 3, 5, 8, 13, 21, 34, 55, 89))
@@ -150,6 +154,7 @@ def test_a_second_call_compiles_nothing():
   assert decode.of(decoder, dataclasses.replace(LLAMA)) is model('llama')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name, by_output', [('gpt2', True), ('llama', False), ('llama', True), ('odd', True)])
 def test_prepared_parameters_give_the_same_tokens(name, by_output, monkeypatch):
   monkeypatch.setattr(host, 'reads_by_output', lambda platform: by_output)
@@ -159,6 +164,7 @@ def test_prepared_parameters_give_the_same_tokens(name, by_output, monkeypatch):
   np.testing.assert_allclose(got.logprobs_BT, want.logprobs_BT, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, most', [('bfloat16', 0.05), ('int8', 0.1)])
 @pytest.mark.parametrize('name', ['gpt2', 'llama'])
 def test_fewer_bits_stay_close(name, kind, most):
@@ -187,6 +193,7 @@ def test_no_step_copies_the_cache_or_a_kernel(kind, prompts):
   assert not copied & big
 
 
+@pytest.mark.slow
 def test_under_a_mesh():
   mesh = sharding.make_mesh(sharding.Config(data=2, fsdp=2, tensor=2))
   prompts, s = [*PROMPTS, PROMPTS[0]], Sampling(max_new=9)
@@ -281,6 +288,7 @@ def test_pad_to_a_width():
     decode.pad([[7], [8, 9, 10]], 2)
 
 
+@pytest.mark.slow
 def test_rows_of_a_larger_set_draw_what_they_draw_there():
   ids_BT, segments_BT = decode.pad([PROMPTS[0]] * 4, 4)
   run = jax.jit(functools.partial(decode.run, model('llama'), Sampling(max_new=9)))
@@ -341,6 +349,7 @@ def test_pieces_behind_a_prompt_keep_their_first_space(tmp_path):
   assert ''.join(streaming.pieces(sp.decode, sp.encode(' sat').tolist(), [sp.bos_id])) == ' sat'  # begins a text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', CONFIGS)
 def test_a_long_prompt_attends_by_blocks(name, monkeypatch):
   """The tokens of the reference, without holding all scores; and no more padding than to the next 1,024."""

@@ -90,6 +90,7 @@ def test_a_token_never_sees_the_future(name):
   assert not np.allclose(a[:, 7:], b[:, 7:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['gpt2', slow('palm')])
 def test_scan_unroll_and_remat_agree(name):
   ids_BT = random_ids(2, 10)

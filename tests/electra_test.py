@@ -80,6 +80,7 @@ def test_config_is_set_from_the_command_line():
   assert config.from_json(electra.Config, config.to_json(c)) == c
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['generator', 'discriminator'])
 def test_each_network_is_a_folder(tmp_path, name):
   p = params.init(electra.specs(PAIR), jax.random.key(0))

@@ -155,6 +155,7 @@ def state_at(c, task, workdir):
       frozen=jax.tree.map(lambda x: None, abstract.frozen)))[1])
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_as_if_it_had_not(corpus, tmp_path, monkeypatch):
   c = tiny.make_config(corpus, optim__ema=0.8)
   run.run(c, TASK, tmp_path / 'whole')
@@ -166,6 +167,7 @@ def test_a_stopped_run_resumes_as_if_it_had_not(corpus, tmp_path, monkeypatch):
   assert values[0] == values[1] and len(values[0]) == 3
 
 
+@pytest.mark.slow
 def test_evaluation_and_what_is_read_from_a_checkpoint_are_of_the_average(corpus, tmp_path):
   """Training is that of a run without it; the validation loss is the loss of the stored average."""
   c, plain = (tiny.make_config(corpus, optim__ema=decay) for decay in (0.9, 0.0))
@@ -209,6 +211,7 @@ def test_few_parameters_are_averaged_and_loaded(tmp_path):
   assert weights.load(tmp_path / 'run').params['blocks']['attn']['q'].shape == specs['blocks']['attn']['q'].shape
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_the_average(corpus, tmp_path, monkeypatch):
   """`init_from` takes what evaluation saw; a run that began without an average is not resumed with one."""
   c = config.replace(GPT, data=tiny.make_config(corpus).data, optim__steps=4, optim__lr=0.1,

@@ -123,6 +123,7 @@ def test_their_tensors_survive_import_and_export(tmp_path, name):
 # Identities
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', KINDS)
 @pytest.mark.parametrize('left', few([0, 5], 5))
 def test_padding_changes_nothing(name, left):
@@ -202,6 +203,7 @@ def test_scan_unroll_and_remat_agree():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3), got, want)
 
 
+@pytest.mark.slow
 def test_dropout_needs_a_key_and_follows_it():
   ids_BT = random_ids(1, 8)
   for rates in (nn.Dropout(embedding=0.1), nn.Dropout(attention=0.1), nn.Dropout(hidden=0.1)):
@@ -231,6 +233,7 @@ def test_the_two_forms_of_gelu_differ():
   assert np.abs(apply(weights('bert'), SMALL, ids_BT) - apply(weights('bert'), erf, ids_BT)).max() > 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('dtype, digits', [('float32', 1e-6), ('bfloat16', 5e-2)])
 def test_gelu_with_erf_is_exact_to_its_type(dtype, digits):
   """In bfloat16 relatively, where 1 + erf of the least one would be 0; gradients too."""
@@ -280,6 +283,7 @@ def test_any_mesh_equals_one_device(axes):
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-3), got, want)
 
 
+@pytest.mark.slow
 def test_initial_values():
   c = dataclasses.replace(SMALL, embed=128, heads=8, head_dim=16, mlp=512)
   p = params.init(tree_of(c, 'mlm', 'pooler', 'nsp', 'rtd'), jax.random.key(0))

@@ -52,6 +52,7 @@ def folder(tmp_path_factory):
   return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('isolate', [False, True])
 def test_a_uniform_model_needs_all_bits(folder, isolate):
   """Of 258 tokens; each document is 8 bytes and its end, isolated or not."""
@@ -64,6 +65,7 @@ def test_a_uniform_model_needs_all_bits(folder, isolate):
   assert found['bits_per_byte'] == pytest.approx(math.log2(258) * tokens / 320, rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, code, part', [
     ((), 2, '--model: not given'), (('--model={}/hf', '--corpus=nowhere'), 3, 'nowhere: no text'),
     (('--model={}/hf', '--corpus={}/a.jsonl', '--length=64'), 2, 'data.length=64 is more than model.length=32'),

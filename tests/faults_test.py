@@ -250,6 +250,7 @@ def test_is_refused_in_one_line(files, monkeypatch, capfd, argv, change, code, l
   assert 'step 1:' not in out
 
 
+@pytest.mark.slow
 def test_without_a_fault_the_step_is_reached(files, monkeypatch):
   """So that each case above fails for its own reason."""
   with pytest.raises(tiny.Reached):
@@ -260,6 +261,7 @@ def test_without_a_fault_the_step_is_reached(files, monkeypatch):
     launch(files, monkeypatch, ['--set=init_from={d}/trained', '--workdir={d}/c'])
 
 
+@pytest.mark.slow
 def test_resume_says_what_may_be_there(files, monkeypatch, capsys):
   again(files)
   for argv in (['--resume=must'], ['--resume=auto'], ['--workdir={d}/new', '--resume=never']):
@@ -345,6 +347,7 @@ def test_disk_that_fills_in_training(files, capfd, disk):
   assert f'resumed from step {sealed[-1]} ' in out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('argv, code, line', [
     (['--set', 'optim.lrr=1'], 2, "did you mean 'lr'"), (['--workdirr=x'], 2, 'Did you mean: workdir'),
     (['--set', 'data.corpus=/nowhere.txt', '--workdir={d}/run'], 3, '/nowhere.txt: no text')])

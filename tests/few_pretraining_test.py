@@ -95,6 +95,7 @@ def whole(root, method, folder):
   return c, task, run.run(c, task, folder / 'whole')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['lora', *map(slow, ('houlsby', 'pfeiffer', 'top', 'prefix', 'prompt'))])
 def test_a_decoder_goes_on_with_few_parameters(method, root, before, tmp_path, monkeypatch):
   """They alone are kept and change; what was stopped and resumed is the same."""

@@ -38,6 +38,7 @@ PACKED = documents([(1, 7), (2, 30), (3, 8), (0, 5)], [(4, 50)])
 PADDED = documents([(1, 50)], [(0, 3), (1, 30), (0, 17)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mask, T, S, N, K', [
     slow(nn.Mask(), 50, 50, 4, 2), (nn.Mask(), 1, 1, 1, 1), (nn.Mask(causal=False), 33, 70, 2, 2),
     slow(nn.Mask(window=7), 64, 64, 4, 1), (nn.Mask(start=20, window=25), 31, 51, 2, 2),
@@ -114,6 +115,7 @@ def test_dropout_is_fair_and_independent():
   assert abs(corners.mean() / keep.var() ** 2) < 4 / n**0.5
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_rows_key_alone():
   key, rate = jax.random.key(2), 0.5
   want = kept(key, rate, 3, 20, 4, 2)
@@ -124,6 +126,7 @@ def test_dropout_depends_on_the_rows_key_alone():
   assert (kept(jax.random.key(3), rate, 3, 20, 4, 2) != want).mean() == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.slow
 def test_dropout_is_the_same_backward():
   """Against softmax and a given mask, with the gradients of all three."""
   T, N, K, rate, key = 64, 4, 2, 0.4, jax.random.key(4)

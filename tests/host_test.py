@@ -136,6 +136,7 @@ def cache(**environment):
                         env=env).stdout.strip()
 
 
+@pytest.mark.slow
 def test_where_compiled_programs_are_kept(tmp_path):
   folder, name = os.path.split(cache(XDG_CACHE_HOME=str(tmp_path)))
   assert folder == str(tmp_path / 'lm') and name.startswith('jax-')

@@ -95,6 +95,7 @@ def same(got, want):
     np.testing.assert_array_equal(got[path], x, err_msg=path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['full', 'lora'])
 def test_a_pair_gives_its_discriminator(method, root, tmp_path, monkeypatch):
   c = shrink(electra.electra_cpu())
@@ -107,6 +108,7 @@ def test_a_pair_gives_its_discriminator(method, root, tmp_path, monkeypatch):
   same(peft.merge(p0)['blocks'] if method == 'lora' else p0['blocks'], want['blocks'])
 
 
+@pytest.mark.slow
 def test_embeddings_that_are_a_sum_are_summed(root, tmp_path, monkeypatch):
   """DeBERTa-v3: the discriminator's are those of the generator and what it learned beside them."""
   c = shrink(deberta.deberta_v3_cpu())
@@ -116,6 +118,7 @@ def test_embeddings_that_are_a_sum_are_summed(root, tmp_path, monkeypatch):
        {k: v for k, v in deberta_pair.discriminator(p, c.model).items() if k != 'rtd'})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('model, message', [
     (dict(embed=32), 'blocks/attn/k is (2, 16, 2, 8) there and (2, 32, 2, 8) in this model; set model.*'),
     (dict(types=0), 'embed/types is (2, 16) there and absent in this model'),

@@ -168,6 +168,7 @@ def test_in_memory_it_is_the_run_of_a_seed(root, tmp_path):
   assert 0.2 < found[1] < 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, pooling, method', [
     slow(classification.Encoder, 'pooler', 'full'), (classification.Encoder, 'mean', 'prefix'),
     slow(classification.Disentangled, 'first', 'full'), (classification.Decoder, 'last', 'lora')])
@@ -441,6 +442,7 @@ def test_the_second_text_decides(root, kind):
   assert classification.accuracies(c, parameters(c), data, 1) == [1.0]
 
 
+@pytest.mark.slow
 def test_token_types_reach_the_model(root):
   data = prepared(root, [('good', 'bad', 'xy'[i == 3], 'train') for i in range(4)])
   c = config.replace(task_config(classification.Encoder, data), model__std=0.5)

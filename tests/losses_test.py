@@ -63,6 +63,7 @@ def test_a_target_without_weight_may_be_no_word(devices):
     jax.tree.map(np.testing.assert_array_equal, both(jnp.where(none, V + 2, targets)), both(targets))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('chunk', [1, 6, 1000])
 @pytest.mark.parametrize('z', [0.0, 0.01])
 def test_bias_of_the_vocabulary(chunk, z):

@@ -346,6 +346,7 @@ def test_folds_need_the_correction():
   assert plain / 300 < 0.75 < 0.9 < corrected / 300
 
 
+@pytest.mark.slow
 def test_bootstrap_against_loops():
   targets, predictions = classes(0, 50)
   found = metrics.bootstrap(metrics.accuracy, targets, predictions, method='percentile', resamples=500, seed=3)

@@ -206,6 +206,7 @@ def test_microbatches_and_meshes_draw_the_same(root):
   assert losses[2:] == [pytest.approx(losses[0], rel=1e-4)] * 2
 
 
+@pytest.mark.slow
 def test_evaluation_draws_nothing(root):
   """Neither masks of Mixout nor LoRA's dropout, although an evaluation has a key."""
   for few in (peft.Config(train='', mixout=0.6), peft.Config('lora', train='', rank=2, rate=0.5)):

@@ -88,6 +88,7 @@ def chi2(observed, expected):
   return ((observed - expected)**2 / expected).sum()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', few(['bert', 'roberta', 'electra', 'word', 'span'], 'bert', 'span'))
 def test_statistics_of_a_million_tokens(kind):
   """Selection share and place, 80/10/10, and random replacements uniform over the vocabulary."""
@@ -177,6 +178,7 @@ def test_whole_words_are_chosen_whole_and_as_many_as_fit():
     assert room == 0 or all(sizes[w] > room for w in range(len(sizes)) if w not in taken)
 
 
+@pytest.mark.slow
 def test_spans_are_runs_of_words_with_the_lengths_of_spanbert():
   """With one span a row at most, its length is the drawn one: geometric with p = .2, cut at 10."""
   every = dataclasses.replace(TOKENS, starts_V=None)
@@ -274,6 +276,7 @@ def specs_and_functions(seed=0):
   return p, dict(apply=apply, head=head, tokens=TOKENS), lambda p, x: x[:, 0] @ p['nsp']
 
 
+@pytest.mark.slow
 def test_gathered_loss_is_the_dense_loss():
   p, f, _ = specs_and_functions()
   inputs, key, c = inputs_of(LENGTHS, 64), jax.random.key(5), mlm.Config(chunk=50)
@@ -326,6 +329,7 @@ def test_accumulation_of_static_masks_is_exact(microbatches):
   assert set(whole[2]) == {'loss', 'accuracy', 'nsp_loss', 'nsp_accuracy', 'targets'}
 
 
+@pytest.mark.slow
 def test_accumulation_of_dynamic_masks_weighs_by_what_was_drawn():
   p, f, _ = specs_and_functions()
   inputs = inputs_of([64, 0, 5, 64, 40, 3, 2, 64], 64)
@@ -343,6 +347,7 @@ def test_accumulation_of_dynamic_masks_weighs_by_what_was_drawn():
     np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('lengths', [[0, 0], [1, 2], [2, 0]])
 def test_nothing_to_mask_gives_loss_and_gradient_zero(lengths):
   p, f, _ = specs_and_functions()
@@ -368,6 +373,7 @@ def test_any_mesh_gives_the_same():
     np.testing.assert_allclose(a, b, atol=2e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', few(['bert', 'word', 'span', 'ngram'], 'bert', 'ngram'))
 def test_no_array_of_tokens_times_vocabulary(kind):
   """Neither [B, T, V] nor [B, P, V], forward or backward."""

@@ -138,6 +138,7 @@ def test_the_picture_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
   assert (tmp_path / 'rl.png').read_bytes() == b'old'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('loss, alarms', [({'kl': {'target': 6.0}}, 1), ({'kl': {'target': 0.0}}, 0),
                                           ({'beta': 0.04}, 0)])
 def test_the_report_of_a_run(loss, alarms, tmp_path):

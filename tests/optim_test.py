@@ -217,6 +217,7 @@ def test_frozen_leaves_have_no_state_and_change_nothing_else(name):
   assert not any('embed' in path or 'norm' in path for path in params.flatten(state))
 
 
+@pytest.mark.slow
 @ALL
 def test_a_refused_step_changes_nothing(name):
   tx = optim.make(optim.Config(name=name), SPECS)
@@ -243,6 +244,7 @@ def test_moments_live_where_their_parameters_do(name):
   assert set(moments) == {sharding.partition(('layers', 'embed', 'mlp'))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_a_mesh_gives_the_same_update(name):
   mesh = sharding.make_mesh(sharding.Config(data=2, fsdp=2, tensor=2))
@@ -291,6 +293,7 @@ def test_muon_orthogonalises_each_layer_and_leaves_the_rest_to_adamw():
       assert np.trace(u.T @ -np.asarray(layer).reshape(rows, columns) @ v.T) > 0.5 * 1e-2 * size * rows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('clip', [0.0, 0.1])
 def test_muon_on_a_stack_is_optax_muon_on_each_matrix(clip):
   """The gradient is clipped by the norm of all leaves."""

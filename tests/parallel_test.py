@@ -138,6 +138,7 @@ TRIED = {'decoder': MESHES, 'bert': MESHES, 'electra': (*ALIKE, 'pipe 4 data 2')
 PAIRS = [(kind, mesh) if (kind, mesh) in QUICK else slow(kind, mesh) for kind in KINDS for mesh in TRIED[kind]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, mesh', PAIRS)
 def test_a_mesh_is_one_device(kind, mesh):
   """Loss, metrics and gradients of the first step, and the losses of thirty."""
@@ -145,6 +146,7 @@ def test_a_mesh_is_one_device(kind, mesh):
   same(curve(kind, MESHES[mesh], steps=30, devices=devices), one_device(kind))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', [{}, slow({'data': 4, 'fsdp': 2}), slow({'pipe': 2, 'fsdp': 2, 'data': 2})], ids=str)
 def test_microbatches(mesh):
   """Neither sums nor dropout depend on the number of microbatches."""
@@ -155,6 +157,7 @@ def bytes_on_a_device(tree):
   return sum(x.addressable_shards[0].data.nbytes for x in jax.tree.leaves(tree))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('mesh', [slow('data 8'), 'fsdp 8, zero 1', slow('fsdp 4 data 2, zero 2'),
                                   'fsdp 2 tensor 2 pipe 2'])
 def test_bytes_of_zero(mesh):
@@ -172,6 +175,7 @@ def test_bytes_of_zero(mesh):
   assert bytes_on_a_device((state.opt_state.mu, state.opt_state.nu)) == 2 * expected(specs, ways)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['decoder', slow('electra')])
 def test_evaluation(kind):
   """The validation loss of a mesh is that of one device."""

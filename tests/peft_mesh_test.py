@@ -22,6 +22,7 @@ from lm import (
   run,
   samples,
   sharding,
+  train,
 )
 from lm.data import conversations, framing, labelled, preferences
 from lm.data.packing import Batch
@@ -85,12 +86,14 @@ def preference_pairs(method, mesh, seed):
 
 
 def pretraining(kind, method, mesh, seed):
-  c = dataclasses.replace(parallel.KINDS[kind], peft=METHODS[method], optim=OPTIM, mesh=sharding.Config(**mesh))
+  few = METHODS.get(method, method)
+  c = dataclasses.replace(parallel.KINDS[kind], peft=few, optim=OPTIM, mesh=sharding.Config(**mesh))
   task = pretrain.task(c) if isinstance(c, pretrain.Config) else pretrain_encoder.task(c, parallel.TOKENS)
   return c, task, parallel.make_batch(kind, seed)
 
 
-documents, words, disentangled = (functools.partial(pretraining, kind) for kind in ('decoder', 'bert', 'deberta'))
+documents, words, disentangled, pair = (functools.partial(pretraining, kind) for kind in (
+    'decoder', 'bert', 'deberta', 'electra'))
 
 
 @functools.cache
@@ -131,9 +134,21 @@ def test_a_conversation(method, mesh):
     (classes, 'lora', 'fsdp 2 tensor 2'), (preference_pairs, 'lora', 'fsdp 2 tensor 2'),
     (documents, 'lora', 'pipe 2 data 2'), (documents, 'top', 'fsdp 2 tensor 2'), (words, 'lora', 'fsdp 2 tensor 2'),
     (words, 'houlsby', 'pipe 2 data 2'), (disentangled, 'lora', 'fsdp 2 tensor 2'),
-    (disentangled, 'pfeiffer', 'pipe 2 data 2')])
+    (disentangled, 'pfeiffer', 'pipe 2 data 2'), (pair, 'lora', 'fsdp 2 tensor 2')])
 def test_another_objective(make, method, mesh):
   same(make, method, mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('make', [words, pair])
+def test_the_dropout_of_lora_is_no_part_of_an_evaluation(make):
+  few, said = METHODS['lora'], {}
+  for rate in (0.0, 0.5):
+    c, task, batch = make(dataclasses.replace(few, rate=rate), {}, 0)
+    p = train.whole(parallel.initial(task, run.build(c, task, jax.devices()[:1])))
+    for name, loss in (('trained', task.loss), ('evaluated', task.eval_loss)):
+      said[name, rate] = {k: float(term.total) for k, term in jax.jit(loss)(p, batch, jax.random.key(1))[0].items()}
+  assert said['evaluated', 0.0] == said['evaluated', 0.5] and said['trained', 0.0] != said['trained', 0.5]
 
 
 @pytest.mark.parametrize('method, advice', [('top', 'set mesh.pipe=1'), ('prefix by an MLP', 'or peft.hidden=0')])

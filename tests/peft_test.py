@@ -113,6 +113,7 @@ def test_what_bfloat16_would_round_away_beside_a_weight_is_kept():
   np.testing.assert_array_equal(np.asarray(y_BTF, np.float32), 16 * 2 * 2**-12)
 
 
+@pytest.mark.slow
 def test_dropout_is_on_the_path_of_lora_alone():
   family, c, p, specs, tree = tuned('gpt2', peft.Config('lora', rank=4, rate=0.5))
   key = jax.random.key(3)
@@ -128,6 +129,7 @@ def test_dropout_is_on_the_path_of_lora_alone():
   np.testing.assert_allclose(many.mean(0), dot(None), atol=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', few(FAMILIES, 'llama', 'bert'))
 def test_houlsby_is_two_bottlenecks_before_the_sum(kind):
   """With a zero bottleneck it is the model; else W up(gelu(W down h)) of each branch, as a change of o and down."""
@@ -154,6 +156,7 @@ def test_pfeiffer_reads_the_normed_sum():
   np.testing.assert_allclose(nn.residual(node, x, y, 'BTD,DE->BTE', None, norm=norm), want, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('hidden_width', [0, 7])
 @pytest.mark.parametrize('kind', few(['gpt2', 'llama', 'palm', 'bert'], 'llama', 'bert'))
 def test_a_prefix_is_a_cache_of_tokens_that_never_were(kind, hidden_width):
@@ -249,6 +252,7 @@ def test_published_numbers_of_trainable_parameters():
   assert params.count(stored, 'prefix_') == 245_760
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['lora', slow('houlsby'), slow('pfeiffer'), 'prefix', slow('prompt'), 'top'])
 def test_only_what_trains_has_optimizer_state_and_moves(method):
   c = peft.Config(method, targets=EVERYWHERE, rank=2, width=3, length=2, hidden=4, layers=1)
@@ -311,6 +315,7 @@ def test_adapters_do_not_merge():
     peft.merge(tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['gpt2', 'llama', 'bert'])
 def test_each_weight_keeps_its_own_rank_and_scale(kind, tmp_path):
   """Written and read again twice; GPT-2's q and v are one tensor there, of one scale."""

@@ -120,6 +120,7 @@ def answer(first=0, last=None):
   return plain(*inputs(), first=first, last=last)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('axes, kw', CASES)
 def test_equal_to_one_device(axes, kw):
   want = answer(**{k: v for k, v in kw.items() if k in ('first', 'last')})
@@ -308,11 +309,13 @@ def memory(M, v, width, remat):
   return compiled(4, M, v, width, 64, remat).memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('remat', ['none', 'full'])
 def test_memory_falls_with_more_microbatches(remat):
   assert memory(16, 1, 512, remat) < memory(4, 1, 512, remat)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('M, v, remat, arrays', [
     slow(4, 1, 'none', 8), (16, 1, 'none', 8), slow(4, 1, 'full', 3), slow(16, 1, 'full', 3), (4, 2, 'none', 5)])
 def test_inner_activations_of_one_microbatch_at_a_time(M, v, remat, arrays):

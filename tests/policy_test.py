@@ -127,6 +127,7 @@ def test_the_samplers_log_probabilities_save_a_pass(kind, fields):
     assert flops['sampler'] == pytest.approx(flops['model'] * (forward - 1) / forward, rel=0.1)
 
 
+@pytest.mark.slow
 def test_a_critic_reads_its_own_trunk():
   c = make('full', value='separate')
   _, p = tree_of(c)
@@ -138,6 +139,7 @@ def test_a_critic_reads_its_own_trunk():
   assert not np.array_equal(values(p | {'critic': bent(p['critic'])}), values(p))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [policy.PPO, slow(policy.GRPO)])
 def test_the_penalty_is_for_leaving_what_training_began_with(kind):
   c = make('lora', kind, **({'loss__kl': ppo.KL(coef=0.3, target=0.1, horizon=40)} if kind is policy.PPO else {}))

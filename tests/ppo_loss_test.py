@@ -345,6 +345,7 @@ def gradient(loss, batch, microbatches=1):
   return jax.jit(train.accumulate(loss, microbatches))(model(), batch, jax.random.key(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('left, right', [slow(3, 0), slow(17, 0), (3, 5)])
 def test_padding_changes_nothing(left, right):
   (want_e, want_stats), (e, stats) = prepared(0), prepared(left, right)
@@ -359,6 +360,7 @@ def test_padding_changes_nothing(left, right):
   assert max(abs(x).max() for x in jax.tree.leaves(want_grads)) > .01
 
 
+@pytest.mark.slow
 def test_microbatches_change_nothing():
   c = ppo.Config(entropy_weight=.01)
   e, _ = prepared(0)
@@ -369,6 +371,7 @@ def test_microbatches_change_nothing():
                (grads, metrics))
 
 
+@pytest.mark.slow
 def test_temperature_chunk_and_entropy():
   """Against the whole softmax: log-probabilities and entropies of logits / temperature, a few tokens at a time."""
   c = ppo.Config(temperature=.7, chunk=5, entropy_weight=.02)

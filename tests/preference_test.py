@@ -70,6 +70,7 @@ def direct(p, rows):
   return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('few', [FULL, slow(LORA), slow(peft.Config('prompt', train='', length=3))],
                          ids=lambda c: c.method)
 def test_it_starts_at_its_reference(few, root, tmp_path):
@@ -156,6 +157,7 @@ def test_a_run_that_goes_on_needs_its_reference(straight, tmp_path):
     run.run(shorter, preference.task(shorter), tmp_path, resume_with_changes=True)
 
 
+@pytest.mark.slow
 def test_before_training_the_reference_is_asked_again_only_where_it_is_another(root, tmp_path, monkeypatch, capsys):
   tiny.stop_before_the_step(monkeypatch)
 
@@ -181,6 +183,7 @@ def test_the_better_answers_are_learned(root, tmp_path):
   assert rows[-1]['val_margin'] > 0.5 and rows[-1]['val_loss'] < 0.5
 
 
+@pytest.mark.slow
 def test_without_a_reference_all_answers_are_alike_to_it(root, tmp_path):
   c = make(root, reference='none', optim__lr=1e-9, optim__steps=1, loop__eval_every=1)
   task = preference.task(c)

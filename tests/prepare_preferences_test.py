@@ -162,6 +162,7 @@ def test_a_wrong_flag_or_package_is_named(preferences, downloads, tmp_path):
   assert (tmp_path / 'there.jsonl').read_text() == 'mine' and not (tmp_path / 'x.jsonl').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('given', [{}, {'language': 'zh', 'digits': 1}, {'digits': 3, 'operators': 'multiply'}])
 def test_sums_are_right_distinct_and_their_numbers_are_in_one_split(given, sums, records):
   found = records(sums, count=900, **given)

@@ -32,6 +32,7 @@ def both(f, x, ws, gs):
   return jax.jit(run).lower(x, ws, gs).compile()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('lead', [FEW, MANY, LARGE])
 @pytest.mark.parametrize('dtype, rtol', [(jnp.float32, 1e-5), (jnp.bfloat16, 2e-2)])
 def test_products_are_einsums(lead, dtype, rtol):

@@ -89,6 +89,7 @@ def jsonl(path, records):
   return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', RECORDS)
 def test_good_records_of_each_kind_pass_and_come_back(kind, check, tmp_path):
   path = jsonl(tmp_path / 'in.jsonl', RECORDS[kind])
@@ -279,6 +280,7 @@ def test_a_wrong_flag_is_told_first(given, code, part, fails, tmp_path):
   assert os.listdir(tmp_path) == ['x.jsonl']
 
 
+@pytest.mark.slow
 def test_the_command_exits_with_the_status(tmp_path):
   path = jsonl(tmp_path / 'in.jsonl', BAD)
   done = subprocess.run([sys.executable, '-m', 'scripts.quality_check', f'--in={path}', '--strict'], cwd=ROOT,
@@ -294,6 +296,7 @@ def test_the_picture_is_written(kind, check, tmp_path):
   assert (tmp_path / 'r.png').read_bytes().startswith(b'\x89PNG')
 
 
+@pytest.mark.slow
 def test_histograms_are_shares_and_many_labels_share_the_last(tmp_path, monkeypatch):
   figures, save = [], matplotlib.figure.Figure.savefig
   monkeypatch.setattr(matplotlib.figure.Figure, 'savefig',

@@ -37,6 +37,7 @@ def test_dot_is_einsum_with_the_unpacked_kernel(equation, x_shape, w_shape, inpu
   np.testing.assert_allclose(got, want, atol=1e-3 if kind == 'int8' else 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('by_output', [False, True])
 @pytest.mark.parametrize('kind', KINDS)
 @pytest.mark.parametrize('rows', [1, 3, 20])

@@ -83,6 +83,7 @@ def test_the_loss_is_the_mean_square_of_what_has_a_label():
   np.testing.assert_array_equal(slope, [[1.0], [0.0], [4.0]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, pack', [(classification.Encoder, False), slow(classification.Encoder, True),
                                         slow(classification.Decoder, False)])
 def test_a_run_learns_them_and_says_how_well(kind, pack, folder, tmp_path):

@@ -143,6 +143,7 @@ def test_a_run_stopped_in_the_middle_of_an_iteration_goes_on_as_if_it_had_not(ki
   assert kind is not policy.PPO or float(one['kl_coef']) != c.loss.kl.coef  # it has adapted, and went on from there
 
 
+@pytest.mark.slow
 def test_evaluations_count_the_penalty_of_what_did_not_end(root, tmp_path):
   c = make(root, loss=ppo.Config(missing_eos=1.0, missing_eos_mode='replace'), rollout__end=True, optim__steps=4)
   run.run(c, reinforce.task(c, lambda records, responses: [0.5] * len(responses)), tmp_path)
@@ -306,6 +307,7 @@ def test_a_mixture_with_text_learns_from_both_and_goes_on(root, tmp_path):
     run.run(c, reinforce.task(c, low), tmp_path / 'other')
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_under_the_judge_that_it_began_with(root, tmp_path):
   c, judge, other = make(root), Stop(4, signal.SIGTERM), Stop(99)
   judge.fingerprint, other.fingerprint = lambda: 'one', lambda: 'another'
@@ -315,6 +317,7 @@ def test_a_run_goes_on_under_the_judge_that_it_began_with(root, tmp_path):
     run.run(c, reinforce.task(c, other), tmp_path)
 
 
+@pytest.mark.slow
 def test_no_further_pass_once_the_policy_has_moved_enough(root, tmp_path):
   c = make(root, rollout__epochs=4, rollout__stop_kl=1e-9, optim__steps=8)
   run.run(c, reinforce.task(c, low), tmp_path)
@@ -355,6 +358,7 @@ def test_microbatches_are_of_responses_not_of_prompts(root):
       make(root, policy.GRPO, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:optim.lr')
 def test_the_same_weights_answer_the_same_prompts_anew_in_each_iteration(root, tmp_path, monkeypatch):
   seen, batches = [], prompts.train_batches
@@ -392,6 +396,7 @@ def test_a_summary_is_of_responses_and_of_tokens():
       'val_held_out_se': 1})
 
 
+@pytest.mark.slow
 def test_updates_see_every_row_once_a_pass(root, tmp_path, monkeypatch):
   seen = []
   c = make(root, rollout__minibatches=2, optim__steps=4)
@@ -412,6 +417,7 @@ def test_updates_see_every_row_once_a_pass(root, tmp_path, monkeypatch):
   assert one == two and not np.array_equal(seen[0], seen[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('reward', 'said'), [
     (lambda records, texts: [math.nan] * len(texts), 'nan'), (lambda records, texts: [0.5], '1 numbers for 8'),
     (lambda records, texts: 1 / 0, 'ZeroDivisionError')], ids=['nan', 'short', 'raises'])

@@ -102,6 +102,7 @@ def test_of_two_answers_both_kinds_are_one_loss():
   np.testing.assert_allclose(both[0].total, both[1].total, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', ['pairs', 'best'])
 def test_what_is_missing_touches_nothing(kind):
   """Not a value, not a gradient, even where it is NaN; and a batch without any pair is 0 over 0."""
@@ -135,6 +136,7 @@ def test_halves_come_out_as_f32():
 PAD = 2  # also the eos
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('left', few([0, 3, 17], 3))
 @pytest.mark.parametrize('right', [0, 4])
 def test_the_score_is_read_at_the_last_real_token(left, right):
@@ -177,6 +179,7 @@ def test_a_table_of_calibration_tells_the_true_model_from_one_that_exaggerates()
   assert np.abs(deviation).max() < 4
 
 
+@pytest.mark.slow
 def test_tables_add_up():
   data = simulated(2.0, 1000)
   whole = reward.reliability(*data, bins=7)

@@ -76,6 +76,7 @@ def trained(root, tmp_path_factory):
   return c, workdir, reward_model.finish(c, workdir)['reward']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', few(KINDS, 'decoder', 'pooler'))
 def test_a_score_knows_neither_padding_nor_neighbours(kind):
   c = made(kind)
@@ -103,6 +104,7 @@ def test_a_decoder_scores_rows_padded_on_the_left():
   np.testing.assert_allclose(score(p, left), score(p, rows), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', KINDS)
 def test_the_head_starts_as_published(kind):
   c = made(kind, model__embed=256)
@@ -118,6 +120,7 @@ def test_an_output_matrix_is_left_behind():
   assert 'unembed' in found.base.specs and 'unembed' not in found.specs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind, method', [
     *(('decoder', m) if m in ('full', 'prefix') else slow('decoder', m) for m in METHODS),
     slow('pooler', 'prompt'), ('first', 'lora')])
@@ -183,6 +186,7 @@ def test_dropout_differs_between_answers_and_not_between_microbatches():
   assert reward_model.task(c).eval_loss(p, same, nn.Keys(jax.random.key(0), jnp.arange(2)))[1]['gap'].total == 0
 
 
+@pytest.mark.slow
 def test_it_learns_what_can_be_told_apart(trained):
   _, workdir, found = trained
   summary = json.loads((workdir / 'summary.json').read_text())
@@ -211,6 +215,7 @@ def test_what_is_loaded_is_what_was_trained(trained):
   assert found['scores'] == len(scores)
 
 
+@pytest.mark.slow
 def test_a_loaded_model_scores_texts(trained):
   model = reward_model.load(trained[1])
   ask = [chat.Message('user', 'say 1')]
@@ -221,6 +226,7 @@ def test_a_loaded_model_scores_texts(trained):
     reward_model.load(trained[1] / 'checkpoints')
 
 
+@pytest.mark.slow
 def test_a_policy_can_be_rewarded_by_it(trained):
   """Of a text that is continued, the whole is scored; no answer at all has a score too; more texts than a batch."""
   model, by = reward_model.load(trained[1]), reward_model.reward(trained[1], 'reward_from')
@@ -236,6 +242,7 @@ def test_a_policy_can_be_rewarded_by_it(trained):
     reward_model.reward('', 'reward_from')([asked], ['a'])
 
 
+@pytest.mark.slow
 def test_scores_are_brought_to_the_mean_of_given_answers(trained, tmp_path):
   c, workdir, _ = trained
   talks = [{'prompt': 'x', 'messages': [{'role': 'user', 'content': f'say {i}'},

@@ -108,6 +108,7 @@ def test_from_conversations_by_a_reward_model_to_a_policy(module, root, tmp_path
   assert summary['val_held_out'] == summary['val_score'] != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(('given', 'part'), [
     ((), "reward_from='': expected the workdir of a finished run"),
     (('--set=reward_from=nowhere',), 'reward_from=nowhere: FileNotFoundError'),

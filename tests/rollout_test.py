@@ -73,6 +73,7 @@ def check_layout(r, prompts):
     np.testing.assert_array_equal(mask, [False] * P + [True] * n + [False] * right)
 
 
+@pytest.mark.slow
 def test_padding_and_mates_change_nothing():
   """Tokens, masks, ends exactly, log-probabilities to 1e-5; a row keeps its number, and with it its draws."""
   s = Sampling(max_new=10, temperature=0.8, stop=STOP)
@@ -96,6 +97,7 @@ def test_padding_and_mates_change_nothing():
     assert not np.asarray(got.drawn_BT)[~np.asarray(got.batch.mask_BT)[:, 1:]].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('temperature', [1.0, 0.6])
 def test_scores_are_those_of_the_sequence_alone(temperature):
   """Of the policy, the reference and the values, from logits over prompt and response without any padding."""

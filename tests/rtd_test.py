@@ -140,6 +140,7 @@ def test_a_generator_that_always_draws_the_original_replaces_nothing():
   assert float(metrics['generator_accuracy'].total) == float(metrics['generator_accuracy'].weight) > 0
 
 
+@pytest.mark.slow
 def test_no_gradient_reaches_the_generator_through_the_discriminator():
   inputs, key = inputs_of(), jax.random.key(0)
   term = lambda p, name: loss(p, inputs, key)[0][name].total
@@ -168,6 +169,7 @@ def test_accumulation_weighs_both_terms_by_what_was_drawn(microbatches):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_nothing_to_learn_from_gives_zero():
   grads, value, metrics = jax.jit(train.accumulate(loss, 1))(parameters(), inputs_of([0, 0]), jax.random.key(0))
   assert float(value) == 0 and all(float(m) == 0 for m in metrics.values())
@@ -187,6 +189,7 @@ def test_any_mesh_gives_the_same():
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_no_array_of_predictions_times_vocabulary():
   B, vocab, d = 64, 1024, 8
   inputs = inputs_of([T] * B)

@@ -483,6 +483,7 @@ def test_resumes_on_another_mesh(straight, tmp_path, monkeypatch):
   assert summary['val_loss'] == pytest.approx(straight[2]['val_loss'], rel=2e-6)
 
 
+@pytest.mark.slow
 def test_bad_steps_end_the_run_and_the_good_checkpoint_stays(straight, tmp_path, monkeypatch):
   c, want, _ = straight
   with tiny.batches_through(monkeypatch, tiny.deaf_from(7)):
@@ -562,6 +563,7 @@ def test_compressed_is_the_text_that_the_model_was_evaluated_on(finished, corpus
   assert gone.returncode == 3 and '0 of the 1 datasets' in gone.stderr and gone.stderr.count('\n') == 1
 
 
+@pytest.mark.slow
 def test_stops_early_and_keeps_the_best(corpus, tmp_path, monkeypatch):
   """Trained far too fast, the model gets worse; the run ends there, and the best step outlives newer ones."""
   c = tiny.make_config(corpus, optim__lr=5.0, optim__schedule='constant', optim__steps=60, loop__eval_every=2,

@@ -74,6 +74,7 @@ def test_text_ends_where_the_folder_says(folder, tmp_path):
   assert run(f'--model={tmp_path}/x', *flags).stdout.rstrip(b'\n') == b'ab' + drawn[:1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, code, part', [
     (('--model=nowhere', '--prompt=a'), 2, b'nowhere'), ((), 2, b'--model'),
     (('--model={}', '--prompt=a', '--max_new=40'), 2, b'max_new=40'),

@@ -79,6 +79,7 @@ def greedy(c, p, prompt, n):
   return ids[-n:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('method', ['lora', *map(slow, ('prefix', 'prompt', 'full', 'houlsby', 'top'))])
 def test_replies_are_those_of_the_weights_that_were_evaluated(method, root, tmp_path, monkeypatch):
   """With an average of the parameters, at every evaluation, compiled once."""
@@ -164,6 +165,7 @@ def test_a_mesh_says_the_same(root, tmp_path):
   assert found[0] == found[1] and len(found[0].splitlines()) == 3
 
 
+@pytest.mark.slow
 def test_none_are_asked_for_or_can_be_told(root, tmp_path, capsys):
   assert instruct.task(make(root, samples__count=0)).around.program is None
   c = make(root, data__loss='all', optim__steps=4)
@@ -172,6 +174,7 @@ def test_none_are_asked_for_or_can_be_told(root, tmp_path, capsys):
   assert not (tmp_path / 'samples.jsonl').exists()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore:optim.lr')
 def test_at_a_temperature_each_evaluation_draws_anew(root, tmp_path):
   c = make(root, samples__temperature=1.0, optim__lr=0.0)

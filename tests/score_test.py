@@ -134,6 +134,7 @@ def test_what_the_tokenizer_refuses_ends_it_or_is_left_out(tmp_path):
   assert [json.loads(line)['prompt'] for line in (tmp_path / 'replies.jsonl').read_text().splitlines()] == ['say']
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('flags, code, part', [
     (('--model={}/hf', '--data={}/none.jsonl', '--chat=plain'), 3, 'none.jsonl'),
     slow(('--model={}/hf', '--data={}/talks.jsonl', '--chat=plain', '--metrics=blue'), 2, '--metrics=blue: unknown'),

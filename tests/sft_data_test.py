@@ -93,6 +93,7 @@ def test_packing_holds_every_conversation_once_and_whole():
   assert other.ids_BT.shape != again.ids_BT.shape or not np.array_equal(other.ids_BT, again.ids_BT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('positions', ['learned', 'rotary'])
 def test_a_packed_row_has_the_loss_of_its_conversations(positions):
   c = decoder.Config(vocab=FROZEN.vocab_size, length=128, layers=2, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=32,

@@ -133,6 +133,7 @@ def test_usual_synonyms_come_more_often(folder):
   assert set(found) == {'the movie', 'the picture'}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('rate', [0.1, 0.25])
 def test_the_share_of_replaced_words_is_the_rate(folder, rate):
   english = 'the film of the child often shows ideas and the kids begin'.split() * 3
@@ -186,6 +187,7 @@ def test_chinese_words_cover_both_scripts():
   assert [text[a:b] for a, b in noise.chinese_words(text)] == ['我们', '在', 'Beijing', '的', '清华大学', "don't"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('word, has, never', [
     ('宾馆', '旅馆', '酒楼'), ('早餐', '早饭', '晚餐'), ('购买', '购置', '出售'), ('选择', '抉择', '的'),
     ('收到', '接到', '吸收')])
@@ -205,6 +207,7 @@ def leaves(tree):
       yield from leaves(below['sub'])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('text', ['出来', '的', '我', '没有', '打', '北京', 'hello', '這間旅館', '一些', '特别'])
 def test_cilin_leaves_names_directions_negations_and_words_of_several_groups_alone(text):
   assert variants(synonyms.cilin(1.0), text, 10) == {text}

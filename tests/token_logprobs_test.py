@@ -36,6 +36,7 @@ def weighed(f, cotangents):
   return lambda *args: sum((c * out).sum() for c, out in zip(cotangents, f(*args), strict=True) if out is not None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('chunk', few([1, 20, 1000], 20))
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 @pytest.mark.parametrize('biased', [False, True])
@@ -53,6 +54,7 @@ def test_values_and_gradients_are_those_of_the_whole(chunk, temperature, biased)
     np.testing.assert_allclose(a, b, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_without_entropy():
   x, w, bias, targets, cotangents = arrays()
   ours = lambda x, w: token_logprobs(x, w, targets, 20, bias)
@@ -65,6 +67,7 @@ def test_without_entropy():
     np.testing.assert_allclose(a, b, atol=3e-5)
 
 
+@pytest.mark.slow
 def test_before_the_start_nothing_is_scored():
   """The rest and its gradient stay as they are, 0 stands before it, and no logits are formed there."""
   x, w, _, targets, cotangents = arrays()

@@ -60,6 +60,7 @@ def test_accumulated_gradient_is_the_gradient_of_the_whole_batch():
     assert float(parts[2]['loss']) == pytest.approx(float(whole[2]['loss']), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_mean_of_microbatch_means_would_be_wrong():
   """Guards the test above: its microbatches really have unequal weights."""
   task = pretrain.task(CONFIG)
@@ -123,6 +124,7 @@ def poisoned(loss):
   return f
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['adamw', 'muon'])
 def test_a_non_finite_step_changes_nothing_but_the_counters(name):
   c = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, name=name))
@@ -155,6 +157,7 @@ def test_frozen_leaves_have_no_state_and_do_not_move():
   jax.tree.map(np.testing.assert_array_equal, state.frozen, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('microbatches', [1, 4])
 def test_a_batch_without_targets_changes_nothing_but_the_counters(microbatches):
   c = dataclasses.replace(CONFIG, optim=dataclasses.replace(CONFIG.optim, microbatches=microbatches))
@@ -193,6 +196,7 @@ def test_evaluation_sums_over_batches():
   assert float(sums['loss'].total) == pytest.approx(float(whole['loss'].total), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_until_it_thaws_a_leaf_is_as_if_frozen():
   """What moves, its clip and the norm that is reported, with the embedding, whose gradient is the largest, asleep."""
   small = config.replace(CONFIG, optim__clip=0.01)

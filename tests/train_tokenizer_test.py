@@ -28,6 +28,7 @@ def corpus(tmp_path):
   return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('fraction, vocab', [(0.0, 328), (0.3, 315)])
 def test_held_out_documents_have_no_part_in_it(fraction, vocab, corpus, tmp_path):
   out = tmp_path / 'a.model'
@@ -44,6 +45,7 @@ def test_held_out_documents_have_no_part_in_it(fraction, vocab, corpus, tmp_path
     assert (len(ids) > 2) == (character in held_out)  # three bytes, or an id of its own, and a space's
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('arguments, expected', [
     slow([], '--text: not given'), slow(['--text=nowhere.txt', '--out=a.model'], 'nowhere.txt'),
     slow(['--text=TEXT', '--out=a'], '--out=a: expected a name ending in .model; e.g. --out=a.model'),

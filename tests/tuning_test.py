@@ -92,6 +92,7 @@ def films(root, kind=classification.Encoder, **changes):
   return config.replace(c, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('kind', [classification.Decoder, *map(slow, (
     classification.Encoder, classification.Disentangled))])
 def test_a_word_that_decides_is_learned(kind, root, tmp_path):
@@ -129,6 +130,7 @@ def test_virtual_positions_learn(method, root, tmp_path):
   assert np.mean(losses[-8:]) < np.mean(losses[:8])
 
 
+@pytest.mark.slow
 def test_a_checkpoint_holds_what_trains_and_the_base_is_known(root, base, tmp_path):
   lora = peft.Config('lora', train='', rank=2, targets='attn/[qv]$')
   base = pathlib.Path(shutil.copytree(base, tmp_path / 'base'))
@@ -153,6 +155,7 @@ def test_a_checkpoint_holds_what_trains_and_the_base_is_known(root, base, tmp_pa
     weights.load(tmp_path / 'a')
 
 
+@pytest.mark.slow
 def test_a_stopped_run_resumes_as_if_it_had_not(root, base, tmp_path):
   c = chat_config(root, init_from=str(base), peft=peft.Config('lora', train='', rate=0.3, rank=2),
                   model__dropout=nn.Dropout(0.1, 0.1, 0.1))

@@ -14,7 +14,7 @@ import hashlib
 from typing import Any
 
 import numpy as np
-from scipy import optimize, sparse
+import scipy  # its modules are imported where they are first used: over a second
 
 from lm.errors import ConfigError
 from lm.text import scan
@@ -211,10 +211,10 @@ def _whole(goal_PC, rng):
   rows_P, columns_C = np.round(goal_PC.sum(1), 6), np.round(goal_PC.sum(0))
   turn_P = np.argsort(np.lexsort((-rows_P, rows_P % 1)))
   cost_PC = rng.random((parts, classes)) - parts * classes * turn_P[:, None]
-  by_row = sparse.kron(sparse.eye_array(parts), np.ones((1, classes)))
-  found = optimize.linprog(
-      cost_PC.ravel(), A_ub=sparse.vstack([by_row, -by_row]), b_ub=[*np.ceil(rows_P), *-np.floor(rows_P)],
-      A_eq=sparse.kron(np.ones((1, parts)), sparse.eye_array(classes)), b_eq=columns_C,
+  by_row = scipy.sparse.kron(scipy.sparse.eye_array(parts), np.ones((1, classes)))
+  found = scipy.optimize.linprog(
+      cost_PC.ravel(), A_ub=scipy.sparse.vstack([by_row, -by_row]), b_ub=[*np.ceil(rows_P), *-np.floor(rows_P)],
+      A_eq=scipy.sparse.kron(np.ones((1, parts)), scipy.sparse.eye_array(classes)), b_eq=columns_C,
       bounds=np.stack([np.floor(goal_PC), np.ceil(goal_PC)], -1).reshape(-1, 2), method='highs-ds')
   return np.round(found.x).astype(int).reshape(parts, classes)
 
@@ -225,8 +225,8 @@ def units(texts: Sequence[str], groups: Sequence[Hashable] | None) -> np.ndarray
   if groups is None:
     return keys_N
   groups_N = keys_N.max() + 1 + _codes('groups', groups, len(texts))
-  joined = sparse.coo_array((np.ones(len(keys_N)), (keys_N, groups_N)), (groups_N.max() + 1,) * 2)
-  return sparse.csgraph.connected_components(joined, directed=False)[1][keys_N].astype(np.int64)
+  joined = scipy.sparse.coo_array((np.ones(len(keys_N)), (keys_N, groups_N)), (groups_N.max() + 1,) * 2)
+  return scipy.sparse.csgraph.connected_components(joined, directed=False)[1][keys_N].astype(np.int64)
 
 
 def _classes(labels, units_N, least):
