@@ -7,6 +7,7 @@ import checks are all read from it. Shapes: any. Paths are keys joined by '/', e
 from collections.abc import Callable
 import dataclasses
 import math
+import os
 import re
 from typing import Any
 import zlib
@@ -133,10 +134,12 @@ def init(specs: Tree, key: jax.Array) -> Tree:
 def jit_once(f: Callable[..., Any], **options: Any) -> Callable[..., Any]:
   """`jax.jit` for what runs once, such as drawing initial values: less of a CPU's compiler, the same bits.
 
-  Its usual effort over random numbers takes three times as long, which one draw never gets back.
+  Its usual effort over random numbers takes three times as long, which one draw never gets back. Where XLA_FLAGS names
+  an effort, that is taken.
   """
-  effort = {'xla_backend_optimization_level': 1} if jax.default_backend() == 'cpu' else None
-  return jax.jit(f, compiler_options=effort, **options)
+  name = 'xla_backend_optimization_level'
+  usual = jax.default_backend() != 'cpu' or name in os.environ.get('XLA_FLAGS', '')
+  return jax.jit(f, compiler_options=None if usual else {name: 1}, **options)
 
 
 def abstract(specs: Tree, shardings: Tree | None = None, dtype=jnp.float32) -> Tree:

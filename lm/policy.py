@@ -196,6 +196,8 @@ class BestOf(Config):
       raise ConfigError(f'rollout.group={self.rollout.group}; expected at least 2 responses to choose from')
     if not 0 < self.sampling_temperature < math.inf:
       raise ConfigError(f'sampling_temperature={self.sampling_temperature}; expected a finite number above 0')
+    if self.rollout.logprobs != 'model':
+      raise ConfigError("rollout.logprobs='sampler': learning the best as text asks for no ratio; set it to 'model'")
 
   @property
   def kept(self) -> int:

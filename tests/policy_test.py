@@ -225,4 +225,6 @@ def test_groups_need_two():
     make('full', policy.GRPO, rollout=policy.Rollout(new_tokens=6, epochs=2, group=2, stop_kl=0.1))
   with pytest.raises(ConfigError, match='sampling_temperature=0'):
     make('full', policy.BestOf, sampling_temperature=0.0)
+  with pytest.raises(ConfigError, match="rollout.logprobs='sampler'.*asks for no ratio"):
+    make('full', policy.BestOf, rollout__logprobs='sampler')
   assert isinstance(make().loss, ppo.Config)

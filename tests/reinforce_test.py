@@ -182,8 +182,8 @@ def test_a_killed_process_leaves_what_a_new_one_goes_on_from(root, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('kind', 'changes', 'meshes'), [
-    (policy.PPO, {}, [dict(data=8), dict(fsdp=8), EVERY]), (policy.PPO, {'value': 'separate'}, [EVERY]),
-    (policy.GRPO, {}, [dict(data=8), EVERY]), (policy.BestOf, {}, [dict(fsdp=8)])])
+    (policy.PPO, {}, [dict(data=8), dict(fsdp=8), EVERY]), (policy.GRPO, {}, [dict(data=8), EVERY]),
+    (policy.PPO, {'value': 'separate', 'rollout__logprobs': 'sampler'}, [EVERY]), (policy.BestOf, {}, [dict(fsdp=8)])])
 def test_any_mesh_gives_the_curve_of_one_device(kind, changes, meshes, root, tmp_path):
   curves = []
   for i, mesh in enumerate([{}, *meshes]):
