@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import jax
-from marks import slow
 import numpy as np
 import pytest
 from safetensors import numpy as st
@@ -62,8 +61,8 @@ def script(*flags, **kwargs):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind, corpus, pack', [
-    slow(classification.Encoder, 'films', True), (classification.Encoder, 'pairs', False),
-    slow(classification.Decoder, 'pairs', True)])
+    (classification.Encoder, 'films', True), (classification.Encoder, 'pairs', False),
+    (classification.Decoder, 'pairs', True)])
 def test_texts_one_by_one_get_the_classes_that_the_run_gave_them(kind, corpus, pack, folder, tmp_path):
   c, summary = trained(folder, tmp_path, kind, corpus, data__pack=pack, data__longest=40)
   labels_N, classes_N, names = classification.predictions(c, tmp_path)
@@ -215,7 +214,7 @@ def test_what_was_exported_classifies_as_the_run_did(folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('few, kind, pooling', [
     (peft.Config('lora', train='^(classify|pooler)/', rank=2, targets='^blocks/attn/[qv]$'), classification.Encoder,
-     'pooler'), slow(peft.Config(), classification.Decoder, 'last')])
+     'pooler'), (peft.Config(), classification.Decoder, 'last')])
 def test_another_task_begins_from_a_classifier(few, kind, pooling, folder, tmp_path):
   trained(folder, tmp_path / 'first', kind, pooling=pooling, peft=few)
   want = peft.plain(classifier.load(tmp_path / 'first').params)

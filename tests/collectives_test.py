@@ -5,7 +5,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from marks import few
 import numpy as np
 import pytest
 
@@ -88,7 +87,7 @@ def test_zero_2_scatters_every_microbatch_and_zero_1_once():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('remat', few(['none', 'full'], 'full'))
+@pytest.mark.parametrize('remat', ['none', 'full'])
 @pytest.mark.parametrize('kv_heads', [8, 4])
 def test_tensor(remat, kv_heads):
   """Two all-reduces of the activations a block each way, one for the embedding, one for the head's derivative."""

@@ -6,7 +6,7 @@ import pathlib
 
 import jax
 import jax.numpy as jnp
-from marks import few, slow
+from marks import few
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -80,8 +80,8 @@ def plain_attention(q, k, v, tables, visible, scale):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('terms', few([('c2p', 'p2c'), ('c2p',), ('p2c',), ()], ('c2p', 'p2c')))
-@pytest.mark.parametrize('T', [slow(1), slow(2), 5, slow(13)])
+@pytest.mark.parametrize('terms', [('c2p', 'p2c'), ('c2p',), ('p2c',), ()])
+@pytest.mark.parametrize('T', [1, 2, 5, 13])
 def test_attention_equals_the_plain_form(monkeypatch, terms, T):
   monkeypatch.setattr(disentangled, 'BLOCK', 4)
   keys = jax.random.split(jax.random.key(T), 6)
@@ -125,7 +125,6 @@ def test_far_distances_are_one():
 
 # The encoder.
 
-@pytest.mark.slow
 @pytest.mark.parametrize('name', few(KINDS, 'v1', 'v2'))
 def test_padding_changes_nothing(name):
   c, p, ids_BT = KINDS[name], weights(name), random_ids(2, 7)
@@ -138,7 +137,7 @@ def test_padding_changes_nothing(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', few(KINDS, 'v1', 'v2'))
+@pytest.mark.parametrize('name', KINDS)
 @pytest.mark.parametrize('attend', [None, attention.attend])
 def test_packed_equals_unpacked(name, attend):
   c, p = KINDS[name], weights(name)

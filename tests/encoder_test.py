@@ -9,7 +9,6 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-from marks import few
 import numpy as np
 import pytest
 from safetensors import numpy as st
@@ -125,7 +124,7 @@ def test_their_tensors_survive_import_and_export(tmp_path, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', KINDS)
-@pytest.mark.parametrize('left', few([0, 5], 5))
+@pytest.mark.parametrize('left', [0, 5])
 def test_padding_changes_nothing(name, left):
   c, p, ids_BT = KINDS[name], weights(name), random_ids(2, 7)
   want = apply(p, c, ids_BT)

@@ -4,7 +4,6 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from marks import slow
 import numpy as np
 import pytest
 
@@ -40,10 +39,10 @@ PADDED = documents([(1, 50)], [(0, 3), (1, 30), (0, 17)])
 
 @pytest.mark.slow
 @pytest.mark.parametrize('mask, T, S, N, K', [
-    slow(nn.Mask(), 50, 50, 4, 2), (nn.Mask(), 1, 1, 1, 1), (nn.Mask(causal=False), 33, 70, 2, 2),
-    slow(nn.Mask(window=7), 64, 64, 4, 1), (nn.Mask(start=20, window=25), 31, 51, 2, 2),
-    (nn.Mask(causal=False, window=9), 40, 40, 1, 1), slow(nn.Mask(start=5, prefix=5, window=9), 50, 55, 2, 1),
-    slow(nn.Mask(q_segments_BT=PACKED, k_segments_BS=PACKED), 50, 50, 4, 2),
+    (nn.Mask(), 50, 50, 4, 2), (nn.Mask(), 1, 1, 1, 1), (nn.Mask(causal=False), 33, 70, 2, 2),
+    (nn.Mask(window=7), 64, 64, 4, 1), (nn.Mask(start=20, window=25), 31, 51, 2, 2),
+    (nn.Mask(causal=False, window=9), 40, 40, 1, 1), (nn.Mask(start=5, prefix=5, window=9), 50, 55, 2, 1),
+    (nn.Mask(q_segments_BT=PACKED, k_segments_BS=PACKED), 50, 50, 4, 2),
     (nn.Mask(causal=False, q_segments_BT=PADDED, k_segments_BS=PADDED), 50, 50, 2, 2),
     (nn.Mask(start=4, prefix=4, q_segments_BT=PACKED, k_segments_BS=jnp.pad(PACKED, ((0, 0), (4, 0)))), 50, 54, 2, 2)],
     ids=['causal', 'one', 'full', 'window', 'start', 'behind', 'prefix', 'packed', 'padded', 'prefix_packed'])

@@ -170,8 +170,8 @@ def test_in_memory_it_is_the_run_of_a_seed(root, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind, pooling, method', [
-    slow(classification.Encoder, 'pooler', 'full'), (classification.Encoder, 'mean', 'prefix'),
-    slow(classification.Disentangled, 'first', 'full'), (classification.Decoder, 'last', 'lora')])
+    (classification.Encoder, 'pooler', 'full'), (classification.Encoder, 'mean', 'prefix'),
+    (classification.Disentangled, 'first', 'full'), (classification.Decoder, 'last', 'lora')])
 def test_packed_examples_do_not_see_each_other(root, kind, pooling, method):
   """The logits of each, and the loss and accuracy of all, are those of a row an example."""
   rows = [*films(30), *films(9, 'validation')]

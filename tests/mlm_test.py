@@ -88,7 +88,6 @@ def chi2(observed, expected):
   return ((observed - expected)**2 / expected).sum()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('kind', few(['bert', 'roberta', 'electra', 'word', 'span'], 'bert', 'span'))
 def test_statistics_of_a_million_tokens(kind):
   """Selection share and place, 80/10/10, and random replacements uniform over the vocabulary."""
@@ -373,7 +372,6 @@ def test_any_mesh_gives_the_same():
     np.testing.assert_allclose(a, b, atol=2e-6)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('kind', few(['bert', 'word', 'span', 'ngram'], 'bert', 'ngram'))
 def test_no_array_of_tokens_times_vocabulary(kind):
   """Neither [B, T, V] nor [B, P, V], forward or backward."""

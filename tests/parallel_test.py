@@ -136,7 +136,6 @@ TRIED = {'decoder': MESHES, 'bert': MESHES, 'electra': (*ALIKE, 'pipe 4 data 2')
 PAIRS = [(kind, mesh) if (kind, mesh) in QUICK else slow(kind, mesh) for kind in KINDS for mesh in TRIED[kind]]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('kind, mesh', PAIRS)
 def test_a_mesh_is_one_device(kind, mesh):
   """Loss, metrics and gradients of the first step, and the losses of thirty."""
@@ -145,7 +144,7 @@ def test_a_mesh_is_one_device(kind, mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', [{}, slow({'data': 4, 'fsdp': 2}), slow({'pipe': 2, 'fsdp': 2, 'data': 2})], ids=str)
+@pytest.mark.parametrize('mesh', [{}, {'data': 4, 'fsdp': 2}, {'pipe': 2, 'fsdp': 2, 'data': 2}], ids=str)
 def test_microbatches(mesh):
   """Neither sums nor dropout depend on the number of microbatches."""
   same(curve('decoder', mesh, steps=2, microbatches=2), one_device('decoder'))
@@ -156,7 +155,7 @@ def bytes_on_a_device(tree):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('mesh', [slow('data 8'), 'fsdp 8, zero 1', slow('fsdp 4 data 2, zero 2'),
+@pytest.mark.parametrize('mesh', ['data 8', 'fsdp 8, zero 1', 'fsdp 4 data 2, zero 2',
                                   'fsdp 2 tensor 2 pipe 2'])
 def test_bytes_of_zero(mesh):
   """Each leaf takes its size over the axes that divide it: parameters from ZeRO's stage 3 on, moments from 1 on, over
@@ -174,7 +173,7 @@ def test_bytes_of_zero(mesh):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', ['decoder', slow('electra')])
+@pytest.mark.parametrize('kind', ['decoder', 'electra'])
 def test_evaluation(kind):
   """The validation loss of a mesh is that of one device."""
   found = []

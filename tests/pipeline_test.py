@@ -317,7 +317,7 @@ def test_memory_falls_with_more_microbatches(remat):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('M, v, remat, arrays', [
-    slow(4, 1, 'none', 8), (16, 1, 'none', 8), slow(4, 1, 'full', 3), slow(16, 1, 'full', 3), (4, 2, 'none', 5)])
+    (4, 1, 'none', 8), (16, 1, 'none', 8), (4, 1, 'full', 3), (16, 1, 'full', 3), (4, 2, 'none', 5)])
 def test_inner_activations_of_one_microbatch_at_a_time(M, v, remat, arrays):
   """What grows with the width of the layers is less than so many arrays [m, T, F] for each of a chunk's k layers.
 

@@ -140,7 +140,7 @@ def test_a_critic_reads_its_own_trunk():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', [policy.PPO, slow(policy.GRPO)])
+@pytest.mark.parametrize('kind', [policy.PPO, policy.GRPO])
 def test_the_penalty_is_for_leaving_what_training_began_with(kind):
   c = make('lora', kind, **({'loss__kl': ppo.KL(coef=0.3, target=0.1, horizon=40)} if kind is policy.PPO else {}))
   given, p = tree_of(c)

@@ -345,7 +345,6 @@ def gradient(loss, batch, microbatches=1):
   return jax.jit(train.accumulate(loss, microbatches))(model(), batch, jax.random.key(2))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('left, right', [slow(3, 0), slow(17, 0), (3, 5)])
 def test_padding_changes_nothing(left, right):
   (want_e, want_stats), (e, stats) = prepared(0), prepared(left, right)

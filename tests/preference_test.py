@@ -7,7 +7,6 @@ import shutil
 
 import jax
 import jax.numpy as jnp
-from marks import slow
 import numpy as np
 import optax
 import pytest
@@ -71,7 +70,7 @@ def direct(p, rows):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('few', [FULL, slow(LORA), slow(peft.Config('prompt', train='', length=3))],
+@pytest.mark.parametrize('few', [FULL, LORA, peft.Config('prompt', train='', length=3)],
                          ids=lambda c: c.method)
 def test_it_starts_at_its_reference(few, root, tmp_path):
   """log 2, no margin and no favourite; the reference is what the model's logits say, where no prompt comes first."""

@@ -8,7 +8,6 @@ import sys
 from classify_script_test import MODELS, SHAPE, write_tokenizer
 import jax
 import jax.numpy as jnp
-from marks import slow
 import numpy as np
 import pytest
 
@@ -84,8 +83,8 @@ def test_the_loss_is_the_mean_square_of_what_has_a_label():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind, pack', [(classification.Encoder, False), slow(classification.Encoder, True),
-                                        slow(classification.Decoder, False)])
+@pytest.mark.parametrize('kind, pack', [(classification.Encoder, False), (classification.Encoder, True),
+                                        (classification.Decoder, False)])
 def test_a_run_learns_them_and_says_how_well(kind, pack, folder, tmp_path):
   c, summary = trained(folder, tmp_path / 'run', kind, data__pack=pack)
   labels_N, said_N, names = classification.predictions(c, tmp_path / 'run')

@@ -136,7 +136,6 @@ def test_halves_come_out_as_f32():
 PAD = 2  # also the eos
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('left', few([0, 3, 17], 3))
 @pytest.mark.parametrize('right', [0, 4])
 def test_the_score_is_read_at_the_last_real_token(left, right):

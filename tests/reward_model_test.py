@@ -5,7 +5,6 @@ import json
 
 import jax
 import jax.numpy as jnp
-from marks import few, slow
 import numpy as np
 import pytest
 
@@ -77,7 +76,7 @@ def trained(root, tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('kind', few(KINDS, 'decoder', 'pooler'))
+@pytest.mark.parametrize('kind', KINDS)
 def test_a_score_knows_neither_padding_nor_neighbours(kind):
   c = made(kind)
   p, rows = jax.tree.map(lambda x: 4 * x, started(c)), some_rows()  # so large that all tokens tell
@@ -122,8 +121,7 @@ def test_an_output_matrix_is_left_behind():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('kind, method', [
-    *(('decoder', m) if m in ('full', 'prefix') else slow('decoder', m) for m in METHODS),
-    slow('pooler', 'prompt'), ('first', 'lora')])
+    *(('decoder', m) for m in METHODS), ('pooler', 'prompt'), ('first', 'lora')])
 def test_every_method_trains_its_part_and_the_head(kind, method, root):
   c = made(kind, root, peft=peft.Config(method, train='^classify/', layers=1, rank=2, width=3, length=3, hidden=5))
   a_task = reward_model.task(c)

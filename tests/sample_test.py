@@ -7,7 +7,6 @@ import subprocess
 import sys
 
 import jax
-from marks import slow
 import numpy as np
 import pytest
 
@@ -78,9 +77,9 @@ def test_text_ends_where_the_folder_says(folder, tmp_path):
 @pytest.mark.parametrize('flags, code, part', [
     (('--model=nowhere', '--prompt=a'), 2, b'nowhere'), ((), 2, b'--model'),
     (('--model={}', '--prompt=a', '--max_new=40'), 2, b'max_new=40'),
-    slow(('--model={}', '--prompt=a', '--chat'), 2, b'--chat'),
-    slow(('--model={}', '--prompt=a', '--chat=x'), 2, b'--chat'),
-    slow(('--model={}', '--prompt=a', '--top_p=2'), 2, b'top_p=2')])
+    (('--model={}', '--prompt=a', '--chat'), 2, b'--chat'),
+    (('--model={}', '--prompt=a', '--chat=x'), 2, b'--chat'),
+    (('--model={}', '--prompt=a', '--top_p=2'), 2, b'top_p=2')])
 def test_a_wrong_flag_is_one_line(folder, flags, code, part):
   done = run(*(f.format(folder) for f in flags))
   assert done.returncode == code and part in done.stderr and done.stderr.count(b'\n') == 1, done.stderr

@@ -7,7 +7,6 @@ import sys
 import types
 
 import jax
-from marks import slow
 import numpy as np
 import pytest
 
@@ -137,11 +136,11 @@ def test_what_the_tokenizer_refuses_ends_it_or_is_left_out(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('flags, code, part', [
     (('--model={}/hf', '--data={}/none.jsonl', '--chat=plain'), 3, 'none.jsonl'),
-    slow(('--model={}/hf', '--data={}/talks.jsonl', '--chat=plain', '--metrics=blue'), 2, '--metrics=blue: unknown'),
-    slow(('--model={}/hf', '--data={}/talks.jsonl'), 2, '--chat: not given'),
-    slow(('--model={}/hf', '--data={}/talks.jsonl', '--chat=plain', '--split=test'), 2, '--split=all'),
+    (('--model={}/hf', '--data={}/talks.jsonl', '--chat=plain', '--metrics=blue'), 2, '--metrics=blue: unknown'),
+    (('--model={}/hf', '--data={}/talks.jsonl'), 2, '--chat: not given'),
+    (('--model={}/hf', '--data={}/talks.jsonl', '--chat=plain', '--split=test'), 2, '--split=all'),
     (('--model={}/hf', '--data={}/open.jsonl', '--chat=plain'), 3, 'open.jsonl:2: field messages: ends with user'),
-    slow(('--model={}/hf', '--data={}/bare.jsonl', '--chat=plain'), 3, 'bare.jsonl:1: no field output')])
+    (('--model={}/hf', '--data={}/bare.jsonl', '--chat=plain'), 3, 'bare.jsonl:1: no field output')])
 def test_a_failure_is_one_line(root, flags, code, part, tmp_path):
   write(root / 'open.jsonl', [TALKS[0], {'messages': [{'role': 'user', 'content': 'who answers?'}]}])
   write(root / 'bare.jsonl', [{'instruction': 'who answers?'}])

@@ -36,7 +36,6 @@ def weighed(f, cotangents):
   return lambda *args: sum((c * out).sum() for c, out in zip(cotangents, f(*args), strict=True) if out is not None)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize('chunk', few([1, 20, 1000], 20))
 @pytest.mark.parametrize('temperature', [1.0, 0.7])
 @pytest.mark.parametrize('biased', [False, True])

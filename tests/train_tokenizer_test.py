@@ -5,7 +5,6 @@ import pathlib
 import subprocess
 import sys
 
-from marks import slow
 import pytest
 
 from lm.data import corpora, records
@@ -47,14 +46,14 @@ def test_held_out_documents_have_no_part_in_it(fraction, vocab, corpus, tmp_path
 
 @pytest.mark.slow
 @pytest.mark.parametrize('arguments, expected', [
-    slow([], '--text: not given'), slow(['--text=nowhere.txt', '--out=a.model'], 'nowhere.txt'),
-    slow(['--text=TEXT', '--out=a'], '--out=a: expected a name ending in .model; e.g. --out=a.model'),
+    ([], '--text: not given'), (['--text=nowhere.txt', '--out=a.model'], 'nowhere.txt'),
+    (['--text=TEXT', '--out=a'], '--out=a: expected a name ending in .model; e.g. --out=a.model'),
     (['--text=TEXT', '--out=OUT.model', '--validation_fraction=1'], 'validation_fraction=1.0'),
     (['--text=TEXT', '--out=OUT.model', '--control_symbols=a,a'], "control_symbols: 'a' is there already"),
     (['--text=TEXT', '--out=OUT.model', '--control_symbols=<0x0A>'], "control_symbols: '<0x0A>' is there already"),
     (['--text=TEXT', '--kind=char', '--out=OUT', '--validation_fraction=0.1'],
      '--validation_fraction=0.1 with --kind=char'),
-    slow(['--text=TEXT', '--kind=char', '--out=OUT', '--control_symbols=[CLS]'], 'not for --kind=char'),
+    (['--text=TEXT', '--kind=char', '--out=OUT', '--control_symbols=[CLS]'], 'not for --kind=char'),
 ])
 def test_what_is_wrong_is_named(arguments, expected, corpus, tmp_path):
   done = run(*(a.replace('TEXT', str(corpus)).replace('OUT', str(tmp_path / 'out')) for a in arguments))
