@@ -11,6 +11,7 @@ import math
 import os
 import signal
 import threading
+import time
 from typing import Any
 
 import jax
@@ -71,13 +72,14 @@ class Signals:
   """Turns SIGTERM and Ctrl-C into Preempted and Interrupted; a context manager for the main thread.
 
   At once where nothing is trained yet. Inside `deferred` they are remembered until the loop has saved its step; there a
-  second Ctrl-C ends the process on the spot, which costs no sealed checkpoint. In a job of several processes SIGTERM to
+  second one ends the process on the spot, which costs no sealed checkpoint; of SIGTERM one that is a second later, as
+  `timeout` sends two at once. In a job of several processes SIGTERM to
   one of them is a notice to all (`jax.distributed` handles it), Ctrl-C there is one too, and they agree on the step.
   """
 
   def __init__(self):
     self.received: int | None = None  # the first: who preempts a job reads its exit status
-    self._deferred, self._interrupts = False, 0
+    self._deferred, self._first = False, {}  # {signal: when it came first}
     self._old: dict[int, Any] = {}
 
   def __enter__(self):
@@ -125,10 +127,11 @@ class Signals:
 
   def _on(self, number, frame):
     del frame
-    self._interrupts += number == signal.SIGINT
-    if self._deferred and self._interrupts > 1:
-      why = 'interrupted twice: stopped without saving; start again to resume from the last save'
-      hosts.fail(Interrupted.code, why)
+    again = number in self._first and (number == signal.SIGINT or time.monotonic() - self._first[number] > 1)
+    self._first.setdefault(number, time.monotonic())
+    if self._deferred and again:
+      kind, name = (Interrupted, 'interrupted') if number == signal.SIGINT else (Preempted, 'SIGTERM')
+      hosts.fail(kind.code, f'{name} twice: stopped without saving; start again to resume from the last save')
     self.received = self.received or number
     if not self._deferred:
       raise KeyboardInterrupt  # no `except Exception` on the way may take it for a fault of its own

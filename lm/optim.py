@@ -40,7 +40,7 @@ class Config:
       and then stay at `min_lr`; 'wsd' and 'inverse_sqrt' hold the peak and decay over the last `decay_steps`.
     min_lr: where the decay ends, absolute.
     weight_decay: decoupled and times the learning rate: p <- p - lr * (update + weight_decay * p).
-    no_decay: leaves without weight decay; by default norms and biases.
+    no_decay: leaves without weight decay, '' = none; by default norms and biases.
     clip: largest global norm of the gradient; 0 = no bound.
     networks: patterns of leaves that are clipped by a norm of their own, as by an optimizer of their own (DeBERTa-v3).
     multipliers: (pattern, factor) of the learning rate, first match wins; a factor may be a tuple of one per layer.
@@ -250,7 +250,7 @@ def _norm_awake(thaws, count, grads):
 
 
 def _decay(c, path):
-  return 0.0 if re.search(c.no_decay, path) else c.weight_decay
+  return 0.0 if c.no_decay and re.search(c.no_decay, path) else c.weight_decay
 
 
 def _clip(c, grads, norm, norm_of=_norm):

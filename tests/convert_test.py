@@ -37,12 +37,14 @@ def test_to_a_workdir_and_back(tmp_path):
   assert want.keys() == got.keys()
   assert all(np.array_equal(want[name], got[name]) for name in want)
   assert tokenizer.load(tmp_path / 'hf').sha256 == tokenizer.load(tmp_path / 'tok').sha256
+  tokenizer.char(map(chr, range(97, 97 + 20_000))).save(tmp_path / 'many')
+  out = _convert(f'--from={golden}', '--to=workdir', f'--out={tmp_path}/other', f'--tokenizer={tmp_path}/many')
+  assert out.returncode == 2 and 'many: 20,0' in out.stderr and not (tmp_path / 'other').exists(), out.stderr
   out = _convert(f'--from={golden}', f'--out={tmp_path}/hf')
   assert (out.returncode, out.stderr.count('\n')) == (4, 1)
   assert 'not empty' in out.stderr
 
 
-@pytest.mark.slow
 @pytest.mark.slow
 def test_what_ends_texts_goes_along(tmp_path):
   c = decoder.Config(vocab=258, length=16, layers=1, embed=16, heads=2, kv_heads=2, head_dim=8, mlp=32)

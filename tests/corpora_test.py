@@ -55,6 +55,15 @@ def test_a_manifest_of_others_hides_no_text(tmp_path):
   assert not corpora.is_prepared(tmp_path / 'sub')
 
 
+@pytest.mark.parametrize('pattern', ['.', './', '**', '*/**/*.txt', 'essays'])
+def test_what_a_run_wrote_is_no_text(tmp_path, monkeypatch, pattern):
+  monkeypatch.chdir(tmp_path)
+  for name in ('essays/a.txt', 'runs/x/metrics.jsonl', 'runs/x/config.json', 'runs/x/tokenizer/merges.txt'):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text('x')
+  assert [os.path.basename(p) for p in corpora.find(pattern).paths] == ['a.txt']
+
+
 def test_a_folder_of_many_files_is_listed_once(tmp_path, monkeypatch):
   for i in range(50):
     (tmp_path / f'{i}.txt').write_text('x')

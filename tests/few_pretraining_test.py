@@ -1,5 +1,6 @@
 """Few parameters under the losses of pretraining: a model goes on with texts of a domain, and the rest of it stays."""
 
+import functools
 import json
 import pathlib
 import re
@@ -117,17 +118,21 @@ def test_a_decoder_goes_on_with_few_parameters(method, root, before, tmp_path, m
   assert len(lines[0]) == c.optim.steps and lines[0] == lines[1]
 
 
+@functools.cache
+def measured(root, model):
+  """The loss of the held-out text by the command."""
+  done = script('evaluate', f'--model={model}', f'--corpus={root}/text.jsonl', '--part=validation', '--newest',
+                '--validation_fraction=0.2', f'--length={written(root, "full").data.length}')
+  assert done.returncode == 0, done.stderr
+  return json.loads(done.stdout)['validation']['loss']
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('method', ['lora', 'houlsby', 'prefix', 'prompt'])
 def test_its_held_out_text_is_measured_with_what_it_learned(method, root, before, tmp_path):
   """And the base without it; LoRA's dropout is no part of an evaluation."""
-  c, _, summary = whole(root, method, tmp_path)
-  losses = []
-  for model in (tmp_path / 'whole', root / 'gpt'):
-    done = script('evaluate', f'--model={model}', f'--corpus={root}/text.jsonl', '--part=validation', '--newest',
-                  '--validation_fraction=0.2', f'--length={c.data.length}')
-    assert done.returncode == 0, done.stderr
-    losses.append(json.loads(done.stdout)['validation']['loss'])
+  _, _, summary = whole(root, method, tmp_path)
+  losses = [measured(root, model) for model in (tmp_path / 'whole', root / 'gpt')]
   assert losses == pytest.approx([summary['val_loss'], before], rel=1e-5) and losses[0] < losses[1]
 
 

@@ -216,9 +216,12 @@ def test_rope_theta_of_transformers_4(folder):
 
 
 @pytest.mark.parametrize(('folder', 'changes'), [
-    ('gpt2', {'n_ctx': 16, 'summary_type': 'cls_index', 'task_specific_params': {'text-generation': {}}}),
+    ('gpt2', {'n_ctx': 16, 'n_special': 0, '_num_labels': 1, 'num_return_sequences': 1, 'no_repeat_ngram_size': 0,
+              'length_penalty': 1.0, 'diversity_penalty': 0.0, 'summary_type': 'cls_index',
+              'task_specific_params': {'text-generation': {}}}),
     ('llama', {'_name_or_path': 'x', 'torch_dtype': 'bfloat16', 'pretraining_tp': 1, 'rope_interleaved': False,
-               'is_llama_config': True, 'transformers.js_config': {'kv_cache_dtype': 'float16'}, 'sep_token_id': 3}),
+               'is_llama_config': True, 'transformers.js_config': {'kv_cache_dtype': 'float16'}, 'sep_token_id': 3,
+               'max_sequence_length': 64, 'partial_rotary_factor': 1.0}),
 ], indirect=['folder'])
 def test_fields_of_published_configs_that_change_nothing(folder, changes):
   _edit(folder, **changes)

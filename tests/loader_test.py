@@ -5,6 +5,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -190,8 +191,12 @@ def test_prepared_dataset_needs_no_tokenizer_and_refuses_another(prepare, texts,
   with pytest.raises(ConfigError, match='not the tokenizer'):
     loader.prepare(dataclasses.replace(c, tokenizer=str(tmp_path / 'other')), tmp_path)
   char = loader.prepare(loader.Config(str(texts / 'one.txt'), tokenizer='char', split='tail'), cache)
-  with pytest.raises(ConfigError, match='not the tokenizer'):
+  with pytest.raises(ConfigError, match='not the tokenizer.*all corpora are read by that of the first'):
     loader.prepare(loader.Config((path, str(char.datasets[0].path))), tmp_path)
+  shutil.copytree(char.datasets[0].path, tmp_path / 'copy')
+  tokenizers.char('abc').save(tmp_path / 'copy' / 'tokenizer')
+  with pytest.raises(DataError, match='copy/tokenizer: changed since the corpus was prepared'):
+    loader.prepare(loader.Config(str(tmp_path / 'copy')), tmp_path)
 
 
 def test_unfinished_dataset_is_named_as_such(prepare, tmp_path):
@@ -282,7 +287,8 @@ def test_fingerprint_tells_every_change_and_no_other(prepare):
 
 @pytest.mark.parametrize('kwargs', [
     {'length': 0}, {'batch': 0}, {'threads': -1}, {'packing': 'best'}, {'split': 'x'}, {'validation_fraction': 1.0},
-    {'weights': (1.0,), 'corpus': ('a', 'b')}, {'weights': (1.0, 0.0), 'corpus': ('a', 'b')}])
+    {'weights': (1.0,), 'corpus': ('a', 'b')}, {'weights': (1.0, 0.0), 'corpus': ('a', 'b')},
+    {'weights': (float('inf'), 1.0), 'corpus': ('a', 'b')}])
 def test_bad_config(kwargs):
   with pytest.raises(ConfigError, match=next(iter(kwargs))):
     loader.Config(**kwargs)

@@ -460,6 +460,15 @@ def test_second_interrupt_ends_the_process_at_once():
   assert done.stderr == ('error: interrupted twice: stopped without saving; start again to resume from the last save\n')
 
 
+def test_a_later_sigterm_ends_the_process_at_once():
+  code = ('import os, signal, time\nfrom lm import loop\nwith loop.Signals() as s, s.deferred():\n'
+          '  os.kill(os.getpid(), signal.SIGTERM); time.sleep(1.1); print("still here", flush=True)\n'
+          '  os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)')
+  done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, timeout=60, check=False)
+  assert (done.returncode, done.stdout) == (75, 'still here\n')
+  assert done.stderr == 'error: SIGTERM twice: stopped without saving; start again to resume from the last save\n'
+
+
 def test_a_failed_save_is_noticed_at_the_next_step(monkeypatch):
   w = world(monkeypatch, steps=100, save_every=10)
 

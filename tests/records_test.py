@@ -203,7 +203,8 @@ def test_damaged_manifest_is_a_data_error(tmp_path, how):
     records.Dataset(tmp_path)
 
 
-@pytest.mark.parametrize('change', [{'format_version': 0}, {'splits': None}, {'tokenizer': {}}])
+@pytest.mark.parametrize('change', [{'format_version': 0}, {'splits': None}, {'tokenizer': {}},
+                                    {'tokenizer': {'sha256': 'x'}}, {'splits': {'train': {'shards': []}}}])
 def test_foreign_manifest_is_a_data_error(tmp_path, change):
   manifest = write(tmp_path).manifest
   (tmp_path / 'manifest.json').write_text(json.dumps({k: v for k, v in (manifest | change).items() if v is not None}))

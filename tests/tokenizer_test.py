@@ -218,6 +218,25 @@ def test_roles_come_from_the_file_beside_tokenizer_json(tmp_path):
   assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 0)
 
 
+@pytest.mark.parametrize('bytes_only', [True, False])
+def test_an_end_token_that_is_the_unknown_token_too(tmp_path, bytes_only):
+  """As GPT's is often trained: it ends texts; where text could be it, that text is refused."""
+  end = '<|endoftext|>'
+  pieces = sorted(hf.pre_tokenizers.ByteLevel.alphabet()) if bytes_only else ['a', 'b']
+  model = hf.Tokenizer(hf.models.BPE({end: 0} | {c: i for i, c in enumerate(pieces, 1)}, [], unk_token=end))
+  if bytes_only:
+    model.pre_tokenizer, model.decoder = hf.pre_tokenizers.ByteLevel(add_prefix_space=False), hf.decoders.ByteLevel()
+  model.add_special_tokens([end])
+  model.save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'eos_token': end}))
+  tokenizer = tokenizers.load(tmp_path)
+  assert tokenizer.eos_id == 0 and tokenizer.document('a')[-1] == 0
+  assert tokenizer.decode([*tokenizer.encode('a'), 0]) == 'a'
+  if not bytes_only:
+    with pytest.raises(DataError, match="'aé': has characters that are '<.endoftext.>' to the tokenizer"):
+      tokenizer.encode('aé')
+
+
 def test_a_sentencepiece_model_has_what_the_files_beside_it_add(kinds, tmp_path):
   """As chat models of the Llama-2 kind are laid out: ids beyond the model, another end, no bos."""
   kinds['bpe'].save(tmp_path)

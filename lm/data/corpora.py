@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from typing import Any
 
 from lm import disk
@@ -58,7 +59,8 @@ def sha256_file(path: str | os.PathLike) -> str:
 def find(path: str) -> Files:
   """The .txt and .jsonl files of `path`: one file, a directory (searched below, in sorted order) or a glob.
 
-  What lies in a prepared dataset is left out: its validation.txt is held out of texts that lie beside it.
+  What lies in a prepared dataset is left out: its validation.txt is held out of texts that lie beside it. So is what
+  lies in the workdir of a run, or below it.
 
   Raises:
     DataError: nothing there, or a file of another kind.
@@ -69,9 +71,15 @@ def find(path: str) -> Files:
                       'names, or a prepared dataset; convert it, or rename it if it is one of them')
     return Files((path,))
   pattern = os.path.join(glob.escape(path), '**', '*') if os.path.isdir(path) else path
+  base = path if os.path.isdir(path) else os.path.dirname(re.split(r'[*?[]', path)[0])
   prepared = functools.cache(is_prepared)
+
+  @functools.cache
+  def in_run(folder):
+    above = os.path.dirname(folder)
+    return _is_run(folder) or (above != folder and len(above) >= len(base) and in_run(above))
   found = sorted(p for p in glob.glob(pattern, recursive=True) if p.endswith(_KINDS) and os.path.isfile(p)
-                 and not prepared(os.path.dirname(p)))
+                 and not prepared(os.path.dirname(p)) and not in_run(os.path.dirname(p)))
   if not found:
     several = '; several are a tuple, data.corpus=("a.txt", "b.txt")' if ',' in path else ''
     raise DataError(f'{path}: no text; expected a .txt or .jsonl file, a directory or glob of them, or a prepared '
@@ -84,6 +92,11 @@ def is_prepared(path: str | os.PathLike) -> bool:
   names = set(os.listdir(path)) if os.path.isdir(path) else set()
   ours = 'manifest.json' in names and not names.isdisjoint(('train.npy', 'validation.txt'))
   return ours or any('.array_record' in n for n in names)
+
+
+def _is_run(path):
+  names = set(os.listdir(path)) if os.path.isdir(path) else set()
+  return 'config.json' in names and not names.isdisjoint(('checkpoints', 'metrics.jsonl'))
 
 
 def write_jsonl(path: str | os.PathLike, documents: Iterable[Document]) -> int:

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import logging
+import math
 import os
 import pathlib
 from typing import Any, ClassVar, get_args, Literal
@@ -67,7 +68,7 @@ class Config:
         raise ConfigError(f'data.{name}={getattr(self, name)}; expected at least {low} (packing {self.packing!r})')
     if self.isolate and self.encoder:
       raise ConfigError(f'data.isolate=True: rows of {self.packing!r} are one segment; set data.isolate=False')
-    if self.weights and (len(self.weights) != len(self.corpora) or min(self.weights) <= 0):
+    if self.weights and (len(self.weights) != len(self.corpora) or not all(0 < w < math.inf for w in self.weights)):
       raise ConfigError(f'data.weights={self.weights}; expected one positive number for each of the '
                         f'{len(self.corpora)} corpora')
     records.Split(self.split, self.validation_fraction)
@@ -153,8 +154,10 @@ def prepare(c: Config, cache_dir: str | os.PathLike, *, seed: int = 0) -> Data:
                    for s in sources)
   for d in datasets:
     if d.manifest['tokenizer']['sha256'] != tokenizer.sha256:
+      remedy = ("set data.tokenizer='' to use that one, or prepare" if c.tokenizer else
+                'all corpora are read by that of the first prepared one; prepare')
       raise ConfigError(f'data.tokenizer={c.tokenizer!r}: not the tokenizer that {d.path} was prepared with (sha256 '
-                        f"differs); set data.tokenizer='' to use that one, or prepare the corpus again")
+                        f'differs); {remedy} the corpus again')
   return Data(c, seed, tokenizer, datasets, _plans(c, tokenizer, datasets, 'train', seed))
 
 

@@ -195,7 +195,10 @@ def _manifest(path: pathlib.Path) -> dict[str, Any]:
     raise DataError(f'{file}: no such file; expected a finished dataset; run scripts.prepare_corpus again')
   try:
     manifest = corpora.strict_json(file.read_bytes(), str(file))
-    manifest['splits'], manifest['tokenizer']['sha256']
+    for name in ('sha256', 'vocab_size'):
+      manifest['tokenizer'][name]
+    for name in SPLITS:
+      manifest['splits'][name]['shards'], manifest['splits'][name]['index']
   except (KeyError, TypeError) as error:
     raise DataError(f'{file}: lacks {error}; expected a manifest of format {FORMAT}; prepare the corpus again'
                     ) from error
@@ -236,7 +239,11 @@ class Dataset:
                                            'readahead_buffer_size:0,max_parallelism:0') for s in split['shards']]
 
   def tokenizer(self) -> tokenizers.Tokenizer:
-    return tokenizers.load(self.path / 'tokenizer')
+    found = tokenizers.load(self.path / 'tokenizer')
+    if found.sha256 != self.manifest['tokenizer']['sha256']:
+      raise DataError(f'{self.path}/tokenizer: changed since the corpus was prepared (sha256 differs); copy it again '
+                      'or prepare the corpus again')
+    return found
 
   def tokens(self, split: str) -> int:
     return self.manifest['splits'][split]['tokens']

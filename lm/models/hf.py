@@ -33,7 +33,8 @@ _NEUTRAL = (  # fields of every config that change nothing in the forward pass o
     '_name_or_path|transformers_version|(torch_)?dtype|use_cache|_?attn_implementation.*|(bos|eos|pad|sep)_token_id|'
     'decoder_start_token_id|tokenizer_class|prefix|task_specific_params|problem_type|finetuning_task|id2label|label2id|'
     'num_labels|return_dict|output_(attentions|hidden_states|past)|torchscript|use_bfloat16|do_sample|'
-    '(max|min)_length|temperature|top_[kp]|repetition_penalty|num_beams|unsloth_.*|chunk_size_feed_forward|generator_size')
+    '(max|min)_length|temperature|top_[kp]|typical_p|(repetition|length|diversity)_penalty|num_beams|num_beam_groups|'
+    'num_return_sequences|(encoder_)?no_repeat_ngram_size|_num_labels|unsloth_.*|chunk_size_feed_forward|generator_size')
 
 
 def load(folder: str | os.PathLike) -> tuple[Any, params.Tree]:

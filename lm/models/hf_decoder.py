@@ -49,7 +49,7 @@ def _read_gpt2(f: Fields) -> decoder.Config:
   for name, value in (('scale_attn_weights', True), ('scale_attn_by_inverse_layer_idx', False),
                       ('reorder_and_upcast_attn', False), ('add_cross_attention', False)):
     f.fixed(name, value)
-  f.drop('n_ctx|summary_.*|predict_special_tokens|gradient_checkpointing')
+  f.drop('n_ctx|n_special|summary_.*|predict_special_tokens|gradient_checkpointing')
   D, N, L = f.take('n_embd', int), f.take('n_head', int), f.take('n_layer', int)
   if D % N:
     raise f.error('n_head', N, f'a divisor of n_embd={D}')
@@ -76,7 +76,8 @@ def _write_gpt2(c: decoder.Config) -> dict[str, Any]:
 def _read_llama(f: Fields) -> decoder.Config:
   f.fixed('hidden_act', 'silu')
   f.fixed('rope_interleaved', False)
-  f.drop('pretraining_tp|is_llama_config|transformers\\.js_config')
+  f.fixed('partial_rotary_factor', 1.0)
+  f.drop('pretraining_tp|max_sequence_length|is_llama_config|transformers\\.js_config')
   D, N = f.take('hidden_size', int), f.take('num_attention_heads', int)
   bias = f.take('attention_bias', bool, False)
   if f.take('mlp_bias', bool, False) != bias:

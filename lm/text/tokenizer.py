@@ -234,8 +234,9 @@ def _wordpiece(files):
 
 def _from_hf(kind, model, files, bos=(), eos=(), pad=()):
   vocab = model.get_vocab()
-  unknown = getattr(model.model, 'unk_token', None)
-  control = {t.content: i for i, t in model.get_added_tokens_decoder().items() if t.special and t.content != unknown}
+  unknown, named = getattr(model.model, 'unk_token', None), {*bos, *eos, *pad, *_BOS, *_EOS, *_PAD}
+  control = {t.content: i for i, t in model.get_added_tokens_decoder().items()
+             if t.special and (t.content != unknown or t.content in named)}
   model.encode_special_tokens = True  # text that spells a special token is text
   ids = (next((control[name] for name in (*given, *names) if name in control), None)
          for given, names in ((bos, _BOS), (eos, _EOS), (pad, _PAD)))
@@ -246,6 +247,9 @@ def _from_hf(kind, model, files, bos=(), eos=(), pad=()):
     found = model.encode(text, add_special_tokens=False).ids
     if np.isin(found, banned).any():  # a vocabulary that holds the special token as a plain word: spell it in two parts
       found = [i for part in inside.split(text) for i in model.encode(part, add_special_tokens=False).ids]
+    if unknown in control and control[unknown] in found:
+      raise DataError(f'{text[:40]!r}: has characters that are {unknown!r} to the tokenizer, which also ends texts; '
+                      'expected text that it knows; choose another tokenizer')
     return found
   return Tokenizer(kind, max(vocab.values()) + 1, control, *ids, files, to_ids,
                    lambda found: model.decode(found, skip_special_tokens=False))
