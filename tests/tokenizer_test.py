@@ -237,6 +237,15 @@ def test_an_end_token_that_is_the_unknown_token_too(tmp_path, bytes_only):
       tokenizer.encode('aé')
 
 
+def test_a_padding_token_that_is_the_unknown_token_too_refuses_no_text(tmp_path):
+  model = hf.Tokenizer(hf.models.WordLevel({'<unk>': 0, 'a': 1}, unk_token='<unk>'))
+  model.pre_tokenizer = hf.pre_tokenizers.WhitespaceSplit()
+  model.add_special_tokens(['<unk>'])
+  model.save(str(tmp_path / 'tokenizer.json'))
+  (tmp_path / 'tokenizer_config.json').write_text(json.dumps({'pad_token': '<unk>'}))
+  assert tokenizers.load(tmp_path).encode('a 你').tolist() == [1, 0]
+
+
 def test_a_sentencepiece_model_has_what_the_files_beside_it_add(kinds, tmp_path):
   """As chat models of the Llama-2 kind are laid out: ids beyond the model, another end, no bos."""
   kinds['bpe'].save(tmp_path)

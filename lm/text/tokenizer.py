@@ -234,7 +234,7 @@ def _wordpiece(files):
 
 def _from_hf(kind, model, files, bos=(), eos=(), pad=()):
   vocab = model.get_vocab()
-  unknown, named = getattr(model.model, 'unk_token', None), {*bos, *eos, *pad, *_BOS, *_EOS, *_PAD}
+  unknown, named = getattr(model.model, 'unk_token', None), {*bos, *eos, *_BOS, *_EOS}
   control = {t.content: i for i, t in model.get_added_tokens_decoder().items()
              if t.special and (t.content != unknown or t.content in named)}
   model.encode_special_tokens = True  # text that spells a special token is text
