@@ -107,6 +107,15 @@ def reads_by_output(platform: str) -> bool:
   return platform == 'cpu' and bool(flags) and ('amx_tile' in flags or 'avx512f' not in flags)
 
 
+def memory(device: jax.Device) -> int:
+  """Bytes that arrays of a device can take at most: of a CPU those of the machine, or of what it is confined to."""
+  told = (device.memory_stats() or {}).get('bytes_limit')
+  if told:
+    return told
+  confined = _read('/sys/fs/cgroup/memory.max').strip()
+  return min([os.sysconf('SC_PHYS_PAGES') * mmap.PAGESIZE, *(int(text) for text in [confined] if text.isdecimal())])
+
+
 @functools.cache
 def _understood(option: tuple[str, str]) -> dict[str, str]:
   """The compiler option, if this version of XLA knows it."""

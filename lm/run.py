@@ -198,6 +198,7 @@ def run(c: Config, task: Task, workdir: str | os.PathLike, resume_with_changes: 
     raise ConfigError(f'--workdir: {workdir} is a file; expected a directory, or a new name; choose another --workdir')
   parts = build(c, task)
   abstract = start.abstract(task, parts)
+  start.preflight(abstract)
   kept = abstract.replace(frozen=None)  # checkpoints hold no frozen weights
   nbytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
   steps = c.optim.steps // task.around.updates

@@ -8,12 +8,13 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import pathlib
 from typing import Any
 
 import jax
 
-from lm import checkpoint, config, logs, optim, params, sharding, summary, train, weights
+from lm import checkpoint, config, host, logs, optim, params, sharding, summary, train, weights
 from lm.data import loader
 from lm.errors import CheckpointError, ConfigError
 
@@ -29,6 +30,23 @@ def abstract(task: Any, parts: Any) -> train.State:
   first = lambda: train.init(task.specs, parts.tx, parts.trainable, jax.random.key(0), task.around.carry)
   shapes = jax.eval_shape(first)
   return jax.tree.map(lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), shapes, parts.state)
+
+
+def preflight(state: train.State) -> None:
+  """Refuses a state, of ShapeDtypeStructs, that alone is more than the memory of its devices.
+
+  A step takes more, gradients and activations: `scripts.compile_for` says how much.
+  """
+  leaves = jax.tree.leaves(state)
+  on_one = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
+  devices = [device for device in leaves[0].sharding.mesh.devices.flat if device.process_index == jax.process_index()]
+  together = len(devices) if devices[0].platform == 'cpu' else 1  # devices of a CPU are parts of one memory
+  limit, gib = host.memory(devices[0]), 2 ** 30
+  if on_one * together > limit:
+    raise ConfigError(
+        f'mesh: parameters and the optimizer\'s state take {on_one * together / gib:.3g} GiB of the '
+        f'{limit / gib:.3g} GiB of {devices[0].device_kind}; expected less, as a step takes more still; raise mesh.fsdp, '
+        'mesh.tensor or mesh.pipe on more devices, train fewer parameters (experiments/lora.py), or take a smaller model')
 
 
 def refuse(c: Any, workdir: pathlib.Path, resume_with_changes: bool, resume: str, restore_step: int | None

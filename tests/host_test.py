@@ -3,8 +3,10 @@
 import ctypes
 import os
 import pathlib
+import re
 import subprocess
 import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -48,6 +50,15 @@ def test_freed_memory_is_not_faulted_in_again():
 def test_that_the_allocator_would_give_it_back_otherwise():
   """Guards the test above: 150 MB are 75 pages even of 2 MiB."""
   assert faults('') > 50
+
+
+def test_how_much_arrays_can_take(monkeypatch):
+  accelerator = types.SimpleNamespace(memory_stats=lambda: {'bytes_limit': 5})
+  assert host.memory(accelerator) == 5
+  machine = int(re.search(r'MemTotal: *(\d+) kB', pathlib.Path('/proc/meminfo').read_text())[1]) * 1024
+  for confined, expected in (('', machine), ('max\n', machine), ('1000\n', 1000), (f'{1 << 60}\n', machine)):
+    monkeypatch.setattr(host, '_read', lambda path, text=confined: text)
+    assert host.memory(jax.devices()[0]) == expected
 
 
 @pytest.mark.slow

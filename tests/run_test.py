@@ -600,6 +600,22 @@ def test_nothing_to_validate_is_known_before_training(corpus, tmp_path, monkeypa
     run.run(tiny.make_config(corpus, data__validation_fraction=0.0), TASK, tmp_path)
 
 
+@pytest.mark.parametrize('mesh', [{}, {'mesh__fsdp': 8}])
+def test_a_state_larger_than_the_memory_is_refused_before_anything_is_made(corpus, tmp_path, monkeypatch, mesh):
+  """Devices of a CPU share its memory, so a state divided over them takes no less there; of others each has its own."""
+  c = tiny.make_config(corpus, **mesh)
+  with monkeypatch.context() as m:
+    task = tiny.task(embed=1 << 10)  # 2 x 258 x 1024 values, and two moments of each: 6,193 KiB
+    m.setattr(start.host, 'memory', lambda device: 6_300_000)
+    with pytest.raises(ConfigError, match=r'^mesh: parameters and the optimizer.s state take 0.00591 GiB of the 0.00587'
+                       ' GiB of cpu; expected less'):
+      run.run(c, task, tmp_path / 'run')
+    assert not (tmp_path / 'run').exists()
+    state = start.abstract(task, run.build(c, task))
+    m.setattr(start.host, 'memory', lambda device: 6_400_000)
+    start.preflight(state)
+
+
 def test_stopped_while_data_is_prepared(corpus, tmp_path, monkeypatch):
   """Nothing to save: it ends at once, also where a library would have caught an Exception."""
   def prepare(*args, **kwargs):

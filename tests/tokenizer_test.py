@@ -114,13 +114,43 @@ def test_files_of_tokenizers_in_a_folder(kinds, tmp_path):
 @pytest.mark.parametrize('kind', KINDS)
 def test_long_texts_are_encoded_in_parts_of_the_same_ids(kinds, kind, monkeypatch):
   rng = np.random.default_rng(0)
-  pieces = [*TEXTS[:3], 'a\n', 'the fox\n', '\n\n  x', ' \n', '你好。\n', '\n']
+  pieces = [*TEXTS[:3], 'a\n', 'the fox\n', '\n\n  x', ' \n', '你好。\n', '\n', 'the dog.\n\n', '你好。\n\n']
   for _ in range(50):
     text = ''.join(rng.choice(pieces, 40))
     monkeypatch.setattr(tokenizers, 'PART', 10**6)
     want = kinds[kind].encode(text)
     monkeypatch.setattr(tokenizers, 'PART', 16)
     np.testing.assert_array_equal(kinds[kind].encode(text), want)
+
+
+@pytest.fixture(scope='module')
+def joins_breaks(tmp_path_factory):
+  """As Llama 3's: an empty line's two breaks are one token, wherever they stand."""
+  bpe = hf.Tokenizer(hf.models.BPE())
+  split = hf.pre_tokenizers.Split(hf.Regex(r'\s*[\r\n]+|\s+(?!\S)| ?[^\s]+|\s+'), 'isolated')
+  bpe.pre_tokenizer = hf.pre_tokenizers.Sequence([split, hf.pre_tokenizers.ByteLevel(False, use_regex=False)])
+  bpe.decoder = hf.decoders.ByteLevel()
+  bpe.train_from_iterator(['end.\n\nThe'] * 9, hf.trainers.BpeTrainer(
+      vocab_size=300, show_progress=False, initial_alphabet=hf.pre_tokenizers.ByteLevel.alphabet()))
+  folder = tmp_path_factory.mktemp('joins')
+  bpe.save(str(folder / 'tokenizer.json'))
+  return tokenizers.load(folder)
+
+
+@pytest.mark.parametrize('kind', ['unigram', 'bpe', 'hf', 'gpt2', 'wordpiece', 'joins_breaks'])
+def test_a_long_text_of_paragraphs_is_encoded_in_parts_too(kinds, joins_breaks, kind, monkeypatch):
+  t, lengths = (kinds | {'joins_breaks': joins_breaks})[kind], []
+  text = 'The quick brown fox, at the end.\n\nThe lazy dog. 你好。\n\n' * 400
+  want = t.encode(text)
+  if kind == 'joins_breaks':
+    assert t.encode('a\n\nb').size == 3
+  monkeypatch.setattr(tokenizers, 'PART', 1000)
+  spied = dataclasses.replace(t, to_ids=lambda text: lengths.append(len(text)) or t.to_ids(text))
+  np.testing.assert_array_equal(spied.encode(text), want)
+  assert max(lengths) < 1200
+  lengths.clear()
+  np.testing.assert_array_equal(spied.encode('a' + ' \n\n b' * 400), t.encode('a' + ' \n\n b' * 400))
+  assert len(lengths) == 1  # there is no such place: it is encoded as a whole
 
 
 def test_sha256_tells_tokenizers_apart(kinds):

@@ -25,8 +25,9 @@ from lm import disk
 from lm.errors import DataError
 from lm.text import tokenizer_files
 
-_LINE = re.compile(r'(?<=\S)\n(?=\S)')
+_BREAK = re.compile(r'(?<=\S)\n{1,2}(?=\S)')
 PART = 1 << 18  # characters that are encoded at once
+_AROUND, _TRIES = 256, 100  # characters on each side that show whether a text may be cut there; places that are tried
 _BOS = ('<|begin_of_text|>', '<s>', '[CLS]', '<|endoftext|>')
 _EOS = ('<|end_of_text|>', '</s>', '[SEP]', '<|endoftext|>')
 _PAD = ('<pad>', '[PAD]', '<|pad|>')
@@ -74,12 +75,33 @@ class Tokenizer:
     except UnicodeEncodeError as error:
       raise DataError(f'character {error.start}: lone surrogate U+{ord(text[error.start]):04X}; expected Unicode text; '
                       'remove it from the text') from None
-    parts = [text] if self.kind in ('byte', 'char') else list(_parts(text))
-    begin = self.to_ids('\n') if len(parts) > 1 else ()  # behind it a part does not begin anew, by a space
-    found = [np.asarray(self.to_ids(parts[0]), np.int32)]
-    for part in parts[1:]:
-      found.append(np.asarray(self.to_ids('\n' + part), np.int32)[len(begin):])
-    return np.concatenate(found)
+    return self._joined([text] if self.kind in ('byte', 'char') else self._parts(text))
+
+  def _joined(self, parts: Iterable[str]) -> np.ndarray:
+    """Ids of a text that is given in parts, each but the first of which begins with a line or within a line break."""
+    first, *more = parts
+    begin = len(self.to_ids('\n')) if more else 0  # behind it a part does not begin anew, by a space
+    return np.concatenate([np.asarray(self.to_ids(first), np.int32),
+                           *(np.asarray(self.to_ids('\n' + part), np.int32)[begin:] for part in more)])
+
+  def _parts(self, text: str) -> Iterator[str]:
+    """A long text cut at line breaks, in or behind them, where the ids stay the same: memory grows with its part.
+
+    What is around a break tells, as no usual tokenizer looks further. One may join the two of an empty line, and another
+    at the end of a text only.
+    """
+    def fits(at):
+      around = text[max(at - _AROUND, start):at], text[at:at + _AROUND]
+      return np.array_equal(self.to_ids(''.join(around)), self._joined(around))
+    start = 0
+    while len(text) - start > PART:
+      breaks = itertools.islice(_BREAK.finditer(text, start + PART), _TRIES)
+      cut = next(filter(fits, (at for found in breaks for at in sorted({found.start() + 1, found.end()}))), None)
+      if cut is None:
+        break
+      yield text[start:cut]
+      start = cut
+    yield text[start:]
 
   def decode(self, ids: Sequence[int] | np.ndarray) -> str:
     """Text of the ids; control ids and ids beyond the vocabulary (a padded model head has them) stand for nothing."""
@@ -105,15 +127,6 @@ class Tokenizer:
       pathlib.Path(folder, name).unlink(missing_ok=True)
     for name, content in self.files.items():
       disk.write(os.path.join(folder, name), content)
-
-
-def _parts(text: str) -> Iterator[str]:
-  """A long text cut behind line breaks between words, which no usual tokenizer joins: memory grows with its part."""
-  start = 0
-  while len(text) - start > PART and (cut := _LINE.search(text, start + PART)):
-    yield text[start:cut.end()]
-    start = cut.end()
-  yield text[start:]
 
 
 def byte() -> Tokenizer:
