@@ -45,8 +45,9 @@ def preflight(state: train.State) -> None:
   if on_one * together > limit:
     raise ConfigError(
         f'mesh: parameters and the optimizer\'s state take {on_one * together / gib:.3g} GiB of the '
-        f'{limit / gib:.3g} GiB of {devices[0].device_kind}; expected less, as a step takes more still; raise mesh.fsdp, '
-        'mesh.tensor or mesh.pipe on more devices, train fewer parameters (experiments/lora.py), or take a smaller model')
+        f'{limit / gib:.3g} GiB of {devices[0].device_kind}; expected less, as a step takes more still; raise '
+        'mesh.fsdp, mesh.tensor or mesh.pipe on more devices, train fewer parameters (experiments/lora.py), or take a '
+        'smaller model')
 
 
 def refuse(c: Any, workdir: pathlib.Path, resume_with_changes: bool, resume: str, restore_step: int | None

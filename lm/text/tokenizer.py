@@ -87,8 +87,8 @@ class Tokenizer:
   def _parts(self, text: str) -> Iterator[str]:
     """A long text cut at line breaks, in or behind them, where the ids stay the same: memory grows with its part.
 
-    What is around a break tells, as no usual tokenizer looks further. One may join the two of an empty line, and another
-    at the end of a text only.
+    What is around a break tells, as no usual tokenizer looks further. One may join the two of an empty line, and
+    another at the end of a text only.
     """
     def fits(at):
       around = text[max(at - _AROUND, start):at], text[at:at + _AROUND]
