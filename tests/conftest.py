@@ -9,11 +9,7 @@ import jax
 
 _CACHE = pathlib.Path(os.environ.get('XDG_CACHE_HOME') or pathlib.Path.home() / '.cache') / 'lm-tests' / 'jax'
 
-# Compiling is most of the time of the tests: quick code matters less than code that is there quickly.
-os.environ['XLA_FLAGS'] = ('--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
-                           '--xla_cpu_parallel_codegen_split_count=1')
-if jax.__version_info__ < (0, 11):  # later versions have no other emitters, nor the flag
-  os.environ['XLA_FLAGS'] += ' --xla_cpu_use_fusion_emitters=false'
+os.environ['XLA_FLAGS'] = fake_devices.QUICK
 fake_devices.use(8)
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 jax.config.update('jax_debug_key_reuse', True)

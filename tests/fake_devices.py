@@ -11,17 +11,30 @@ import runpy
 import sys
 
 import jax
-from jax._src.interpreters import mlir  # COLLECTIVE_CHANNEL_ID is in no public module
+from jax._src import compiler  # no public module has what compiles, or
+from jax._src.interpreters import mlir  # how collectives are numbered
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import stablehlo
 
+# Compiling is most of the time of the tests: quick code matters less than code that is there quickly.
+QUICK = ('--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true '
+         '--xla_cpu_parallel_codegen_split_count=1')
+if jax.__version_info__ < (0, 11):  # later versions have no other emitters, nor the flag
+  QUICK += ' --xla_cpu_use_fusion_emitters=false'
 _THREADS = 4  # a device: XLA runs at most so many independent parts of a program side by side
 
 
-class _Fresh(int):
-  """A number that is another one each time it is written into a program."""
-  _next = itertools.count(1)
+def _numbered(module):
+  """Gives every collective of a program the next number."""
+  numbers = itertools.count(1)
 
-  def __index__(self):
-    return next(self._next)
+  def number(op):
+    if 'channel_handle' in op.attributes:
+      op.attributes['channel_handle'] = stablehlo.ChannelHandle.get(next(numbers), mlir.DEVICE_TO_DEVICE_TYPE)
+    return ir.WalkResult.ADVANCE
+  with module.context:
+    module.operation.walk(number)
+  return module
 
 
 def use(count):
@@ -35,7 +48,9 @@ def use(count):
   os.environ['XLA_FLAGS'] = (os.environ.get('XLA_FLAGS', '') + f' --xla_force_host_platform_device_count={count}'
                              ' --xla_cpu_enable_concurrency_optimized_scheduler=false').strip()
   jax.config.update('jax_platforms', 'cpu')
-  mlir.COLLECTIVE_CHANNEL_ID = _Fresh(1)
+  compiled = compiler.compile_or_get_cached
+  compiler.compile_or_get_cached = lambda backend, module, *rest, **named: compiled(
+      backend, _numbered(module), *rest, **named)
 
 
 if __name__ == '__main__':

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 
+import fake_devices
 import tiny
 
 from lm import logs
@@ -17,7 +18,9 @@ LAST = 400  # steps: more than any job here comes to before its fault
 PROGRAM = """
 import os, sys, time
 ME = {index}
-{devices}
+sys.path.insert(0, 'tests')
+import fake_devices
+fake_devices.use({devices})
 from experiments import cli, gpt2
 from lm import checkpoint, hosts, loop, pretrain, run
 from lm.data import loader
@@ -33,14 +36,6 @@ def at(step, act):
 
 {fault}
 cli.main('', gpt2.CONFIGS, pretrain.task)
-"""
-
-
-# Not with several processes: each would number its collectives for itself, and they must be the same program.
-ALONE = """
-sys.path.insert(0, 'tests')
-import fake_devices
-fake_devices.use(8)
 """
 
 
@@ -64,9 +59,7 @@ class Job:
   def __init__(self, workdir, corpus, *flags, fault='', own=(), env=(), heartbeat=10, wait=60, processes=2, join=True):
     self.workdir, address = pathlib.Path(workdir), f'127.0.0.1:{port()}'
     # Compiled quickly: as long as one process takes longer than the other counts as waiting.
-    flags_xla = (f'--xla_force_host_platform_device_count={8 // processes} --xla_backend_optimization_level=0 '
-                 '--xla_llvm_disable_expensive_passes=true')
-    devices = {'XLA_FLAGS': flags_xla, 'JAX_PLATFORMS': 'cpu',
+    devices = {'XLA_FLAGS': fake_devices.QUICK, 'JAX_PLATFORMS': 'cpu',
                'JAX_COMPILATION_CACHE_DIR': str(pathlib.Path(corpus).parent / 'cache'),
                'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0', 'TF_CPP_MIN_LOG_LEVEL': '1'}
     self.processes, self._out = [], {}
@@ -75,7 +68,7 @@ class Job:
                  *dict(own).get(i, [])]
       if join:
         flags_i.append(f'--distributed={address},{processes},{i}')
-      program = PROGRAM.format(index=i, fault=fault, devices=ALONE if processes == 1 else '')
+      program = PROGRAM.format(index=i, fault=fault, devices=8 // processes)
       self.processes.append(subprocess.Popen(
           [sys.executable, '-c', program, *flags_i], cwd=ROOT, env=os.environ | devices | dict(env).get(i, {}),
           text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True))

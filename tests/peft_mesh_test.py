@@ -86,8 +86,9 @@ def preference_pairs(method, mesh, seed):
 
 
 def pretraining(kind, method, mesh, seed):
-  few = METHODS.get(method, method)
-  c = dataclasses.replace(parallel.KINDS[kind], peft=few, optim=OPTIM, mesh=sharding.Config(**mesh))
+  """Without the models' own dropout, which `parallel_test` has and which is half of what compiles."""
+  few, c = METHODS.get(method, method), parallel.KINDS[kind]
+  c = dataclasses.replace(c, model=parallel.quiet(c.model), peft=few, optim=OPTIM, mesh=sharding.Config(**mesh))
   task = pretrain.task(c) if isinstance(c, pretrain.Config) else pretrain_encoder.task(c, parallel.TOKENS)
   return c, task, parallel.make_batch(kind, seed)
 
@@ -133,8 +134,7 @@ def test_a_conversation(method, mesh):
 @pytest.mark.parametrize('make, method, mesh', [
     (classes, 'lora', 'fsdp 2 tensor 2'), (preference_pairs, 'lora', 'fsdp 2 tensor 2'),
     (documents, 'lora', 'pipe 2 data 2'), (documents, 'top', 'fsdp 2 tensor 2'), (words, 'lora', 'fsdp 2 tensor 2'),
-    (words, 'houlsby', 'pipe 2 data 2'), (disentangled, 'lora', 'fsdp 2 tensor 2'),
-    (disentangled, 'pfeiffer', 'pipe 2 data 2'), (pair, 'lora', 'fsdp 2 tensor 2')])
+    (words, 'houlsby', 'pipe 2 data 2'), (disentangled, 'lora', 'fsdp 2 tensor 2'), (pair, 'lora', 'fsdp 2 tensor 2')])
 def test_another_objective(make, method, mesh):
   same(make, method, mesh)
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 
+import fake_devices
 import jax
 import jobs
 import numpy as np
@@ -182,7 +183,7 @@ def test_a_killed_process_leaves_what_a_new_one_goes_on_from(root, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(('kind', 'changes', 'meshes'), [
-    (policy.PPO, {}, [dict(data=8), dict(fsdp=8), EVERY]), (policy.GRPO, {}, [dict(data=8), EVERY]),
+    (policy.PPO, {}, [dict(data=8), EVERY]), (policy.GRPO, {}, [EVERY]),
     (policy.PPO, {'value': 'separate', 'rollout__logprobs': 'sampler'}, [EVERY]), (policy.BestOf, {}, [dict(fsdp=8)])])
 def test_any_mesh_gives_the_curve_of_one_device(kind, changes, meshes, root, tmp_path):
   curves = []
@@ -244,12 +245,11 @@ def test_two_processes_are_one(root, tmp_path):
   first = make(root, optim__steps=2, loop__eval_first=False)
   run.run(first, reinforce.task(first, low), tmp_path / 'first')
   run.run(*of_workdirs(root, tmp_path), tmp_path / 'one')
-  code = ("import pathlib, sys; sys.path.insert(0, 'tests'); from lm import hosts, run, sharding; "
-          "hosts.join(sys.argv[1], 30, 120); import reinforce_test as t; root, out = map(pathlib.Path, sys.argv[2:]); "
+  code = ("import pathlib, sys; sys.path.insert(0, 'tests'); import fake_devices; fake_devices.use(4); "
+          "from lm import hosts, run, sharding; hosts.join(sys.argv[1], 30, 120); import reinforce_test as t; "
+          "root, out = map(pathlib.Path, sys.argv[2:]); "
           "run.run(*t.of_workdirs(root, out, mesh=sharding.Config(data=8)), out / 'two'); hosts.leave()")
-  where, env = f'127.0.0.1:{jobs.port()}', os.environ | {'JAX_PLATFORMS': 'cpu', 'XLA_FLAGS': (
-      '--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 '
-      '--xla_llvm_disable_expensive_passes=true')}
+  where, env = f'127.0.0.1:{jobs.port()}', os.environ | {'XLA_FLAGS': fake_devices.QUICK}
   both = [subprocess.Popen([sys.executable, '-c', code, f'{where},2,{i}', root, tmp_path], cwd=jobs.ROOT, env=env,
                            stderr=subprocess.PIPE, text=True) for i in range(2)]
   said = [process.communicate(timeout=280)[1] for process in both]

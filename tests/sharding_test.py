@@ -1,5 +1,7 @@
 """The mesh and where each logical axis lives on it, on 8 fake devices."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -113,3 +115,11 @@ def test_batches_are_split_over_data_and_fsdp():
   m = mesh(data=2, fsdp=2, tensor=2)
   x = jax.device_put(np.zeros((8, 3)), sharding.batch_sharding(m))
   assert {s.data.shape for s in x.addressable_shards} == {(2, 3)}
+
+
+def test_fake_devices_number_every_collective():
+  """Also equal ones, which JAX writes once and copies: two that wait at once by one number exchange their data."""
+  twice = jax.shard_map(lambda x: jax.lax.psum(jax.lax.psum(x, 'data') * x, 'data'), mesh=mesh(data=8),
+                        in_specs=P('data'), out_specs=P(), check_vma=False)
+  text = jax.jit(twice).lower(jax.ShapeDtypeStruct((8,), jnp.float32)).compile().as_text()
+  assert sorted(re.findall(r'channel_id=(\d+)', text)) == ['1', '2']
