@@ -168,7 +168,7 @@ def test_scan_unroll_and_remat_agree(name, model):
                                    dataclasses.replace(c, **changes), ids_BT, key=jax.random.key(9))).mean()
     return jax.jit(jax.value_and_grad(f))(p)
   want = value_and_grad()
-  for changes in ({'scan_layers': False}, {'remat': 'full'}, {'remat': 'dots', 'unstacked': True}):
+  for changes in ({'remat': 'full'}, {'remat': 'dots', 'unstacked': True}):
     close(value_and_grad(**changes), want, 2e-4)
 
 

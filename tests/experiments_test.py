@@ -83,7 +83,6 @@ def test_three_steps_of_each_kind(name, tmp_path):
   losses = [r['loss'] for r in rows if 'loss' in r]
   assert len(losses) == 3
   assert all(isinstance(x, float) for x in losses)
-  assert (tmp_path / 'run' / 'curves.png').stat().st_size > 1000
 
 
 def test_describe_allocates_nothing():

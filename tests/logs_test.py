@@ -134,6 +134,7 @@ def test_events_of_a_living_run_reach_the_disk(tmp_path, monkeypatch):
   log.close()
 
 
+@pytest.mark.draws
 @pytest.mark.parametrize('content', [
     [], rows(1), rows(*range(1, 50)), [{'step': 1, 'loss': math.nan}],
     [{'step': n, 'loss': 2.0 / n, 'learning_rate': 1e-3, **({'val_loss': 3.0 / n} if n % 5 == 0 else {})}

@@ -68,14 +68,6 @@ def make_batch(kind, seed=0):
                 draw_B=np.arange(B, dtype=np.uint32) + 100 * seed)
 
 
-def quiet(model):
-  """Without dropout; of a pair, both."""
-  if hasattr(model, 'dropout'):
-    return dataclasses.replace(model, dropout=nn.Dropout())
-  return dataclasses.replace(model, **{f.name: quiet(getattr(model, f.name)) for f in dataclasses.fields(model)
-                                       if dataclasses.is_dataclass(getattr(model, f.name))})
-
-
 def make(kind, mesh, microbatches=1):
   c = dataclasses.replace(KINDS[kind], mesh=sharding.Config(**mesh))
   # Without a bound on the norm, AdamW's first moment after a step is the gradient times 1 - b1.

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import parallel_test as parallel
 import pytest
+import tiny
 
 from lm import (
   classification,
@@ -88,7 +89,7 @@ def preference_pairs(method, mesh, seed):
 def pretraining(kind, method, mesh, seed):
   """Without the models' own dropout, which `parallel_test` has and which is half of what compiles."""
   few, c = METHODS.get(method, method), parallel.KINDS[kind]
-  c = dataclasses.replace(c, model=parallel.quiet(c.model), peft=few, optim=OPTIM, mesh=sharding.Config(**mesh))
+  c = dataclasses.replace(c, model=tiny.quiet(c.model), peft=few, optim=OPTIM, mesh=sharding.Config(**mesh))
   task = pretrain.task(c) if isinstance(c, pretrain.Config) else pretrain_encoder.task(c, parallel.TOKENS)
   return c, task, parallel.make_batch(kind, seed)
 

@@ -39,6 +39,14 @@ def write_text(path: pathlib.Path, lines: int = 150) -> pathlib.Path:
   return path
 
 
+def quiet(model):
+  """Without dropout; of a pair, both."""
+  if hasattr(model, 'dropout'):
+    return dataclasses.replace(model, dropout=nn.Dropout())
+  return dataclasses.replace(model, **{f.name: quiet(getattr(model, f.name)) for f in dataclasses.fields(model)
+                                       if dataclasses.is_dataclass(getattr(model, f.name))})
+
+
 def make_config(corpus: pathlib.Path, **changes) -> run.Config:
   """12 steps, a row each, evaluation every 4, a checkpoint every 5."""
   c = run.Config(

@@ -52,7 +52,7 @@ def shrunk(c, root):
           'length': 24, 'batch': 4} | ({'system': ''} if chat else {})
   multipliers = optim.layer_decay(3, 0.8) if c.optim.multipliers else ()
   return config.replace(
-      c, model=dataclasses.replace(c.model, **model), data=dataclasses.replace(c.data, **data),
+      c, model=tiny.quiet(dataclasses.replace(c.model, **model)), data=dataclasses.replace(c.data, **data),
       peft=dataclasses.replace(c.peft, rank=2, width=3, length=3, hidden=min(c.peft.hidden, 5)),
       optim=dataclasses.replace(c.optim, steps=3, warmup=1, decay_steps=0, multipliers=multipliers),
       loop__log_every=1, loop__eval_every=3, checkpoint__every=3)
