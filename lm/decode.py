@@ -88,17 +88,17 @@ def prepare(p: params.Tree, kind: quantised.Kind = 'float32') -> params.Tree:
   """
   if kind not in typing.get_args(quantised.Kind):
     raise ConfigError(f"kind={kind!r}; expected 'float32', 'bfloat16' or 'int8'")
-  by_output = kind == 'float32' and host.reads_by_output(jax.default_backend())
+  columns = host.rows_as_columns(jax.default_backend()) if kind == 'float32' else 0
 
   def leaf(i, path, x):
     inputs, w = _KERNELS.get(path.split('/')[-1]), jnp.asarray(x[i])
-    return w if inputs is None else quantised.pack(w, tuple(range(inputs)), kind, by_output)
+    return w if inputs is None else quantised.pack(w, tuple(range(inputs)), kind, columns)
   layers = range(len(jax.tree.leaves(p['blocks'])[0]))
   blocks = [_joined(params.map_with_path(functools.partial(leaf, i), p['blocks'])) for i in layers]
   # A NumPy leaf would be copied to the device at every call.
   rest = jax.tree.map(jnp.asarray, {k: v for k, v in p.items() if k != 'blocks'})
   head_VD = rest.get('unembed', rest['embed']['tokens'])
-  return rest | {'blocks': blocks, 'unembed': quantised.pack(head_VD, (1,), kind, by_output)}
+  return rest | {'blocks': blocks, 'unembed': quantised.pack(head_VD, (1,), kind, columns)}
 
 
 def _joined(block):

@@ -97,14 +97,16 @@ def compiler_options(platform: str, parameters: int) -> dict[str, str]:
   return _understood((_YNNPACK, 'LIBRARY_FUSION_TYPE_REDUCE'))
 
 
-def reads_by_output(platform: str) -> bool:
-  """Whether products of a few rows with f32 weights are faster where an output's weights lie side by side.
+def rows_as_columns(platform: str) -> int:
+  """Rows of activations, up to which f32 weights that lie side by side for each output make a product faster; 0: none.
 
-  By YNNPACK they take a third less time so on an Intel processor with AMX, and half the time on an AMD one without
-  AVX-512; what has AVX-512 and no AMX was not tried.
+  By YNNPACK that takes a third less time on an Intel processor with AMX, and half the time on an AMD one without
+  AVX-512, where it never was slower; what has AVX-512 and no AMX was not tried.
   """
   flags = next((line.split() for line in _cpuinfo() if line.startswith('flags')), ())
-  return platform == 'cpu' and bool(flags) and ('amx_tile' in flags or 'avx512f' not in flags)
+  if platform != 'cpu' or not flags:
+    return 0
+  return 16 if 'amx_tile' in flags else 0 if 'avx512f' in flags else 128
 
 
 def memory(device: jax.Device) -> int:

@@ -155,9 +155,9 @@ def test_a_second_call_compiles_nothing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name, by_output', [('gpt2', True), ('llama', False), ('llama', True), ('odd', True)])
-def test_prepared_parameters_give_the_same_tokens(name, by_output, monkeypatch):
-  monkeypatch.setattr(host, 'reads_by_output', lambda platform: by_output)
+@pytest.mark.parametrize('name, columns', [('gpt2', 16), ('llama', 0), ('llama', 128), ('odd', 16)])
+def test_prepared_parameters_give_the_same_tokens(name, columns, monkeypatch):
+  monkeypatch.setattr(host, 'rows_as_columns', lambda platform: columns)
   want = decode.generate(model(name), weights(name), PROMPTS, GREEDY)
   got = decode.generate(model(name), decode.prepare(weights(name)), PROMPTS, GREEDY)
   np.testing.assert_array_equal(got.tokens_BT, want.tokens_BT)

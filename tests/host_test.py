@@ -197,11 +197,11 @@ def test_whose_products_a_large_model_takes(platform, parameters, cpu, flags, ei
 
 
 def test_which_processors_read_weights_by_output(monkeypatch):
-  for platform, flags, wanted in (('cpu', 'fma avx512f amx_tile', True), ('cpu', 'fma avx512f', False),
-                                  ('cpu', 'fma avx avx2', True), ('gpu', 'fma amx_tile', False), ('cpu', '', False)):
+  for platform, flags, wanted in (('cpu', 'fma avx512f amx_tile', 16), ('cpu', 'fma avx512f', 0),
+                                  ('cpu', 'fma avx avx2', 128), ('gpu', 'fma amx_tile', 0), ('cpu', '', 0)):
     told = [f'flags\t\t: {flags}'] if flags else ['Features\t: fp asimd']
     monkeypatch.setattr(host, '_cpuinfo', lambda told=told: ['vendor_id\t: GenuineIntel', *told])
-    assert host.reads_by_output(platform) == wanted
+    assert host.rows_as_columns(platform) == wanted
 
 
 def test_an_option_that_this_xla_does_not_know_is_left_out():

@@ -401,6 +401,7 @@ def test_a_save_that_a_kill_interrupted_is_removed(straight, finished, capsys):
   assert exact(workdir) == exact(straight[1])
 
 
+@pytest.mark.draws
 def test_a_relative_workdir_whatever_the_working_directory_becomes(straight, tmp_path, monkeypatch):
   c, want, _ = straight
   (tmp_path / 'elsewhere').mkdir()

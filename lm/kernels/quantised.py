@@ -21,7 +21,7 @@ from lm import nn
 Kind = Literal['float32', 'bfloat16', 'int8']
 _LIMB = 256  # int8: x = step * (256 * high + low)
 _MOST = 127 * _LIMB + 127  # the largest such integer
-_FEW, _THIN = 16, 64  # rows that a product of a kernel with more outputs than inputs, or fewer, takes as columns
+_THIN = 64  # rows that a kernel by output takes as columns at least, where it has no more outputs than inputs
 
 
 @struct.dataclass
@@ -29,18 +29,19 @@ class Packed:
   """A kernel of any shape as the matrix that a dot reads in order.
 
   Attributes:
-    values: f32, bfloat16 or int8: [I, O], or [O, I] where `by_output`.
+    values: f32, bfloat16 or int8: [I, O], or [O, I] where `columns`.
     scale_O: f32, for int8; None: values are the weights.
     shape: of the kernel.
     inputs: the dimensions of the kernel that a dot contracts.
-    by_output: an output's weights lie side by side.
+    columns: so many rows of activations, or fewer, are columns beside weights that lie side by side for each output; 0:
+      the weights do not.
   """
 
   values: jax.Array
   scale_O: jax.Array | None
   shape: tuple[int, ...] = struct.field(pytree_node=False)
   inputs: tuple[int, ...] = struct.field(pytree_node=False)
-  by_output: bool = struct.field(pytree_node=False, default=False)
+  columns: int = struct.field(pytree_node=False, default=0)
 
 
 @struct.dataclass
@@ -56,7 +57,7 @@ class Joined:
   parts: tuple[Packed, ...] = struct.field(pytree_node=False)
 
 
-def pack(w: jax.Array, inputs: tuple[int, ...], kind: Kind, by_output: bool = False) -> Packed:
+def pack(w: jax.Array, inputs: tuple[int, ...], kind: Kind, columns: int = 0) -> Packed:
   """The leaf for kernel `w`, whose dimensions `inputs` are contracted; int8 rounds to 1/127 of an output's largest."""
   outputs = _outputs(w.shape, inputs)
   w_IO = w.astype(jnp.float32).transpose(inputs + outputs).reshape(math.prod(w.shape[i] for i in inputs), -1)
@@ -65,23 +66,23 @@ def pack(w: jax.Array, inputs: tuple[int, ...], kind: Kind, by_output: bool = Fa
     most_O = jnp.abs(w_IO).max(0)
     scale_O = jnp.where(most_O > 0, most_O, 1) / 127
     w_IO = jnp.round(w_IO / scale_O[None])
-  return Packed((w_IO.T if by_output else w_IO).astype(kind), scale_O, w.shape, inputs, by_output)
+  return Packed((w_IO.T if columns else w_IO).astype(kind), scale_O, w.shape, inputs, columns)
 
 
 def unpack(w: Packed) -> jax.Array:
   """The f32 kernel that `w` stands for."""
   order = w.inputs + _outputs(w.shape, w.inputs)
-  w_IO = (w.values.T if w.by_output else w.values).astype(jnp.float32) * (1 if w.scale_O is None else w.scale_O[None])
+  w_IO = (w.values.T if w.columns else w.values).astype(jnp.float32) * (1 if w.scale_O is None else w.scale_O[None])
   return w_IO.reshape([w.shape[i] for i in order]).transpose([order.index(i) for i in range(len(order))])
 
 
 def join(ws: Sequence[Packed]) -> Joined:
   """For `nn.dots`, as the first of its weights; the others are not looked at. All are of one kind and layout."""
   first = ws[0]
-  values = jnp.concatenate([w.values for w in ws], axis=0 if first.by_output else 1)
+  values = jnp.concatenate([w.values for w in ws], axis=0 if first.columns else 1)
   scale_O = None if first.scale_O is None else jnp.concatenate([w.scale_O for w in ws])
   parts = tuple(w.replace(values=None, scale_O=None) for w in ws)
-  return Joined(Packed(values, scale_O, values.shape, first.inputs, first.by_output), parts)
+  return Joined(Packed(values, scale_O, values.shape, first.inputs, first.columns), parts)
 
 
 def _outputs(shape, inputs):
@@ -109,7 +110,7 @@ def _several(joined: Joined, ws: Sequence[Packed], x: jax.Array, equations: Sequ
 
 def _products(whole, parts, x, equations):
   shapes = [_result(w, x.shape, equation) for w, equation in zip(parts, equations, strict=True)]
-  y_MO = _matmul(x.reshape(-1, whole.values.shape[whole.by_output]), whole)
+  y_MO = _matmul(x.reshape(-1, whole.values.shape[whole.columns > 0]), whole)
   ends = list(itertools.accumulate(math.prod(shape) // len(y_MO) for shape in shapes))
   return tuple(y_MO[:, start:end].reshape(shape).astype(x.dtype)
                for start, end, shape in zip([0, *ends], ends, shapes, strict=False))
@@ -137,10 +138,10 @@ def _matmul(x_MI, w):
 def _product(x_MI, w):
   """[M, O], f32 or int32."""
   kind = jnp.int32 if x_MI.dtype == jnp.int8 else jnp.float32
-  if not w.by_output:
+  if not w.columns:
     return jnp.einsum('MI,IO->MO', x_MI, w.values, preferred_element_type=kind)
   outputs, inputs = w.values.shape
-  if not 1 < len(x_MI) <= (_FEW if inputs < outputs else _THIN):
+  if not 1 < len(x_MI) <= (w.columns if inputs < outputs else max(w.columns, _THIN)):
     return jnp.einsum('MI,OI->MO', x_MI, w.values, preferred_element_type=kind)
   # A quarter to a half faster on a CPU, if the compiler does not move the transpose into the product.
   y_OM = jnp.einsum('OI,MI->OM', w.values, x_MI, preferred_element_type=kind)
